@@ -1,0 +1,1 @@
+"""From a preference row to packed arrays: parse, tokenize, order, plan, pack."""

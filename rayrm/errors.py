@@ -1,0 +1,75 @@
+"""The exceptions a user can meet; each message names the thing, the rule it broke and what to type.
+
+    RayrmError
+    ├── ConfigError            (ValueError)    a setting of a run
+    ├── DataError              (ValueError)    a source, a file
+    │   └── RowError                           one row of a source, with a machine-readable reason
+    ├── ModelError             (ValueError)    a model, a tokenizer
+    ├── RunDirectoryError      (ValueError)    an output directory that holds something else
+    ├── CheckpointError        (ValueError)    a checkpoint that cannot be read or does not fit
+    ├── PublishError           (ValueError)    a model that cannot be published or opened
+    ├── ScoreError             (ValueError)    an input that cannot be scored
+    ├── RewardUnavailableError (RuntimeError)  the reward service gave no answer before the deadline
+    ├── ClusterError           (RuntimeError)  what was asked is more than the cluster has
+    └── MissingExtraError      (ImportError)   an optional package is not installed
+"""
+
+from __future__ import annotations
+
+
+class RayrmError(Exception):
+    """Every error that rayrm raises on purpose."""
+
+
+class ConfigError(RayrmError, ValueError):
+    """A setting that is unknown, contradicts another, or cannot be honoured."""
+
+
+class DataError(RayrmError, ValueError):
+    """A data source that is missing, unreadable or empty, or a share of bad rows above the limit."""
+
+
+class RowError(DataError):
+    """One row that cannot become a pair.
+
+    `reason` is a short kebab-case name under which refusals are counted (`missing-chosen`, `too-long`).
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return type(self), (self.reason, str(self))
+
+
+class ModelError(RayrmError, ValueError):
+    """A model or tokenizer that cannot serve as a reward model."""
+
+
+class RunDirectoryError(RayrmError, ValueError):
+    """An output directory that holds another run, or a finished one."""
+
+
+class CheckpointError(RayrmError, ValueError):
+    """A checkpoint that is missing, corrupt, or of another run."""
+
+
+class PublishError(RayrmError, ValueError):
+    """A model that cannot be published, or a registry that cannot be read."""
+
+
+class ScoreError(RayrmError, ValueError):
+    """An input that cannot be scored: wrong shape, too long, or of the other text form."""
+
+
+class RewardUnavailableError(RayrmError, RuntimeError):
+    """The reward service gave no answer before the deadline; no reward was made up in its place."""
+
+
+class ClusterError(RayrmError, RuntimeError):
+    """More workers or resources than the cluster can give."""
+
+
+class MissingExtraError(RayrmError, ImportError):
+    """An optional package is needed; the message holds the pip line."""

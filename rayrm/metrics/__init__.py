@@ -1,0 +1,1 @@
+"""What a training step and an evaluation report: pure functions of scores."""

@@ -1,0 +1,1 @@
+"""From packed arrays to scores and their loss."""

@@ -1,0 +1,1 @@
+"""From a saved checkpoint to rewards: publish, open, deploy, call."""
