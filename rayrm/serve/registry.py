@@ -1,0 +1,347 @@
+"""Published models: `registry/<name>/<version>/`, immutable, checked by content, opened by name.
+
+A version is the first 12 hex digits of the SHA-256 over the model's content (weights, config, tokenizer, text
+form): publishing the same content again finds the same version and changes nothing. A version appears whole or
+not at all (written beside, synced, renamed), its files are read-only, and `current.json` names the version that
+`open_published` gives when none is asked for. Opening reads every byte once to compare checksums (about 1 GB/s);
+`RewardModel.from_pretrained(path)` loads without that. No torch is needed here, except to merge a LoRA adapter.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rayrm.errors import PublishError
+from rayrm.serve.saved import SavedFiles, file_sha256, read_json, saved_files
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+CURRENT = "current.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedModel:
+    """One immutable version of a model: `path` is a directory that stock transformers loads as well.
+
+    `is_new` says whether this call to `publish` wrote it (False: the same content was there already).
+    """
+
+    name: str
+    version: str
+    path: Path
+    is_new: bool = field(default=False, compare=False)
+
+
+def publish(
+    checkpoint: str | Path,
+    registry: str | Path,
+    name: str,
+    *,
+    merge_lora: bool = True,
+    make_current: bool = True,
+) -> PublishedModel:
+    """Copy the saved model `checkpoint` into `registry/<name>/<version>/` and make it the current version.
+
+    A PEFT adapter directory is merged into its base (the trained head is kept); with `merge_lora=False` the
+    adapter itself is published and still needs its base model to load. Publishing the same content twice
+    returns the same version with `is_new=False`.
+
+    Raises:
+        PublishError: not a saved reward model (no safetensors, not one label, a shard missing or corrupt), or
+            a `name` that cannot be a directory's name.
+    """
+    _check_name(name)
+    home = Path(registry) / name
+    saved = saved_files(checkpoint)
+    if saved.is_adapter and merge_lora:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home, prefix=".merge-") as merged:
+            _merge_adapter(saved, Path(merged))
+            published = _publish_files(saved_files(merged), saved.directory, home, name)
+    else:
+        published = _publish_files(saved, saved.directory, home, name)
+    if make_current:
+        set_current(registry, name, published.version)
+    return published
+
+
+def open_published(
+    registry_or_path: str | Path, name: str | None = None, version: str | None = None
+) -> PublishedModel:
+    """Open a version and compare every file with its checksum.
+
+    Takes a version's directory, a model's directory (`registry/<name>`: its current version), or a registry
+    with `name` and, optionally, `version`.
+
+    Raises:
+        PublishError: nothing is published there, or a file is missing or differs from its checksum (named).
+    """
+    root = Path(registry_or_path)
+    home = root / name if name is not None else root
+    if version is not None:
+        directory = home / version
+    elif (home / MANIFEST).is_file():
+        directory = home
+    else:
+        directory = home / current_version(home)
+    if not (directory / MANIFEST).is_file():
+        raise PublishError(
+            f"no published model at {str(directory)!r}: there is no {MANIFEST}. "
+            f"{_versions_sentence(home)} Publish one with `rayrm publish CHECKPOINT REGISTRY NAME`."
+        )
+    manifest = read_json(directory / MANIFEST)
+    _verify(directory, manifest)
+    return PublishedModel(str(manifest["name"]), str(manifest["version"]), directory)
+
+
+def list_versions(registry: str | Path, name: str) -> list[str]:
+    """The versions published under `name`, oldest first; empty when there are none."""
+    home = Path(registry) / name
+    manifests = [read_json(path) for path in home.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
+    return [str(m["version"]) for m in sorted(manifests, key=lambda m: (str(m["created"]), str(m["version"])))]
+
+
+def current_version(home: str | Path) -> str:
+    """The version that `registry/<name>/current.json` points at."""
+    pointer = Path(home) / CURRENT
+    if not pointer.is_file():
+        raise PublishError(
+            f"no published model at {str(home)!r}: there is no {CURRENT}. {_versions_sentence(Path(home))} "
+            "Publish one with `rayrm publish CHECKPOINT REGISTRY NAME`, or pass a version."
+        )
+    return str(read_json(pointer)["version"])
+
+
+def set_current(registry: str | Path, name: str, version: str) -> None:
+    """Point `current.json` of `name` at a published version; readers see the old one or the new one."""
+    home = Path(registry) / name
+    if not (home / version / MANIFEST).is_file():
+        raise PublishError(f"version {version!r} of {name!r} is not published. {_versions_sentence(home)}")
+    temporary = home / f".{CURRENT}.{os.getpid()}"
+    _write_synced(temporary, json.dumps({"version": version, "set_at": _now()}) + "\n")
+    os.replace(temporary, home / CURRENT)
+    _sync_directory(home)
+
+
+def content_version(directory: str | Path) -> str:
+    """The version that `directory` (a saved model) has or would have once published."""
+    return _version_of(saved_files(directory))[0]
+
+
+def _version_of(saved: SavedFiles) -> tuple[str, dict[str, str]]:
+    """The version, and the SHA-256 of each content file by name."""
+    digests = {name: file_sha256(saved.directory / name) for name in saved.content}
+    whole = hashlib.sha256()
+    for name in sorted(digests):
+        whole.update(f"{name} {digests[name]}\n".encode())
+    # The text form decides what text the weights see, so it is content; the rest of rayrm.json is a record.
+    whole.update(f"text_form {saved.text_form}\n".encode())
+    return whole.hexdigest()[:12], digests
+
+
+def _publish_files(saved: SavedFiles, source: Path, home: Path, name: str) -> PublishedModel:
+    """Write the version's directory beside, then rename it; `source` is where the training's records are."""
+    version, digests = _version_of(saved)
+    target = home / version
+    if (target / MANIFEST).is_file():
+        logger.info("%s %s is already published at %s: nothing was written", name, version, target)
+        return PublishedModel(name, version, target, is_new=False)
+    home.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=home, prefix=f".{version}-"))
+    try:
+        _fill(partial, saved, source, digests, name, version)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            # Another publisher of the same content was first: its directory is as good as ours.
+            if not (target / MANIFEST).is_file():
+                raise
+            return PublishedModel(name, version, target, is_new=False)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _sync_directory(home)
+    logger.info("published %s %s at %s", name, version, target)
+    return PublishedModel(name, version, target, is_new=True)
+
+
+def _fill(
+    partial: Path, saved: SavedFiles, source: Path, digests: Mapping[str, str], name: str, version: str
+) -> None:
+    for file in saved.content:
+        if _copy_synced(saved.directory / file, partial / file) != digests[file]:
+            raise PublishError(
+                f"{str(saved.directory / file)!r} changed while it was being published. "
+                "Publish again when nothing writes to the checkpoint."
+            )
+    facts = {**saved.facts, "text_form": saved.text_form}
+    _write_synced(partial / "rayrm.json", json.dumps(facts, indent=2) + "\n")
+    run_text, evaluation = training_records(source)
+    if run_text is not None:
+        _write_synced(partial / "run.toml", run_text)
+    manifest: dict[str, Any] = {
+        "name": name,
+        "version": version,
+        "created": _now(),
+        "source": str(source.resolve()),
+        "text_form": saved.text_form,
+        "is_adapter": saved.is_adapter,
+        "evaluation": evaluation,
+    }
+    _write_synced(partial / "README.md", _card(manifest, has_run=run_text is not None))
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    manifest["files"] = {
+        path.relative_to(partial).as_posix(): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        for path in files
+    }
+    _write_synced(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    for path in [*files, partial / MANIFEST]:
+        path.chmod(0o444)
+    partial.chmod(0o755)
+    _sync_directory(partial)
+
+
+def _merge_adapter(saved: SavedFiles, into: Path) -> None:
+    """Write the base model with the adapter folded in, and the trained head, as a plain saved model.
+
+    Merged in float32, the dtype the adapter was trained in, so that the scores stay what they were.
+    """
+    import torch
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import AutoTokenizer
+
+    model = AutoPeftModelForSequenceClassification.from_pretrained(
+        str(saved.directory), num_labels=1, dtype=torch.float32
+    )
+    merged = model.merge_and_unload()
+    merged.config.problem_type = "regression"
+    merged.save_pretrained(into)
+    AutoTokenizer.from_pretrained(str(saved.directory)).save_pretrained(into)
+    facts = {**saved.facts, "text_form": saved.text_form}
+    (into / "rayrm.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def training_records(checkpoint: Path) -> tuple[str | None, dict[str, float]]:
+    """`run.toml` as text (None when there is none) and the last evaluation in `metrics.jsonl`.
+
+    They lie in the checkpoint or, for `checkpoint-<step>`, in the run directory above it.
+    """
+    places = [checkpoint, checkpoint.parent] if checkpoint.name.startswith("checkpoint-") else [checkpoint]
+    run_text: str | None = None
+    evaluation: dict[str, float] = {}
+    for place in places:
+        if run_text is None and (place / "run.toml").is_file():
+            run_text = (place / "run.toml").read_text(encoding="utf-8")
+        if not evaluation and (place / "metrics.jsonl").is_file():
+            for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                row = json.loads(line) if line.strip() else {}
+                found = {k: float(v) for k, v in row.items() if k.startswith("eval_") and _is_number(v)}
+                evaluation = {"step": float(row["step"]), **found} if found and "step" in row else evaluation
+    return run_text, evaluation
+
+
+def _card(manifest: Mapping[str, Any], *, has_run: bool) -> str:
+    lines = [
+        "---",
+        "tags: [reward-trainer, rayrm]",
+        "---",
+        f"# {manifest['name']} {manifest['version']}",
+        "",
+        "A reward model: one score for a (prompt, completion); higher is better. Published by rayrm, read-only.",
+        "",
+        f"- text form: {manifest['text_form']}",
+        f"- from: `{manifest['source']}`, published {manifest['created']}",
+    ]
+    if has_run:
+        lines.append("- trained with the settings in `run.toml`")
+    if manifest["evaluation"]:
+        lines += ["", "| evaluation | |", "|---|---|"]
+        lines += [f"| {key} | {value:.6g} |" for key, value in manifest["evaluation"].items()]
+    lines += ["", "```python", "from rayrm import RewardModel", ""]
+    question = '["What is 2+2?"], ["4"]'
+    if manifest["text_form"] == "conversational":
+        question = (
+            '[[{"role": "user", "content": "2+2?"}]], [[{"role": "assistant", "content": "4"}]]'
+        )
+    lines += [f"RewardModel.from_pretrained(PATH).score({question})", "```"]
+    if manifest["is_adapter"]:
+        lines += [
+            "",
+            "This is a LoRA adapter; in PEFT: "
+            "`AutoPeftModelForSequenceClassification.from_pretrained(PATH, num_labels=1)`.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _verify(directory: Path, manifest: Mapping[str, Any]) -> None:
+    for file, expected in manifest["files"].items():
+        path = directory / file
+        if not path.is_file():
+            raise PublishError(f"{str(path)!r} is missing: the published model is damaged. Publish it again.")
+        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+            raise PublishError(
+                f"{str(path)!r} differs from its checksum in {MANIFEST}: the file is corrupt. "
+                f"Remove {str(directory)!r} and publish the checkpoint again ({manifest['source']!r})."
+            )
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise PublishError(
+            f"name ({name!r}) must be letters, digits, '.', '_' or '-', beginning with a letter or digit. "
+            "Pass for example 'reward'."
+        )
+
+
+def _versions_sentence(home: Path) -> str:
+    known = list_versions(home.parent, home.name)
+    return f"Published versions there: {', '.join(known)}." if known else "No version is published there."
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
+def _copy_synced(source: Path, target: Path) -> str:
+    """Copy, sync to disk, and return the SHA-256 of what was written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while block := reader.read(_COPY_BYTES):
+            digest.update(block)
+            writer.write(block)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return digest.hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as writer:
+        writer.write(text)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,159 @@
+"""What a saved reward model's directory holds: its content files and its text form, or why it is refused.
+
+Reads JSON and safetensors headers only: no weight is loaded and no torch imported, so a wrong directory is
+refused in milliseconds, before any cluster or replica starts. Loading is `rayrm.model.reward_model.load_saved`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from rayrm.errors import PublishError
+
+FACTS = "rayrm.json"
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
+    "vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json"
+).split()
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class SavedFiles:
+    """A saved model: `content` are the names of its files in `directory`, sorted; `facts` is its rayrm.json."""
+
+    directory: Path
+    content: tuple[str, ...]
+    is_adapter: bool
+    text_form: str
+    facts: Mapping[str, Any]
+
+
+def saved_files(directory: str | Path) -> SavedFiles:
+    """Look at a saved model without loading it.
+
+    Raises:
+        PublishError: the directory is missing, has no (or broken) safetensors, or is no one-label model.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise PublishError(
+            f"checkpoint ({str(directory)!r}) is not a directory. Pass a directory written by "
+            "`save_model`, such as a run's `output_dir` or its `checkpoint-<step>`."
+        )
+    is_adapter = (root / "adapter_config.json").is_file()
+    if is_adapter:
+        if not (root / "adapter_model.safetensors").is_file():
+            raise PublishError(_no_weights(root, "adapter_model.safetensors"))
+        weights = ["adapter_config.json", "adapter_model.safetensors"]
+    else:
+        _check_config(root)
+        weights = ["config.json", *_weight_files(root)]
+    for name in weights:
+        if name.endswith(".safetensors"):
+            _check_safetensors(root / name)
+    # Code of models loaded with trust_remote_code travels with the weights it belongs to.
+    extras = [path.name for path in root.glob("*.py")]
+    templates = [p.relative_to(root).as_posix() for p in root.glob("additional_chat_templates/*.jinja")]
+    tokenizer = [name for name in _TOKENIZER_FILES if (root / name).is_file()]
+    if not tokenizer:
+        raise PublishError(
+            f"{str(root)!r} has no tokenizer files, and a score begins with text. "
+            "Save it there with `tokenizer.save_pretrained(...)`."
+        )
+    content = tuple(sorted({*weights, *extras, *templates, *tokenizer}))
+    facts = read_json(root / FACTS) if (root / FACTS).is_file() else {}
+    return SavedFiles(root, content, is_adapter, str(facts.get("text_form") or _guess_form(root)), facts)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object; PublishError naming the file when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PublishError(f"{str(path)!r} cannot be read as JSON ({error}). Save the model again.") from error
+    if not isinstance(value, dict):
+        raise PublishError(f"{str(path)!r} must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as reader:
+        return hashlib.file_digest(reader, "sha256").hexdigest()
+
+
+def _check_config(root: Path) -> None:
+    if not (root / "config.json").is_file():
+        raise PublishError(
+            f"{str(root)!r} is not a saved model: there is no config.json. "
+            "Pass a run's `output_dir` or its `checkpoint-<step>`."
+        )
+    config = read_json(root / "config.json")
+    architectures = [str(name) for name in config.get("architectures") or []]
+    if not any("SequenceClassification" in name for name in architectures):
+        raise PublishError(
+            f"{str(root)!r} holds {', '.join(architectures) or 'no architecture'}: a reward model is a "
+            "...ForSequenceClassification with one label. Train one with `rayrm train`."
+        )
+    # transformers writes id2label for any number of labels but its default, two.
+    num_labels = int(config.get("num_labels") or len(config.get("id2label") or (0, 1)))
+    if num_labels != 1:
+        raise PublishError(
+            f"{str(root)!r} has num_labels={num_labels}: a reward model has one score. "
+            "Train with `num_labels=1` (`rayrm train` does)."
+        )
+
+
+def _weight_files(root: Path) -> list[str]:
+    if (root / _INDEX).is_file():
+        shards = sorted({str(name) for name in dict(read_json(root / _INDEX)["weight_map"]).values()})
+        missing = [name for name in shards if not (root / name).is_file()]
+        if missing:
+            raise PublishError(
+                f"{str(root / missing[0])!r} is named by {_INDEX} and missing. Copy or save the model again."
+            )
+        return [_INDEX, *shards]
+    if not (root / "model.safetensors").is_file():
+        raise PublishError(_no_weights(root, "model.safetensors"))
+    return ["model.safetensors"]
+
+
+def _check_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            names = tensors.keys()
+    except (SafetensorError, OSError) as error:
+        raise PublishError(
+            f"{str(path)!r} is not a readable safetensors file ({error}): it is corrupt or cut short. "
+            "Save or copy the model again."
+        ) from error
+    if not names:
+        raise PublishError(f"{str(path)!r} holds no tensor. Save the model again.")
+
+
+def _no_weights(root: Path, expected: str) -> str:
+    pickles = sorted(path.name for pattern in _PICKLES for path in root.glob(pattern))
+    if pickles:
+        return (
+            f"{str(root)!r} has its weights only as pickles ({pickles[0]}), which run code when loaded. Convert "
+            "once: AutoModelForSequenceClassification.from_pretrained(DIR, num_labels=1).save_pretrained(DIR)."
+        )
+    return f"{str(root)!r} has no {expected}. Pass a run's `output_dir` or its `checkpoint-<step>`."
+
+
+def _guess_form(root: Path) -> str:
+    """Conversational when the tokenizer has a chat template: the rule for models that rayrm did not save."""
+    if (root / "chat_template.jinja").is_file() or (root / "chat_template.json").is_file():
+        return "conversational"
+    config = root / "tokenizer_config.json"
+    has_template = config.is_file() and bool(read_json(config).get("chat_template"))
+    return "conversational" if has_template else "standard"
