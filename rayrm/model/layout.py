@@ -1,0 +1,110 @@
+"""How a model may compute a batch: prefixes shared, padding-free, or padded; and why not better.
+
+Sharing needs a causal decoder with plain softmax attention whose result for a token depends on that token's
+own ancestors and positions alone. What a model cannot do is read off its class and config, and said once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+
+LayoutName = Literal["shared", "packed", "padded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`shared`: common prefixes computed once; `packed`: no padding, nothing shared; `padded`: the stock forward.
+
+    `reason` says why it is not `shared`; empty where it is.
+    """
+
+    name: LayoutName
+    reason: str = ""
+
+
+def choose_layout(
+    model: torch.nn.Module, *, share_prefix: bool = True, longest: int | None = None, train: bool = True
+) -> Layout:
+    """The best layout that computes the same scores as the stock forward.
+
+    `longest` is the longest sequence in tokens that will come (None: the model's position limit); a sliding
+    window at least as long is no window. Dropout matters only in training.
+    """
+    inner = unwrapped(model)
+    obstacle = _obstacle(inner, longest)
+    if obstacle:
+        return Layout("padded", obstacle)
+    if train and (name := active_dropout(model)):
+        return Layout("padded", f"dropout is active ({name}): shared masks would correlate the two sides")
+    if not share_prefix:
+        return Layout("packed", "`share_prefix` is False")
+    return Layout("shared")
+
+
+def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    inner: PreTrainedModel = get_base_model() if get_base_model is not None else model
+    return inner
+
+
+def active_dropout(model: torch.nn.Module) -> str | None:
+    """The name of a dropout that would act in training, or None."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            return name
+    config = unwrapped(model).config
+    for key in _config_dropouts(config):
+        if getattr(config, key):
+            return f"config.{key}"
+    return None
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Zero every `nn.Dropout` and the attention dropouts that models read from their config or attributes."""
+    config = unwrapped(model).config
+    for key in _config_dropouts(config):
+        setattr(config, key, 0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _config_dropouts(config: Any) -> list[str]:
+    return [key for key in ("attention_dropout", "attention_probs_dropout_prob") if hasattr(config, key)]
+
+
+def _obstacle(inner: PreTrainedModel, longest: int | None) -> str:
+    """Why a model must take the padded path, or an empty string."""
+    config = inner.config.get_text_config()
+    if not isinstance(inner, GenericForSequenceClassification):
+        return f"{type(inner).__name__} is not one of transformers' generic decoder classifiers"
+    if not getattr(inner, "_supports_attention_backend", False):
+        return f"{type(inner).__name__} does not take its attention from transformers' attention interface"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "attention logits are soft-capped (`attn_logit_softcapping`)"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        return f"layers of kind {', '.join(sorted(other))}"
+    window = getattr(config, "sliding_window", None)
+    uses_window = "sliding_attention" in kinds or (
+        window is not None
+        and getattr(config, "layer_types", None) is None
+        and getattr(config, "use_sliding_window", True)
+    )
+    reach = longest or getattr(config, "max_position_embeddings", None)
+    if uses_window and window is not None and (reach is None or window < reach):
+        return f"a sliding window ({window}) shorter than the longest row ({reach})"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if isinstance(rope, dict) and rope.get("rope_type") in {"dynamic", "longrope"}:
+        return f"rope of type {rope['rope_type']} scales with the longest position of a batch"
+    if getattr(config, "alibi", False):
+        return "ALiBi positions"
+    return ""

@@ -1,0 +1,290 @@
+"""Load and save reward models: `AutoModelForSequenceClassification` with one label, in transformers' own files.
+
+A saved directory loads in stock transformers and gives the same scores there. Beside the usual files it holds
+`rayrm.json`: the text form the model was trained on, and its pad id. Weights are safetensors, in and out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from rayrm.errors import ModelError
+from rayrm.model.attention import restore_attention
+from rayrm.model.layout import unwrapped
+
+logger = logging.getLogger("rayrm.model")
+
+FACTS = "rayrm.json"
+ADAPTER_CONFIG = "adapter_config.json"
+TextForm = Literal["standard", "conversational"]
+HEADS = ("score", "classifier", "classification_head")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A saved reward model, ready to score: adapters merged, in eval mode.
+
+    `max_positions` is the longest sequence in tokens that the model's positions allow (None: no limit).
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text_form: TextForm
+    pad_token_id: int | None
+    max_positions: int | None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' load report: a new head and a dropped LM head are what a reward model is."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _check_source(name: str) -> None:
+    """A path-like name that is no model directory would reach the hub as a repository name: say it here."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
+    if not looks_local:
+        return
+    if not path.is_dir():
+        raise ModelError(f"model `{name}` is not a directory. Pass a directory that holds `config.json`.")
+    if not (path / "config.json").exists() and not (path / ADAPTER_CONFIG).exists():
+        raise ModelError(
+            f"model directory `{name}` has no `config.json`. Pass a directory saved by `save_pretrained`."
+        )
+    has_safe = any(path.glob("*.safetensors"))
+    if not has_safe and any(path.glob("*.bin")):
+        raise ModelError(
+            f"model directory `{name}` holds pickled weights only (*.bin). rayrm reads safetensors only: "
+            "load it in a place you trust and `save_pretrained` it again."
+        )
+
+
+def load_model(name: str, **init: Any) -> PreTrainedModel:
+    """Load `name` (a directory or `org/model`) as a reward model in float32, unless `init` says another dtype.
+
+    `init` goes to `from_pretrained`. A head that the checkpoint lacks is drawn at random: seed before calling.
+    Raises ModelError for anything that is not loadable, or loads with more than the head missing.
+    """
+    _check_source(name)
+    init = {"dtype": "float32", **init}
+    if init.get("num_labels", 1) != 1:
+        raise ModelError(
+            f"`model_init_kwargs` asks for `num_labels={init['num_labels']}`, but reward models require "
+            "`num_labels=1`. Remove it."
+        )
+    init["num_labels"] = 1
+    init.setdefault("use_safetensors", True)
+    if isinstance(init["dtype"], str) and init["dtype"] != "auto":
+        init["dtype"] = _dtype(init["dtype"])
+    try:
+        with _quiet_transformers():
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                name, output_loading_info=True, **init
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model `{name}` could not be loaded: {error}") from error
+    missing = sorted(key for key in found["missing_keys"] if not _is_head(key))
+    if missing:
+        raise ModelError(
+            f"model `{name}` lacks weights that are not the reward head: {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}. Its files do not fit its `config.json`; save it again."
+        )
+    if found["missing_keys"]:
+        logger.info("the reward head of %s is new: drawn at random with the run's seed", name)
+    unexpected = sorted(
+        key for key in found["unexpected_keys"] if not key.startswith(("lm_head", "cls.")) and not _is_head(key)
+    )
+    if unexpected and "num_hidden_layers" not in init:
+        logger.warning("weights of %s that its classifier has no use for: %s", name, ", ".join(unexpected[:5]))
+    check_num_labels(model)
+    return model  # type: ignore[no-any-return]
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ModelError(
+            f"`dtype` ({name}) is not known. Use \"float32\", \"bfloat16\", \"float16\" or \"auto\"."
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _is_head(key: str) -> bool:
+    # BERT's pooler is missing from checkpoints that were never classifiers; it is part of the head.
+    return any(part in HEADS or part == "pooler" for part in key.split("."))
+
+
+def check_num_labels(model: torch.nn.Module) -> None:
+    """Raise ModelError unless the model gives one number per sequence."""
+    num_labels = getattr(unwrapped(model).config, "num_labels", None)
+    if num_labels != 1:
+        raise ModelError(
+            f"the model has `num_labels={num_labels}`, but reward models require `num_labels=1`. Load it with "
+            "`num_labels=1`, or pass its name and let rayrm do so."
+        )
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The tokenizer saved with `name`."""
+    _check_source(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"no tokenizer could be loaded from `{name}`: {error}. Pass `processing_class`, or save the "
+            "tokenizer into the model's directory."
+        ) from error
+
+
+def set_pad_token(model: torch.nn.Module, pad_token_id: int) -> None:
+    """Pooling reads the rightmost id that is not this one; it must be in the saved config."""
+    unwrapped(model).config.get_text_config().pad_token_id = pad_token_id
+
+
+def add_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
+    """Wrap the model for PEFT; the reward head is trained and saved with the adapter without being asked."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise ModelError(
+            "a `PeftModel` was passed together with a `peft_config`. Pass one of the two: merge the adapter "
+            "(`model.merge_and_unload()`) and give the base model with `peft_config`, or leave `peft_config` out."
+        )
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` must be a `peft.PeftConfig` (for example `peft.LoraConfig`), got "
+            f"{type(peft_config).__name__}."
+        )
+    head = head_name(model)
+    saved = list(getattr(peft_config, "modules_to_save", None) or [])
+    if head not in saved:
+        peft_config.modules_to_save = [*saved, head]
+        logger.info("the reward head `%s` is trained and saved with the adapter", head)
+    if getattr(peft_config, "task_type", None) is None:
+        peft_config.task_type = "SEQ_CLS"
+    adapted: torch.nn.Module = get_peft_model(model, peft_config)
+    return adapted
+
+
+def head_name(model: torch.nn.Module) -> str:
+    """The attribute that holds the reward head."""
+    inner = unwrapped(model)
+    for name in HEADS:
+        if hasattr(inner, name):
+            return name
+    raise ModelError(f"{type(inner).__name__} has no head that rayrm knows ({', '.join(HEADS)}).")
+
+
+def save_model(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    text_form: TextForm,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Save model and tokenizer as transformers does (PEFT: the adapter), plus `rayrm.json`.
+
+    `state_dict` replaces the model's own where its parameters are sharded.
+    """
+    inner = unwrapped(model)
+    implementation = inner.config._attn_implementation
+    restore_attention(inner)
+    # Says that the logit is the result: servers such as vLLM then apply no sigmoid to it.
+    inner.config.problem_type = "regression"
+    add_tags = getattr(inner, "add_model_tags", None)
+    if add_tags is not None:
+        add_tags(["reward-trainer", "rayrm"])
+    try:
+        model.save_pretrained(str(directory), state_dict=state_dict)  # type: ignore[operator]
+    finally:
+        inner.config._attn_implementation = implementation
+    tokenizer.save_pretrained(str(directory))
+    facts = {
+        "format": 1,
+        "text_form": text_form,
+        "pad_token_id": inner.config.get_text_config().pad_token_id,
+    }
+    (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def load_saved(
+    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str = "float32"
+) -> LoadedModel:
+    """Load a saved or published model for scoring; an adapter is merged into its base.
+
+    A directory that rayrm did not save is taken as conversational where its tokenizer has a chat template.
+    """
+    directory = Path(path)
+    name = str(directory)
+    tokenizer = load_tokenizer(name)
+    facts = read_facts(directory)
+    if (directory / ADAPTER_CONFIG).exists():
+        model = _load_merged_adapter(directory, dtype)
+    else:
+        config = AutoConfig.from_pretrained(name)
+        if config.num_labels != 1:
+            raise ModelError(
+                f"`{name}` has `num_labels={config.num_labels}`, but a reward model gives one score. "
+                "Pass a model trained with `num_labels=1`."
+            )
+        model = load_model(name, dtype=dtype)
+    pad_token_id = facts.get("pad_token_id", model.config.get_text_config().pad_token_id)
+    if pad_token_id is not None:
+        set_pad_token(model, pad_token_id)
+    text_form: TextForm = facts.get("text_form") or (
+        "conversational" if getattr(tokenizer, "chat_template", None) else "standard"
+    )
+    if "text_form" not in facts:
+        logger.info("%s does not say its text form: taken as %s", name, text_form)
+    model = model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))).eval()
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return LoadedModel(model, tokenizer, text_form, pad_token_id, limit)
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """What `rayrm.json` says; empty where a directory has none."""
+    file = directory / FACTS
+    if not file.exists():
+        return {}
+    try:
+        facts = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"`{file}` is not JSON ({error}). Save or publish the model again.") from error
+    if not isinstance(facts, dict) or facts.get("text_form") not in ("standard", "conversational"):
+        raise ModelError(f"`{file}` names no known `text_form`. Save or publish the model again.")
+    return facts
+
+
+def _load_merged_adapter(directory: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    from peft import PeftConfig, PeftModel
+
+    adapter = PeftConfig.from_pretrained(str(directory))
+    base_name = adapter.base_model_name_or_path
+    if not base_name:
+        raise ModelError(f"adapter `{directory}` does not say its base model (`base_model_name_or_path`).")
+    base = load_model(base_name, dtype=dtype)
+    merged: PreTrainedModel = PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
+    return merged
