@@ -1,0 +1,344 @@
+"""What a run is told: `RewardConfig` (TRL's names, meanings and defaults), model, data, cluster and service.
+
+Every field is documented once, under the field. Values are coerced and checked when a config is made or a
+field is assigned; an unknown, contradictory or unsupported setting is a `ConfigError` that says what to type.
+Importing this module loads neither torch nor ray nor transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import KW_ONLY
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from rayrm.rules import SAME, adopt_trl_names, check_reward_config, parse_optim_args, resolve_defaults
+from rayrm.settings import (
+    Count,
+    Decay,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptionalBool,
+    OptionalCount,
+    OptionalNonNegativeFloat,
+    OptionalSeed,
+    OptionalTable,
+    OptionalTableOrPath,
+    Seed,
+    none_word,
+    settings,
+)
+from rayrm.unsupported import NOT_HONOURED
+
+Strategy = Literal["no", "steps", "epoch"]
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"]
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+
+
+@settings
+class RewardConfig:
+    """How a reward model is trained: TRL's `RewardConfig`, and five settings of ours at the end."""
+
+    output_dir: str | None = None
+    """The run's directory, `~` expanded. None: `trainer_output`."""
+    _: KW_ONLY
+
+    # The model.
+    model_init_kwargs: OptionalTable = None
+    """Arguments of `AutoModelForSequenceClassification.from_pretrained` for a model given by name."""
+    trust_remote_code: bool = False
+    """Allow models and tokenizers that ship their own Python code."""
+    chat_template_path: str | None = None
+    """A `.jinja` file, or a tokenizer whose chat template is taken over."""
+    disable_dropout: bool = True
+    """Set every dropout of the model to zero, those in its configuration too."""
+
+    # The data.
+    dataset_num_proc: OptionalCount = None
+    """At most this many parallel tokenizing tasks. None: as many as the cluster has CPUs."""
+    eos_token: str | None = None
+    """The token that ends a standard text. None: the tokenizer's own."""
+    pad_token: str | None = None
+    """The token for padding. None: the tokenizer's own, else its EOS token."""
+    max_length: OptionalCount = 1024
+    """Pairs with a longer side, in tokens, are left out and counted. None: no limit."""
+    pad_to_multiple_of: int | str | None = "auto"
+    """On the padded path, pad lengths to a multiple of this. "auto" and None: to the longest side."""
+    dataloader_drop_last: bool = False
+    """Leave out the last, short step of an epoch."""
+    remove_unused_columns: bool = True
+    """Either value means the same: only the columns a pair is made of are read."""
+
+    # The optimizer's steps.
+    per_device_train_batch_size: Count = 8
+    """Pairs a worker takes for one optimizer step, per accumulation."""
+    gradient_accumulation_steps: Count = 1
+    """Pairs per step = this x `per_device_train_batch_size` x workers. It does not set memory."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the data; a fraction ends within a pass."""
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    """Optimizer steps; -1: as many as `num_train_epochs` gives."""
+    learning_rate: NonNegativeFloat = 1e-4
+    """The highest learning rate."""
+    lr_scheduler_type: Scheduler = "linear"
+    """The learning rate's course, as in `transformers.get_scheduler`."""
+    lr_scheduler_kwargs: OptionalTable = None
+    """Further arguments of that schedule."""
+    warmup_steps: NonNegativeFloat = 0
+    """Steps over which the learning rate rises; below 1, a share of all steps."""
+    optim: Optimizer = "adamw_torch_fused"
+    """The optimizer. With DeepSpeed it is used as DeepSpeed's client optimizer."""
+    optim_args: str | None = None
+    """Options of sgd, adagrad and rmsprop: "momentum=0.9, nesterov=true"."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled decay (AdamW) of all parameters but biases and norms."""
+    adam_beta1: Decay = 0.9
+    """AdamW's decay of the mean."""
+    adam_beta2: Decay = 0.999
+    """AdamW's decay of the mean square."""
+    adam_epsilon: NonNegativeFloat = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+    center_rewards_coefficient: OptionalNonNegativeFloat = None
+    """Adds this x (chosen + rejected)^2 to the loss, which centres rewards on zero; 0.01 is usual."""
+    seed: Seed = 42
+    """Seeds the new head, dropout and (through `data_seed`) the order of the data."""
+    data_seed: OptionalSeed = None
+    """Seeds the order of the data. None: `seed`."""
+
+    # Precision, memory, device.
+    bf16: OptionalBool = None
+    """bf16 autocast over fp32 parameters; fp32 on hardware without fast bf16. None: True unless `fp16`."""
+    fp16: bool = False
+    """fp16 autocast over fp32 parameters with loss scaling; GPUs only."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing_kwargs: OptionalTable = None
+    """Arguments of `torch.utils.checkpoint`, such as `use_reentrant`."""
+    deepspeed: OptionalTableOrPath = None
+    """A DeepSpeed configuration: a table, or a JSON file's path. `zero_stage` is the short form."""
+    use_cpu: bool = False
+    """Train on the CPU even where there is a GPU."""
+
+    # Logging.
+    logging_strategy: Strategy = "steps"
+    """When to log: every `logging_steps`, every epoch, or not."""
+    logging_steps: NonNegativeFloat = 10
+    """Steps between logs, over which metrics are averaged; below 1, a share of all steps."""
+    logging_first_step: bool = False
+    """Log step 1 too."""
+    report_to: str | list[str] = "none"
+    """"tensorboard", "none", or a list. `metrics.jsonl` is always written."""
+    run_name: str | None = None
+    """The run's name in reports. None: the last part of `output_dir`."""
+    disable_tqdm: OptionalBool = None
+    """No progress bar. None: False."""
+
+    # Evaluation.
+    per_device_eval_batch_size: Count = 8
+    """Pairs a worker scores at a time, at most; the metrics do not depend on it."""
+    eval_strategy: Strategy = "no"
+    """When to evaluate: every `eval_steps`, every epoch, or not."""
+    eval_steps: OptionalNonNegativeFloat = None
+    """Steps between evaluations; below 1, a share of all steps. None: `logging_steps`."""
+    eval_on_start: bool = False
+    """Evaluate before the first step too."""
+
+    # Checkpoints.
+    save_strategy: Strategy = "steps"
+    """When to write a checkpoint: every `save_steps`, every epoch, or not."""
+    save_steps: NonNegativeFloat = 500
+    """Steps between checkpoints; below 1, a share of all steps."""
+    save_total_limit: OptionalCount = None
+    """Keep this many checkpoints, the newest (and the best, with `load_best_model_at_end`). None: all."""
+    load_best_model_at_end: bool = False
+    """End with the checkpoint that is best by `metric_for_best_model`."""
+    metric_for_best_model: str | None = None
+    """An evaluation metric, with or without `eval_`. None: "loss", where one is needed."""
+    greater_is_better: OptionalBool = None
+    """Whether more of that metric is better. None: True unless its name ends in "loss"."""
+    resume_from_checkpoint: bool | str | None = None
+    """A checkpoint's directory, or true for the newest in `output_dir`."""
+
+    # For scripts.
+    do_train: bool = False
+    """For your script's own use, as in TRL: the trainer does not read it."""
+    do_eval: bool = False
+    """For your script's own use; True when `eval_strategy` is not "no"."""
+    do_predict: bool = False
+    """For your script's own use."""
+
+    # Ours.
+    max_tokens_per_microbatch: OptionalCount = None
+    """Most tokens in one forward pass: sets memory, cannot change the loss. None: chosen at the start."""
+    share_prefix: bool = True
+    """Compute the tokens that both sides of a pair begin with once (causal decoders)."""
+    shuffle: bool = True
+    """A new seeded order every epoch. False: the data's own order."""
+    zero_stage: Annotated[Annotated[int, Field(ge=0, le=3)] | None, BeforeValidator(none_word)] = None
+    """DeepSpeed's ZeRO stage. None: plain PyTorch, gradients summed over workers."""
+    max_bad_row_fraction: Fraction = 0.01
+    """The run fails when a larger share of a source's rows is refused (too long a pair is no bad row)."""
+
+    def __post_init__(self) -> None:
+        resolve_defaults(self)
+        check_reward_config(self)
+
+    @classmethod
+    def __adopt_names__(cls, names: dict[str, Any]) -> dict[str, Any]:
+        return adopt_trl_names(names, [field.name for field in dataclasses.fields(cls)])
+
+    if not TYPE_CHECKING:  # a typed __getattr__ would hide misspelt names from type checkers
+
+        def __getattr__(self, name: str) -> Any:
+            if name in SAME:
+                return getattr(self, SAME[name])
+            if name in NOT_HONOURED:
+                return NOT_HONOURED[name]
+            raise AttributeError(f"RewardConfig has no setting `{name}`")
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            names = {name: value}
+            if name in SAME:
+                names = {SAME[name]: value}
+            self.__dict__.update(vars(dataclasses.replace(self, **names)))
+
+    def warmup_steps_for(self, num_steps: int) -> int:
+        """Warm-up steps of a run of `num_steps` steps."""
+        return int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(num_steps * self.warmup_steps)
+
+    def train_batch_rows(self, num_workers: int) -> int:
+        """Rows in one optimizer step of `num_workers` workers (0: in process, counts as 1)."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * max(1, num_workers)
+
+    def interval(self, of: Literal["logging", "eval", "save"], num_steps: int) -> int:
+        """Steps between two events, a share resolved against the run's `num_steps`; at least 1."""
+        every: dict[str, float | None] = {
+            "logging": self.logging_steps,
+            "eval": self.eval_steps,
+            "save": self.save_steps,
+        }
+        steps: float = every[of] or self.logging_steps
+        return int(steps) if steps >= 1 else max(1, math.ceil(num_steps * steps))
+
+    def optimizer_options(self) -> dict[str, float | bool]:
+        """`optim_args` as keyword arguments of the torch optimizer."""
+        return parse_optim_args(self.optim, self.optim_args)
+
+
+@settings
+class LoraConfig:
+    """Low-rank adapters on the base model; the score head is always trained and saved too."""
+
+    r: Count = 16
+    """The adapters' rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Updates are scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapters' input. Above 0, prefixes are not shared."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get an adapter, or "all-linear"."""
+
+
+@settings
+class ModelConfig:
+    """The model that becomes a reward model."""
+
+    name: str
+    """A directory (relative to the current directory) or a hub name."""
+    lora: Annotated[LoraConfig | None, BeforeValidator(none_word)] = None
+    """Train adapters only. None: train every parameter."""
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError("`name` (''): names no model. Type a directory or a hub name.")
+
+
+@settings
+class DataConfig:
+    """Where pairs come from. A source is a file, a directory, a glob or a hub name."""
+
+    train: str | list[str]
+    """The training source, or several, read in this order."""
+    eval: Annotated[str | list[str] | dict[str, str | list[str]] | None, BeforeValidator(none_word)] = None
+    """The evaluation source or sources; a table of names gives each its own `eval_<name>_` metrics."""
+    max_pairs: OptionalCount = None
+    """Read only the first rows of each training source, this many."""
+    max_eval_pairs: OptionalCount = None
+    """Read only the first rows of each evaluation source, this many."""
+
+    def __post_init__(self) -> None:
+        tables = self.eval.values() if isinstance(self.eval, dict) else [self.eval]
+        for name, source in [("train", self.train), *(("eval", source) for source in tables)]:
+            if source is not None and (not source or not all(source)):
+                raise ValueError(
+                    f"`{name}` ({source!r}): names no source. Type a path, a glob or a hub name."
+                )
+        if self.eval == {}:
+            raise ValueError("`eval` ({}): names no source. Delete it, or give it a name and a source.")
+
+
+@settings
+class ClusterConfig:
+    """The workers that train."""
+
+    num_workers: NonNegativeInt = 0
+    """Ray Train workers. 0: train in this process, without Ray Train."""
+    use_gpu: bool = False
+    """One GPU for each worker."""
+    resources_per_worker: Annotated[dict[str, NonNegativeFloat] | None, BeforeValidator(none_word)] = None
+    """What Ray reserves for each worker: `{CPU = 4}`. None: one CPU, and one GPU with `use_gpu`."""
+    max_failures: Annotated[int, Field(ge=-1)] = 0
+    """How often lost workers are replaced and training goes on from the last checkpoint; -1: always."""
+    address: str | None = None
+    """The Ray cluster to join. None: the one `ray job submit` or `RAY_ADDRESS` names, else a local one."""
+
+    def __post_init__(self) -> None:
+        if self.use_gpu and self.num_workers == 0:
+            raise ValueError(
+                "`use_gpu` (True) is about Ray workers, and `num_workers` is 0: training in this process "
+                "takes the GPU by itself. Type `cluster.num_workers=1`, or delete `use_gpu`."
+            )
+
+
+@settings
+class ServeConfig:
+    """The reward service."""
+
+    name: str = "reward"
+    """The Serve application's name: what `RewardClient(name)` calls."""
+    num_replicas: Count = 1
+    """Copies of the model that answer."""
+    max_tokens_per_batch: Count = 16384
+    """Tokens a replica computes in one forward pass, at most: it sets memory."""
+    num_cpus: NonNegativeFloat = 1.0
+    """CPUs Ray reserves for each replica."""
+    num_gpus: NonNegativeFloat = 0.0
+    """GPUs Ray reserves for each replica; a fraction shares one."""
+    max_queued_requests: Annotated[int, Field(ge=-1)] = -1
+    """Requests that may wait before new ones are told to come back later; -1: no limit."""
+    route_prefix: Annotated[str | None, BeforeValidator(none_word)] = None
+    """The HTTP path to answer on. None: no HTTP, only the handle."""
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError("`name` (''): the service needs a name. Type one, such as `reward`.")
+        if self.route_prefix is not None and not self.route_prefix.startswith("/"):
+            raise ValueError(
+                f"`route_prefix` ({self.route_prefix!r}) must start with `/`. Type `/{self.route_prefix}`."
+            )

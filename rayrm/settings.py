@@ -1,0 +1,139 @@
+"""`@settings`: a dataclass whose fields are coerced and checked, and whose errors are sentences.
+
+It is pydantic's dataclass with three differences: every problem is one line "`field` (value): rule", an
+unknown name is an error that names the nearest one, and what is raised is a `ConfigError`. Strings are
+coerced (`learning_rate="2e-6"`), so that command lines and TOML files need no types of their own.
+A class may define `__adopt_names__(names, owner)` to translate or refuse names before they are checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import ArgsKwargs
+
+from rayrm.errors import ConfigError
+
+_T = TypeVar("_T")
+_NONE_WORDS = ("none", "null")
+
+
+def none_word(value: Any) -> Any:
+    """TOML and command lines have no null: the word `none` stands for it."""
+    return None if isinstance(value, str) and value.lower() in _NONE_WORDS else value
+
+
+def _json_table(value: Any) -> Any:
+    """A table given as JSON text, as transformers' command lines write it."""
+    value = none_word(value)
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"is not valid JSON: {problem}") from None
+
+
+OptionalCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(none_word)]
+OptionalSeed = Annotated[Annotated[int, Field(ge=0, lt=2**32)] | None, BeforeValidator(none_word)]
+OptionalNonNegativeFloat = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(none_word)]
+OptionalBool = Annotated[bool | None, BeforeValidator(none_word)]
+OptionalTable = Annotated[dict[str, Any] | None, BeforeValidator(_json_table)]
+OptionalTableOrPath = Annotated[dict[str, Any] | str | None, BeforeValidator(_json_table)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Count = Annotated[int | None, Field(ge=1), BeforeValidator(none_word)]
+OptionalFloat = Annotated[float | None, BeforeValidator(none_word)]
+OptionalBool = Annotated[bool | None, BeforeValidator(none_word)]
+OptionalTable = Annotated[dict[str, Any] | None, BeforeValidator(_json_table)]
+OptionalTableOrPath = Annotated[dict[str, Any] | str | None, BeforeValidator(_json_table)]
+Count = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean `x`?" for the known name most like `name`, or an empty string when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean `{close[0]}`?" if close else ""
+
+
+def field_names(owner: type) -> list[str]:
+    """The settings that `owner` takes, in the order of their definition."""
+    return [field.name for field in dataclasses.fields(owner)]
+
+
+def readable(problems: ValidationError, owner: type) -> str:
+    """One line for each problem: "`field` (value): rule"."""
+    lines = []
+    for problem in problems.errors(include_url=False):
+        path = [
+            str(part) for part in problem["loc"] if not str(part).startswith(("function-", "dict[", "list["))
+        ]
+        rule = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if problem["type"] == "missing":
+            lines.append(f"`{'.'.join(path)}` is missing: {owner.__name__} needs it.")
+        elif problem["type"] == "value_error" and (not path or rule.startswith("`")):
+            lines.append(rule)
+        else:
+            rule = rule[0].lower() + rule[1:]
+            lines.append(f"`{'.'.join(path)}` ({problem['input']!r}): {rule.removeprefix('input ')}.")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _plain(value: Any) -> Any:
+    """The value of an enumeration's member (`SchedulerType.COSINE` -> "cosine"), anything else unchanged."""
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _check_names(owner: type, given: Any) -> Any:
+    """Runs before the fields are read: adopt foreign names, refuse unknown ones."""
+    if isinstance(given, ArgsKwargs):
+        args, names = given.args, dict(given.kwargs or {})
+    elif isinstance(given, Mapping):
+        args, names = (), dict(given)
+    else:
+        return given
+    adopt = getattr(owner, "__adopt_names__", None)
+    if adopt is not None:
+        names = adopt(names)
+    known = field_names(owner)
+    unknown = [
+        f"`{name}` is no setting of {owner.__name__}.{nearest(name, known)}"
+        for name in names
+        if name not in known
+    ]
+    if unknown:
+        raise ValueError("\n".join(unknown))
+    return ArgsKwargs(args, {name: _plain(value) for name, value in names.items()})
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field, Field))
+def settings(cls: type[_T]) -> type[_T]:
+    """Make `cls` a checked dataclass; see the module's docstring."""
+    name_check: Any = classmethod(_check_names)
+    cls._check_names = model_validator(mode="before")(name_check)  # type: ignore[attr-defined]
+    config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, arbitrary_types_allowed=True
+    )
+    made = pydantic_dataclass(config=config)(cls)
+    unchecked_init = made.__init__
+
+    @functools.wraps(unchecked_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            unchecked_init(self, *args, **kwargs)
+        except ValidationError as problems:
+            raise ConfigError(readable(problems, made)) from None
+
+    made.__init__ = init  # type: ignore[method-assign]
+    return made  # type: ignore[return-value]
