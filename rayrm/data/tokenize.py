@@ -195,7 +195,7 @@ def _apply_template(tokenizer: Any, messages: list[Any], entry: TextInput) -> st
     if not tokenizer.chat_template and "chat_template" not in entry.chat_template_kwargs:
         raise ConfigError(
             f"the tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) has no chat template, "
-            "which message lists need; set `chat_template_path` to a .jinja file or to a tokenizer that has one"
+            "which message lists need; set `chat_template_path` to a .jinja file, or to a tokenizer with one"
         )
     try:
         checked = check_messages("messages", messages)
