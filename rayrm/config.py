@@ -19,6 +19,7 @@ from rayrm.settings import (
     Count,
     Decay,
     Fraction,
+    Names,
     NonNegativeFloat,
     NonNegativeInt,
     OptionalBool,
@@ -30,6 +31,7 @@ from rayrm.settings import (
     Seed,
     none_word,
     settings,
+    switch_word,
 )
 from rayrm.unsupported import NOT_HONOURED
 
@@ -98,7 +100,7 @@ class RewardConfig:
     """The learning rate's course, as in `transformers.get_scheduler`."""
     lr_scheduler_kwargs: OptionalTable = None
     """Further arguments of that schedule."""
-    warmup_steps: NonNegativeFloat = 0
+    warmup_steps: NonNegativeFloat = 0.0
     """Steps over which the learning rate rises; below 1, a share of all steps."""
     optim: Optimizer = "adamw_torch_fused"
     """The optimizer. With DeepSpeed it is used as DeepSpeed's client optimizer."""
@@ -142,7 +144,7 @@ class RewardConfig:
     """Steps between logs, over which metrics are averaged; below 1, a share of all steps."""
     logging_first_step: bool = False
     """Log step 1 too."""
-    report_to: str | list[str] = "none"
+    report_to: Names = "none"
     """"tensorboard", "none", or a list. `metrics.jsonl` is always written."""
     run_name: str | None = None
     """The run's name in reports. None: the last part of `output_dir`."""
@@ -172,8 +174,8 @@ class RewardConfig:
     """An evaluation metric, with or without `eval_`. None: "loss", where one is needed."""
     greater_is_better: OptionalBool = None
     """Whether more of that metric is better. None: True unless its name ends in "loss"."""
-    resume_from_checkpoint: bool | str | None = None
-    """A checkpoint's directory, or true for the newest in `output_dir`."""
+    resume_from_checkpoint: Annotated[str | None, BeforeValidator(switch_word)] = None
+    """A checkpoint's directory, or "true" (or True) for the newest in `output_dir`."""
 
     # For scripts.
     do_train: bool = False
@@ -247,7 +249,7 @@ class LoraConfig:
 
     r: Count = 16
     """The adapters' rank."""
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Annotated[float, Field(gt=0)] = 32.0
     """Updates are scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapters' input. Above 0, prefixes are not shared."""

@@ -76,7 +76,6 @@ def resolve_defaults(config: RewardConfig) -> None:
         "disable_tqdm": bool(config.disable_tqdm),
         "do_eval": config.do_eval or config.eval_strategy != "no",
         "report_to": _reporters(config.report_to),
-        "resume_from_checkpoint": _resume(config.resume_from_checkpoint),
         "pad_to_multiple_of": _multiple(config.pad_to_multiple_of),
     }
     if config.eval_strategy == "steps" and not config.eval_steps:
@@ -88,7 +87,7 @@ def resolve_defaults(config: RewardConfig) -> None:
         resolved["greater_is_better"] = not metric.endswith("loss")
     for name in ("logging_steps", "eval_steps", "save_steps"):
         steps = resolved.get(name, getattr(config, name))
-        if steps is not None and steps > 1 and steps == int(steps):
+        if steps is not None and steps == int(steps):
             resolved[name] = int(steps)
     vars(config).update(resolved)
 
@@ -96,11 +95,6 @@ def resolve_defaults(config: RewardConfig) -> None:
 def _reporters(given: str | list[str]) -> list[str]:
     names = [given] if isinstance(given, str) else list(given)
     return [] if names == ["none"] else names
-
-
-def _resume(given: bool | str | None) -> bool | str | None:
-    words = {"true": True, "false": False, "none": None}
-    return words.get(given.lower(), given) if isinstance(given, str) else given
 
 
 def _multiple(given: int | str | None) -> int | None:
@@ -161,8 +155,9 @@ def _check_best_model(config: RewardConfig) -> list[str]:
         return []
     if config.eval_strategy == "no" or config.save_strategy != config.eval_strategy:
         return [
-            "`load_best_model_at_end` (True) needs an evaluation at every checkpoint: `save_strategy` "
-            f'("{config.save_strategy}") and `eval_strategy` ("{config.eval_strategy}") must be the same and on. '
+            "`load_best_model_at_end` (True) needs an evaluation at every checkpoint: "
+            f'`save_strategy` ("{config.save_strategy}") and `eval_strategy` ("{config.eval_strategy}") '
+            "must be the same and on. "
             "Type `eval_strategy=steps save_strategy=steps`."
         ]
     save, evaluate = config.save_steps, config.eval_steps
@@ -170,8 +165,8 @@ def _check_best_model(config: RewardConfig) -> list[str]:
         return []
     if (save < 1) != (evaluate < 1):
         return [
-            f"`save_steps` ({save:g}) and `eval_steps` ({evaluate:g}): with `load_best_model_at_end` both must "
-            f"be counts, or both shares of all steps. Type `save_steps={evaluate:g}`."
+            f"`save_steps` ({save:g}) and `eval_steps` ({evaluate:g}): with `load_best_model_at_end` both "
+            f"must be counts, or both shares of all steps. Type `save_steps={evaluate:g}`."
         ]
     if abs(save / evaluate - round(save / evaluate)) > 1e-6 or save < evaluate:
         return [

@@ -31,6 +31,16 @@ def none_word(value: Any) -> Any:
     return None if isinstance(value, str) and value.lower() in _NONE_WORDS else value
 
 
+def _no_names(value: Any) -> Any:
+    return [] if value is None else value
+
+
+def switch_word(value: Any) -> Any:
+    """A switch that may also be a path: True -> "true"; False, "false" and "none" -> None."""
+    word = str(value).lower() if isinstance(value, bool | str) else value
+    return {"true": "true", "false": None, "none": None, "null": None}.get(word, value)
+
+
 def _json_table(value: Any) -> Any:
     """A table given as JSON text, as transformers' command lines write it."""
     value = none_word(value)
@@ -45,15 +55,11 @@ def _json_table(value: Any) -> Any:
 OptionalCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(none_word)]
 OptionalSeed = Annotated[Annotated[int, Field(ge=0, lt=2**32)] | None, BeforeValidator(none_word)]
 OptionalNonNegativeFloat = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(none_word)]
+Names = Annotated[str | list[str], BeforeValidator(_no_names)]
 OptionalBool = Annotated[bool | None, BeforeValidator(none_word)]
 OptionalTable = Annotated[dict[str, Any] | None, BeforeValidator(_json_table)]
 OptionalTableOrPath = Annotated[dict[str, Any] | str | None, BeforeValidator(_json_table)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Count = Annotated[int | None, Field(ge=1), BeforeValidator(none_word)]
-OptionalFloat = Annotated[float | None, BeforeValidator(none_word)]
-OptionalBool = Annotated[bool | None, BeforeValidator(none_word)]
-OptionalTable = Annotated[dict[str, Any] | None, BeforeValidator(_json_table)]
-OptionalTableOrPath = Annotated[dict[str, Any] | str | None, BeforeValidator(_json_table)]
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -74,20 +80,27 @@ def field_names(owner: type) -> list[str]:
 
 def readable(problems: ValidationError, owner: type) -> str:
     """One line for each problem: "`field` (value): rule"."""
-    lines = []
+    lines: list[str] = []
+    rules: dict[str, list[str]] = {}  # a field that may have several types breaks a rule of each
     for problem in problems.errors(include_url=False):
-        path = [
-            str(part) for part in problem["loc"] if not str(part).startswith(("function-", "dict[", "list["))
-        ]
-        rule = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        path = ".".join(str(part) for part in problem["loc"] if not _names_a_type(str(part)))
+        rule = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "missing":
-            lines.append(f"`{'.'.join(path)}` is missing: {owner.__name__} needs it.")
+            lines.append(f"`{path}` is missing: {owner.__name__} needs it.")
         elif problem["type"] == "value_error" and (not path or rule.startswith("`")):
             lines.append(rule)
+        elif problem["type"] == "unexpected_positional_argument":
+            lines.append(f"{problem['input']!r}: {owner.__name__} takes this by name only.")
         else:
-            rule = rule[0].lower() + rule[1:]
-            lines.append(f"`{'.'.join(path)}` ({problem['input']!r}): {rule.removeprefix('input ')}.")
-    return "\n".join(dict.fromkeys(lines))
+            rule = (rule[0].lower() + rule[1:]).removeprefix("input ")
+            rules.setdefault(f"`{path}` ({problem['input']!r})", []).append(rule)
+    lines += [f"{field}: {', or '.join(broken)}." for field, broken in rules.items()]
+    return "\n".join(lines)
+
+
+def _names_a_type(part: str) -> bool:
+    """Whether a part of pydantic's path names a branch of a union, not a field."""
+    return part in ("str", "int", "float", "bool") or "[" in part or part.startswith("function-")
 
 
 def _plain(value: Any) -> Any:
