@@ -1,10 +1,11 @@
 """Published models: `registry/<name>/<version>/`, immutable, checked by content, opened by name.
 
 A version is the first 12 hex digits of the SHA-256 over the model's content (weights, config, tokenizer, text
-form): publishing the same content again finds the same version and changes nothing. A version appears whole or
-not at all (written beside, synced, renamed), its files are read-only, and `current.json` names the version that
-`open_published` gives when none is asked for. Opening reads every byte once to compare checksums (about 1 GB/s);
-`RewardModel.from_pretrained(path)` loads without that. No torch is needed here, except to merge a LoRA adapter.
+form): publishing the same content again finds the same version and changes nothing. A version appears whole
+or not at all (written beside, synced, renamed), its files are read-only, and `current.json` names the
+version that `open_published` gives when none is asked for. Opening reads every byte once to compare
+checksums (about 1 GB/s); `RewardModel.from_pretrained(path)` loads without that. No torch is needed here,
+except to merge a LoRA adapter.
 """
 
 from __future__ import annotations
@@ -111,8 +112,12 @@ def open_published(
 def list_versions(registry: str | Path, name: str) -> list[str]:
     """The versions published under `name`, oldest first; empty when there are none."""
     home = Path(registry) / name
-    manifests = [read_json(path) for path in home.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
-    return [str(m["version"]) for m in sorted(manifests, key=lambda m: (str(m["created"]), str(m["version"])))]
+    manifests = [
+        read_json(path) for path in home.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")
+    ]
+    return [
+        str(m["version"]) for m in sorted(manifests, key=lambda m: (str(m["created"]), str(m["version"])))
+    ]
 
 
 def current_version(home: str | Path) -> str:
@@ -131,8 +136,10 @@ def set_current(registry: str | Path, name: str, version: str) -> None:
     home = Path(registry) / name
     if not (home / version / MANIFEST).is_file():
         raise PublishError(f"version {version!r} of {name!r} is not published. {_versions_sentence(home)}")
-    temporary = home / f".{CURRENT}.{os.getpid()}"
-    _write_synced(temporary, json.dumps({"version": version, "set_at": _now()}) + "\n")
+    descriptor, temporary = tempfile.mkstemp(dir=home, prefix=f".{CURRENT}-")
+    os.close(descriptor)
+    os.chmod(temporary, 0o644)
+    _write_synced(Path(temporary), json.dumps({"version": version, "set_at": _now()}) + "\n")
     os.replace(temporary, home / CURRENT)
     _sync_directory(home)
 
@@ -219,19 +226,17 @@ def _merge_adapter(saved: SavedFiles, into: Path) -> None:
 
     Merged in float32, the dtype the adapter was trained in, so that the scores stay what they were.
     """
-    import torch
-    from peft import AutoPeftModelForSequenceClassification
-    from transformers import AutoTokenizer
+    from rayrm.model.reward_model import load_saved, save_model
 
-    model = AutoPeftModelForSequenceClassification.from_pretrained(
-        str(saved.directory), num_labels=1, dtype=torch.float32
-    )
-    merged = model.merge_and_unload()
-    merged.config.problem_type = "regression"
-    merged.save_pretrained(into)
-    AutoTokenizer.from_pretrained(str(saved.directory)).save_pretrained(into)
-    facts = {**saved.facts, "text_form": saved.text_form}
-    (into / "rayrm.json").write_text(json.dumps(facts), encoding="utf-8")
+    try:
+        loaded = load_saved(saved.directory, device="cpu")
+    except (OSError, ValueError) as error:
+        raise PublishError(
+            f"adapter {str(saved.directory)!r} cannot be merged into its base: {error}. Make the base "
+            "model's "
+            "directory readable at the path in adapter_config.json, or publish with `merge_lora=False`."
+        ) from error
+    save_model(loaded.model, loaded.tokenizer, into, text_form=loaded.text_form)
 
 
 def training_records(checkpoint: Path) -> tuple[str | None, dict[str, float]]:
@@ -260,8 +265,8 @@ def _card(manifest: Mapping[str, Any], *, has_run: bool) -> str:
         "---",
         f"# {manifest['name']} {manifest['version']}",
         "",
-        "A reward model: one score for a (prompt, completion); higher is better. Published by rayrm, read-only.",
-        "",
+        "A reward model: one score for a (prompt, completion); higher is better. Published by rayrm,
+        read-only.", "",
         f"- text form: {manifest['text_form']}",
         f"- from: `{manifest['source']}`, published {manifest['created']}",
     ]
@@ -273,9 +278,7 @@ def _card(manifest: Mapping[str, Any], *, has_run: bool) -> str:
     lines += ["", "```python", "from rayrm import RewardModel", ""]
     question = '["What is 2+2?"], ["4"]'
     if manifest["text_form"] == "conversational":
-        question = (
-            '[[{"role": "user", "content": "2+2?"}]], [[{"role": "assistant", "content": "4"}]]'
-        )
+        question = '[[{"role": "user", "content": "2+2?"}]], [[{"role": "assistant", "content": "4"}]]'
     lines += [f"RewardModel.from_pretrained(PATH).score({question})", "```"]
     if manifest["is_adapter"]:
         lines += [

@@ -1,7 +1,8 @@
 """What a saved reward model's directory holds: its content files and its text form, or why it is refused.
 
 Reads JSON and safetensors headers only: no weight is loaded and no torch imported, so a wrong directory is
-refused in milliseconds, before any cluster or replica starts. Loading is `rayrm.model.reward_model.load_saved`.
+refused in milliseconds, before any cluster or replica starts. Loading is
+`rayrm.model.reward_model.load_saved`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,25 @@ from rayrm.errors import PublishError
 FACTS = "rayrm.json"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
-    "vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json"
-).split()
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True, slots=True)
 class SavedFiles:
-    """A saved model: `content` are the names of its files in `directory`, sorted; `facts` is its rayrm.json."""
+    """A saved model: `content` names its files in `directory`, sorted; `facts` is its rayrm.json."""
 
     directory: Path
     content: tuple[str, ...]
@@ -53,6 +64,12 @@ def saved_files(directory: str | Path) -> SavedFiles:
     if is_adapter:
         if not (root / "adapter_model.safetensors").is_file():
             raise PublishError(_no_weights(root, "adapter_model.safetensors"))
+        task = read_json(root / "adapter_config.json").get("task_type")
+        if task != "SEQ_CLS":
+            raise PublishError(
+                f"{str(root)!r} is an adapter for task_type={task!r}: a reward model's is 'SEQ_CLS'. "
+                "Train one with `rayrm train` and `[model.lora]`."
+            )
         weights = ["adapter_config.json", "adapter_model.safetensors"]
     else:
         _check_config(root)
@@ -79,7 +96,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PublishError(f"{str(path)!r} cannot be read as JSON ({error}). Save the model again.") from error
+        raise PublishError(
+            f"{str(path)!r} cannot be read as JSON ({error}). Save the model again."
+        ) from error
     if not isinstance(value, dict):
         raise PublishError(f"{str(path)!r} must hold a JSON object, not {type(value).__name__}.")
     return value
@@ -144,8 +163,10 @@ def _no_weights(root: Path, expected: str) -> str:
     pickles = sorted(path.name for pattern in _PICKLES for path in root.glob(pattern))
     if pickles:
         return (
-            f"{str(root)!r} has its weights only as pickles ({pickles[0]}), which run code when loaded. Convert "
-            "once: AutoModelForSequenceClassification.from_pretrained(DIR, num_labels=1).save_pretrained(DIR)."
+            f"{str(root)!r} has its weights only as pickles ({pickles[0]}), which run code when loaded. "
+            "Convert "
+            "once: AutoModelForSequenceClassification.from_pretrained(DIR, "
+            "num_labels=1).save_pretrained(DIR)."
         )
     return f"{str(root)!r} has no {expected}. Pass a run's `output_dir` or its `checkpoint-<step>`."
 

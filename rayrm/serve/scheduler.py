@@ -15,8 +15,8 @@ Invariants, each a test:
 4. Within a batch, texts of one prompt stand together; a text overtakes older ones only to join its prompt.
 5. A request is answered once, with its scores in its own order, when its last text is done.
 
-The cost of a batch is the number of tokens the model computes: shared beginnings once (`shared`), every text in
-full (`packed`), or every text as long as the longest (`padded`). Planning costs about 10 us a text.
+The cost of a batch is the number of tokens the model computes: shared beginnings once (`shared`), every text
+in full (`packed`), or every text as long as the longest (`padded`). Planning costs about 10 us a text.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class ScoreQueue:
         return taken
 
     def answer(self, texts: Sequence[QueuedText], scores: Sequence[float]) -> list[tuple[int, list[float]]]:
-        """Note the scores of a taken batch; returns the requests that are complete now, with all their scores."""
+        """Note a taken batch's scores; returns the requests complete now, each with all its scores."""
         complete: list[tuple[int, list[float]]] = []
         for text, score in zip(texts, scores, strict=True):
             entry = self._requests.get(text.request)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,7 +83,7 @@ def test_the_oldest_waiting_text_is_in_the_next_batch(requests, budget, layout) 
 def test_texts_of_one_prompt_stand_together(requests, budget) -> None:
     for batch in drained(filled(requests, budget, "shared")):
         prompts = [t.prompt for t in batch]
-        changes = sum(a != b for a, b in zip(prompts, prompts[1:], strict=False))
+        changes = sum(a != b for a, b in itertools.pairwise(prompts))
         assert changes == len(set(prompts)) - 1
 
 

@@ -1,0 +1,188 @@
+"""Texts -> scores in this process: the published (or any saved) reward model, without Ray.
+
+Each shared prompt is computed once for all its completions; batches are cut by tokens (`scheduler.py`) and
+the answer comes in input order. A score is a finite float or a `ScoreError`; it does not depend on what else
+is in the batch (float32: below 1e-5) and equals stock `AutoModelForSequenceClassification` (below 1e-4). One
+model computes one batch at a time: to score from many processes at once, `deploy` it and use `RewardClient`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayrm.data.packing import Ids, pack_texts
+from rayrm.data.preference import Text
+from rayrm.data.tokenize import TextForm, TextInput, encode
+from rayrm.errors import ScoreError
+from rayrm.model.forward import PackedScorer, to_device
+from rayrm.model.layout import choose_layout
+from rayrm.model.reward_model import LoadedModel, load_saved
+from rayrm.serve.request import Truncation, check_truncation, text_inputs
+from rayrm.serve.scheduler import Layout, ScoreQueue
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_TOKENS = 16384
+
+
+class RewardModel:
+    """A loaded reward model; `text_form` says whether it takes messages or plain strings."""
+
+    def __init__(self, loaded: LoadedModel, *, max_tokens_per_batch: int = DEFAULT_MAX_TOKENS) -> None:
+        layout = choose_layout(loaded.model, train=False)
+        if layout.reason:
+            logger.info("prompts are not shared among completions: %s", layout.reason)
+        self.tokenizer = loaded.tokenizer
+        self.text_form: TextForm = loaded.text_form
+        self.max_positions = loaded.max_positions
+        self.layout: Layout = layout.name
+        # Where positions scale with the longest text of the batch, or no pad token exists, a text travels
+        # alone.
+        alone = layout.name == "padded" and (loaded.pad_token_id is None or _rope_depends_on_batch(loaded))
+        self.max_tokens_per_batch = 1 if alone else max_tokens_per_batch
+        self._pad_token_id = loaded.pad_token_id
+        self._vocabulary_size = int(loaded.model.config.get_text_config().vocab_size)
+        self._device = next(loaded.model.parameters()).device
+        self._scorer = PackedScorer(loaded.model, layout).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        max_tokens_per_batch: int = DEFAULT_MAX_TOKENS,
+    ) -> RewardModel:
+        """Load a published version, a run's output, a checkpoint, or a stock transformers reward model.
+
+        `device` None: a GPU if there is one. `dtype` None: float32. `max_tokens_per_batch` bounds memory and
+        cannot change a score. Raises ModelError for what is not a one-label model.
+        """
+        loaded = load_saved(path, device=device, dtype="float32" if dtype is None else dtype)
+        return cls(loaded, max_tokens_per_batch=max_tokens_per_batch)
+
+    def score(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        *,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        rendered: bool = False,
+        truncation: Truncation | None = None,
+    ) -> list[float]:
+        """One score for each (prompt, completion), in order; higher is better.
+
+        Both are lists of strings (standard models), or of message lists (conversational models). `rendered`:
+        strings that went through the chat template already. A text above the model's position limit raises
+        ScoreError unless `truncation` says which end to cut ("left" keeps the completion).
+        """
+        inputs = text_inputs(prompts, completions, tools, chat_template_kwargs, rendered=rendered)
+        return self.score_inputs(inputs, truncation=truncation)
+
+    def score_inputs(
+        self, inputs: Sequence[TextInput], *, truncation: Truncation | None = None
+    ) -> list[float]:
+        """One score for each input, in order. Raises ScoreError naming the input that cannot be scored."""
+        sequences = self.encode(inputs, truncation=truncation)
+        return self.score_ids(sequences, prompts=[prompt_key(entry) for entry in inputs])
+
+    def score_ids(
+        self, sequences: Sequence[Ids], *, prompts: Sequence[Hashable | None] | None = None
+    ) -> list[float]:
+        """One score for each sequence of token ids (int32 `[length]`), in order.
+
+        `prompts`: equal keys are computed together, so that their common tokens are computed once.
+        """
+        if not sequences:
+            return []
+        self._check_ids(sequences)
+        queue = ScoreQueue(self.max_tokens_per_batch, self.layout)
+        queue.add(0, sequences, [None] * len(sequences) if prompts is None else prompts)
+        scores: list[float] = []
+        while texts := queue.take():
+            for _, scores in queue.answer(texts, self.compute([text.ids for text in texts])):
+                check_finite(scores)
+        return scores
+
+    def encode(self, inputs: Sequence[TextInput], *, truncation: Truncation | None = None) -> list[Ids]:
+        """Token ids of each input, int32 `[length]`, within the position limit; ScoreError names a bad one."""
+        check_truncation(truncation)
+        try:
+            sequences = encode(self.tokenizer, self.text_form, inputs)
+        except ScoreError as error:
+            raise self._named(inputs, error) from None
+        for index, ids in enumerate(sequences):
+            if len(ids) == 0:
+                raise ScoreError(f"input {index} is empty: there is no token to score. Remove it.")
+            if self.max_positions is not None and len(ids) > self.max_positions:
+                sequences[index] = _cut(ids, self.max_positions, truncation, index)
+        return sequences
+
+    def compute(self, sequences: Sequence[Ids]) -> list[float]:
+        """One forward pass over `sequences` as one batch; scores as the model gives them, NaN included."""
+        batch = pack_texts(sequences, self._pad_token_id, share=self.layout == "shared")
+        with torch.inference_mode():
+            scores: list[float] = self._scorer(to_device(batch, self._device)).cpu().tolist()
+        return scores
+
+    def _named(self, inputs: Sequence[TextInput], error: ScoreError) -> ScoreError:
+        for index, entry in enumerate(inputs):
+            try:
+                encode(self.tokenizer, self.text_form, [entry])
+            except ScoreError as own:
+                return ScoreError(f"input {index} of {len(inputs)}: {own}")
+        return error
+
+    def _check_ids(self, sequences: Sequence[Ids]) -> None:
+        for index, ids in enumerate(sequences):
+            if len(ids) == 0 or ids.min() < 0 or ids.max() >= self._vocabulary_size:
+                raise ScoreError(
+                    f"sequence {index} ({len(ids)} ids) must hold at least one id, all in [0, "
+                    f"{self._vocabulary_size}). Tokenize with this model's tokenizer."
+                )
+            if self.max_positions is not None and len(ids) > self.max_positions:
+                _cut(ids, self.max_positions, None, index)
+
+
+def prompt_key(entry: TextInput) -> str | None:
+    """Equal for inputs with the same prompt, whose first tokens are therefore the same; None without one."""
+    if entry.prompt is None or isinstance(entry.prompt, str):
+        return entry.prompt
+    return json.dumps([entry.prompt, entry.tools], sort_keys=True, default=repr)
+
+
+def check_finite(scores: Sequence[float]) -> None:
+    """Raise ScoreError naming the first score that is NaN or infinite."""
+    for index, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise ScoreError(
+                f"input {index} of {len(scores)} got the score {score}: the weights, or their dtype's "
+                "range, are "
+                "broken. Score with dtype float32, or publish a checkpoint whose weights are finite."
+            )
+
+
+def _cut(ids: Ids, limit: int, truncation: Truncation | None, index: int) -> Ids:
+    if truncation == "left":
+        return np.ascontiguousarray(ids[-limit:])
+    if truncation == "right":
+        return ids[:limit]
+    raise ScoreError(
+        f"input {index} has {len(ids)} tokens, the model's position limit is {limit}. Shorten it, or pass "
+        'truncation="left" (cuts the beginning) or "right" (cuts the end).'
+    )
+
+
+def _rope_depends_on_batch(loaded: LoadedModel) -> bool:
+    rope = getattr(loaded.model.config.get_text_config(), "rope_parameters", None) or {}
+    return rope.get("rope_type") in {"dynamic", "longrope"}

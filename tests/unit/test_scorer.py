@@ -1,0 +1,165 @@
+"""In-process scores: equal to stock transformers, whatever else is in the batch; a number or an exception."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+from rayrm.data.tokenize import TextInput, encode
+from rayrm.errors import ScoreError
+from rayrm.serve.scorer import RewardModel
+from tests.tiny import WORDS, save_tiny, tiny_tokenizer
+
+# Stock transformers scores one text at a time with another attention call: float32 rounding, and no more.
+STOCK = 1e-4
+# The same kernel on other shapes: only the order of additions differs.
+NEIGHBOURS = 1e-5
+
+
+def stock_scores(directory: Path, form: str, inputs: list[TextInput]) -> list[float]:
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    scores = []
+    for ids in encode(tokenizer, form, inputs):
+        with torch.no_grad():
+            scores.append(float(model(input_ids=torch.as_tensor(ids, dtype=torch.long)[None]).logits))
+    return scores
+
+
+def messages(prompt: str, answer: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    return [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
+
+
+def some_texts(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
+    rng = random.Random(seed)
+    asked = [" ".join(rng.choices(WORDS, k=rng.randint(3, 20))) + "?" for _ in range(max(count // 4, 1))]
+    prompts = [rng.choice(asked) for _ in range(count)]
+    return prompts, [" " + " ".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def standard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("standard"), chat=False, bos=True)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(directory)
+    tiny_tokenizer(chat=False).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["standard", "encoder"])
+@pytest.mark.parametrize("budget", [1, 60, 16384])
+def test_scores_equal_stock_transformers(kind: str, budget: int, request: pytest.FixtureRequest) -> None:
+    directory: Path = request.getfixturevalue(kind)
+    prompts, completions = some_texts(24)
+    scores = RewardModel.from_pretrained(directory, max_tokens_per_batch=budget).score(prompts, completions)
+    inputs = [TextInput(p, c) for p, c in zip(prompts, completions, strict=True)]
+    assert scores == pytest.approx(stock_scores(directory, "standard", inputs), abs=STOCK)
+    assert np.std(scores) > 20 * STOCK
+    assert all(type(score) is float for score in scores)
+
+
+def test_conversational_scores_equal_stock_transformers_with_the_template(chat: Path) -> None:
+    pairs = [messages(p, c) for p, c in zip(*some_texts(8), strict=True)]
+    prompts, completions = [p for p, _ in pairs], [c for _, c in pairs]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    model = RewardModel.from_pretrained(chat)
+    assert model.text_form == "conversational"
+    for given in (None, tools):
+        inputs = [TextInput(p, c, given) for p, c in pairs]
+        scores = model.score(prompts, completions, tools=given)
+        assert scores == pytest.approx(stock_scores(chat, "conversational", inputs), abs=STOCK)
+    templated = [model.tokenizer.apply_chat_template(p + c, tokenize=False) for p, c in pairs]
+    assert model.score([""] * 8, templated, rendered=True) == pytest.approx(
+        model.score(prompts, completions), abs=NEIGHBOURS
+    )
+
+
+@pytest.mark.parametrize("kind", ["standard", "encoder"])
+def test_a_score_does_not_depend_on_batch_neighbours(kind: str, request: pytest.FixtureRequest) -> None:
+    model = RewardModel.from_pretrained(request.getfixturevalue(kind))
+    prompts, completions = some_texts(20, seed=1)
+    alone = [model.score([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+    assert model.score(prompts, completions) == pytest.approx(alone, abs=NEIGHBOURS)
+    order = random.Random(2).sample(range(20), 20)
+    shuffled = model.score([prompts[i] for i in order], [completions[i] for i in order])
+    assert shuffled == pytest.approx([alone[i] for i in order], abs=NEIGHBOURS)
+
+
+def test_a_shared_prompt_is_computed_once(standard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = RewardModel.from_pretrained(standard)
+    computed: list[int] = []
+    forward = model._scorer.forward
+    monkeypatch.setattr(
+        model._scorer, "forward", lambda batch: (computed.append(batch.ids.shape[1]), forward(batch))[1]
+    )
+    prompt, answers = "the cat " * 20, [f" {word}" for word in WORDS[:8]]
+    model.score([prompt] * 8, answers)
+    unshared = [len(ids) for ids in model.encode([TextInput(prompt, a) for a in answers])]
+    assert len(computed) == 1
+    assert computed[0] < min(unshared) + sum(n - 30 for n in unshared)
+
+
+def test_the_position_limit_is_refused_or_cut_as_asked(standard: Path) -> None:
+    model = RewardModel.from_pretrained(standard)
+    long = "cat " * 600
+    (ids,) = encode(model.tokenizer, "standard", [TextInput(long, " sits")])
+    with pytest.raises(ScoreError, match=rf"input 1 has {len(ids)} tokens.*limit is 512.*truncation"):
+        model.score(["a", long], [" b", " sits"])
+    left, right = (model.score([long], [" sits"], truncation=side) for side in ("left", "right"))
+    assert left == pytest.approx(model.score_ids([ids[-512:]]), abs=NEIGHBOURS)
+    assert right == pytest.approx(model.score_ids([ids[:512]]), abs=NEIGHBOURS)
+    with pytest.raises(ScoreError, match="limit is 512"):
+        model.score_ids([ids])
+    with pytest.raises(ScoreError, match="'middle'"):
+        model.score(["a"], [" b"], truncation="middle")
+
+
+def test_an_input_that_cannot_be_scored_is_named(standard: Path, chat: Path) -> None:
+    model = RewardModel.from_pretrained(standard)
+    with pytest.raises(ScoreError, match="`prompts` has 2 entries and `completions` 1"):
+        model.score(["a", "b"], ["c"])
+    with pytest.raises(ScoreError, match=r"`prompts` \(str\) must be a list"):
+        model.score("a", ["c"])
+    with pytest.raises(ScoreError, match="is one message list"):
+        RewardModel.from_pretrained(chat).score(*messages("a", "b"))
+    ask, answer = messages("a", "b")
+    with pytest.raises(ScoreError, match=r"input 1 of 2: message lists given to a model trained on plain"):
+        model.score(["a", ask], ["b", answer])
+    with pytest.raises(ScoreError, match="input 0 of 1: plain strings"):
+        RewardModel.from_pretrained(chat).score(["a"], ["b"])
+    for ids in ([], [400], [-1]):
+        with pytest.raises(ScoreError, match="sequence 0"):
+            model.score_ids([np.asarray(ids, np.int32)])
+
+
+def test_a_score_is_a_finite_number_or_an_error(tmp_path: Path) -> None:
+    model = RewardModel.from_pretrained(save_tiny(tmp_path, chat=False))
+    assert model.score([], []) == []
+    with torch.no_grad():
+        model._scorer.model.score.weight.fill_(float("nan"))
+    with pytest.raises(ScoreError, match="input 0 of 1 got the score nan"):
+        model.score(["a"], [" b"])
