@@ -28,7 +28,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from rayrm.data.preference import Text
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import RayrmError, RewardUnavailableError
-from rayrm.serve.request import Truncation, check_truncation, text_inputs
+from rayrm.serve.request import Truncation, check_truncation, row_inputs, text_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,11 @@ class RewardClient:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float]:
-        """TRL's reward function: one float for each completion; ids and columns are ignored."""
-        return self.score(prompts, completions).scores
+        """TRL's reward function: one float for each completion.
+
+        Of the data set's columns, `tools` and `chat_template_kwargs` go to the chat template, as in training.
+        """
+        return self._score(row_inputs(prompts, completions, columns), None).scores
 
     def score(
         self,
@@ -85,12 +88,15 @@ class RewardClient:
             ScoreError: an input that cannot be scored (named).
             RewardUnavailableError: no such application, or no answer before the deadline.
         """
+        inputs = text_inputs(prompts, completions, tools, chat_template_kwargs, rendered=rendered)
+        return self._score(inputs, truncation)
+
+    def _score(self, inputs: list[TextInput], truncation: Truncation | None) -> ScoreResult:
         if _in_event_loop():
             raise RewardUnavailableError(
                 f"RewardClient({self.name!r}) was called inside a running event loop, which it would block. "
                 "Use `await client.score_async(prompts, completions)` there."
             )
-        inputs = text_inputs(prompts, completions, tools, chat_template_kwargs, rendered=rendered)
         check_truncation(truncation)
         attempts = _Attempts(self.name, self.deadline_s)
         while True:

@@ -265,8 +265,8 @@ def _card(manifest: Mapping[str, Any], *, has_run: bool) -> str:
         "---",
         f"# {manifest['name']} {manifest['version']}",
         "",
-        "A reward model: one score for a (prompt, completion); higher is better. Published by rayrm,
-        read-only.", "",
+        "A reward model: one score for a (prompt, completion); higher is better. Read-only.",
+        "",
         f"- text form: {manifest['text_form']}",
         f"- from: `{manifest['source']}`, published {manifest['created']}",
     ]

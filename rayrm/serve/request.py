@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -41,6 +43,30 @@ def text_inputs(
         TextInput(prompt, completion, tools, extra, rendered)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
+
+
+def row_inputs(
+    prompts: Sequence[Text], completions: Sequence[Text], columns: Mapping[str, Any]
+) -> list[TextInput]:
+    """As `text_inputs`, for data set columns: `tools` and `chat_template_kwargs` have one entry for each row.
+
+    They decide what the chat template writes, as in training; all other columns have no part in a score.
+    """
+    inputs = text_inputs(prompts, completions)
+    for name in ("tools", "chat_template_kwargs"):
+        column = columns.get(name)
+        if column is None:
+            continue
+        if not isinstance(column, Sequence) or len(column) != len(inputs):
+            raise ScoreError(
+                f"column `{name}` must be a list with one entry for each of {len(inputs)} prompts."
+            )
+        values = [json.loads(value) if isinstance(value, str) else value for value in column]
+        inputs = [
+            entry if value is None else dataclasses.replace(entry, **{name: value})
+            for entry, value in zip(inputs, values, strict=True)
+        ]
+    return inputs
 
 
 def check_truncation(truncation: str | None) -> None:

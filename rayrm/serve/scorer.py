@@ -115,7 +115,7 @@ class RewardModel:
         return scores
 
     def encode(self, inputs: Sequence[TextInput], *, truncation: Truncation | None = None) -> list[Ids]:
-        """Token ids of each input, int32 `[length]`, within the position limit; ScoreError names a bad one."""
+        """Token ids of each input, int32 `[length]`, within the limit. ScoreError names a bad input."""
         check_truncation(truncation)
         try:
             sequences = encode(self.tokenizer, self.text_form, inputs)

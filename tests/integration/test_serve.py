@@ -1,0 +1,385 @@
+"""The reward service on a real cluster: the same scores, no lost request, and errors that say what to type."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+
+from rayrm.config import ServeConfig
+from rayrm.data.tokenize import TextInput
+from rayrm.errors import ClusterError, ConfigError, PublishError, RewardUnavailableError, ScoreError
+from rayrm.serve.client import RewardClient
+from rayrm.serve.deployment import RewardReplica, deploy
+from rayrm.serve.registry import PublishedModel, publish
+from rayrm.serve.scorer import RewardModel
+from tests.tiny import WORDS, save_tiny
+
+# The handle and the process compute the same float32 numbers in other batches.
+SAME = 1e-4
+LIGHT = {"num_cpus": 0.2}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> PublishedModel:
+    root = tmp_path_factory.mktemp("serve")
+    return publish(save_tiny(root / "first", chat=False), root / "registry", "reward")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> PublishedModel:
+    root = tmp_path_factory.mktemp("serve-other")
+    return publish(save_tiny(root / "second", seed=1, chat=False), root / "registry", "reward")
+
+
+@contextmanager
+def served(model: PublishedModel | Path, name: str, **fields: Any) -> Iterator[RewardClient]:
+    try:
+        yield deploy(model, name, **{**LIGHT, **fields})
+    finally:
+        serve.delete(name)
+
+
+@pytest.fixture(scope="module")
+def client(ray_cluster: None, published: PublishedModel) -> Iterator[RewardClient]:
+    with served(published, "test-reward") as running:
+        yield running
+
+
+def texts(count: int, salt: str = "") -> tuple[list[str], list[str]]:
+    prompts = [f"{salt} what is the {WORDS[n // 4 % len(WORDS)]}?" for n in range(count)]
+    return prompts, [" " + " ".join(WORDS[n % 7 : n % 7 + 1 + n % 11]) for n in range(count)]
+
+
+def replica_pids(name: str) -> list[int]:
+    """The processes of an application's replicas; Ray writes the application's name into their titles."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if title.startswith(f"ray::ServeReplica:{name}:"):
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.ray
+def test_the_handle_gives_the_scores_of_the_process(client: RewardClient, published: PublishedModel) -> None:
+    prompts, completions = texts(40)
+    expected = RewardModel.from_pretrained(published.path).score(prompts, completions)
+    answer = client.score(prompts, completions)
+    assert answer.scores == pytest.approx(expected, abs=SAME)
+    assert answer.version == published.version
+    assert client(prompts=prompts, completions=completions, completion_ids=[[1]] * 40, label=["x"] * 40) == (
+        pytest.approx(expected, abs=SAME)
+    )
+    assert all(type(score) is float for score in answer.scores)
+    assert client([], []) == []
+
+
+@pytest.mark.ray
+def test_unequal_requests_at_once_each_get_their_own_scores(
+    client: RewardClient, published: PublishedModel
+) -> None:
+    counts = [1, 64, 3, 17, 1, 40, 2, 8]
+    requests = [texts(count, salt=f"{n} red") for n, count in enumerate(counts)]
+
+    async def all_at_once() -> list[list[float]]:
+        answers = await asyncio.gather(*(client.score_async(*request) for request in requests))
+        return [answer.scores for answer in answers]
+
+    model = RewardModel.from_pretrained(published.path)
+    for scores, request in zip(asyncio.run(all_at_once()), requests, strict=True):
+        assert scores == pytest.approx(model.score(*request), abs=SAME)
+
+
+@pytest.mark.ray
+def test_a_bad_input_fails_its_own_request_only(client: RewardClient) -> None:
+    async def good_and_bad() -> list[Any]:
+        good = [client.score_async(*texts(8, salt=str(n))) for n in range(4)]
+        bad = client.score_async(["fine", "cat " * 700], [" yes", " no"])
+        return await asyncio.gather(*good, bad, return_exceptions=True)
+
+    *answers, failure = asyncio.run(good_and_bad())
+    assert all(len(answer.scores) == 8 for answer in answers)
+    assert type(failure) is ScoreError
+    assert "input 1 has" in str(failure)
+    assert "limit is 512" in str(failure)
+    assert len(client.score(["cat " * 700], [" no"], truncation="left").scores) == 1
+    with pytest.raises(
+        ScoreError, match="input 0 of 1: message lists given to a model trained on plain text"
+    ):
+        client([[{"role": "user", "content": "a"}]], [[{"role": "assistant", "content": "b"}]])
+    with pytest.raises(ScoreError, match="`prompts` has 1 entries and `completions` 2"):
+        client(["a"], ["b", "c"])
+
+
+@pytest.mark.ray
+def test_a_pickled_client_works_in_actors_sync_and_async(
+    client: RewardClient, published: PublishedModel
+) -> None:
+    expected = RewardModel.from_pretrained(published.path).score(*texts(6))
+
+    @ray.remote(num_cpus=0.1)
+    class Plain:
+        def rewards(self, reward: RewardClient) -> list[float]:
+            return reward(*texts(6))
+
+    @ray.remote(num_cpus=0.1)
+    class Asynchronous:
+        async def rewards(self, reward: RewardClient) -> tuple[list[float], str]:
+            answer = await reward.score_async(*texts(6))
+            try:
+                reward(*texts(6))
+            except RewardUnavailableError as error:
+                return answer.scores, str(error)
+            return answer.scores, "no error"
+
+    client(*texts(1))
+    assert pickle.loads(pickle.dumps(client))._handle is None
+    assert ray.get(Plain.remote().rewards.remote(client)) == pytest.approx(expected, abs=SAME)
+    scores, refusal = ray.get(Asynchronous.remote().rewards.remote(client))
+    assert scores == pytest.approx(expected, abs=SAME)
+    assert "await client.score_async" in refusal
+
+
+@pytest.mark.ray
+def test_an_absent_application_is_named_with_those_that_run(client: RewardClient) -> None:
+    with pytest.raises(RewardUnavailableError, match=r"'nowhere'.*running: .*test-reward.*rayrm serve MODEL"):
+        RewardClient("nowhere")(["a"], ["b"])
+
+
+@pytest.mark.ray
+def test_no_answer_before_the_deadline_is_an_error(client: RewardClient) -> None:
+    hurried = RewardClient(client.name, deadline_s=0.0)
+    with pytest.raises(RewardUnavailableError, match="no answer within 0 s"):
+        hurried(*texts(200))
+    assert len(client(*texts(2))) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_a_killed_replica_costs_no_request(
+    ray_cluster: None, published: PublishedModel, num_replicas: int
+) -> None:
+    name = f"kill-{num_replicas}"
+    answers: list[list[float]] = []
+    failures: list[Exception] = []
+    stop = threading.Event()
+
+    def caller(number: int) -> None:
+        reward = RewardClient(name, deadline_s=120)
+        turn = 0
+        while not stop.is_set():
+            try:
+                answers.append(reward(*texts(12, salt=f"{number} {turn % 3}")))
+            except RewardUnavailableError as error:
+                failures.append(error)
+            turn += 1
+
+    with served(published, name, num_replicas=num_replicas):
+        threads = [threading.Thread(target=caller, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        pids = replica_pids(name)
+        assert len(pids) == num_replicas
+        while len(answers) < 10:
+            time.sleep(0.05)
+        os.kill(pids[0], signal.SIGKILL)
+        seen = len(answers)
+        limit = time.monotonic() + 120
+        while len(answers) < seen + 20 and time.monotonic() < limit:
+            time.sleep(0.05)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert pids[0] not in replica_pids(name)
+    assert failures == []
+    assert len(answers) >= seen + 20
+    model = RewardModel.from_pretrained(published.path)
+    known = [model.score(*texts(12, salt=f"{n} {t}")) for n in range(3) for t in range(3)]
+    for scores in answers:
+        assert any(scores == pytest.approx(right, abs=SAME) for right in known)
+
+
+@pytest.mark.ray
+def test_deploying_again_replaces_the_model_and_leaves_other_applications(
+    client: RewardClient, published: PublishedModel, other: PublishedModel
+) -> None:
+    with served(published, "again") as reward:
+        before = reward.score(*texts(4))
+        assert before.version == published.version
+        deploy(other, "again", **LIGHT)
+        after = reward.score(*texts(4))
+    assert after.version == other.version != published.version
+    assert after.scores == pytest.approx(RewardModel.from_pretrained(other.path).score(*texts(4)), abs=SAME)
+    assert after.scores != pytest.approx(before.scores, abs=SAME)
+    assert client.score(*texts(4)).version == published.version
+
+
+def test_a_bad_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """Runs without a cluster: with one, `deploy` would have connected to it."""
+    started = ray.is_initialized()
+    with pytest.raises(PublishError, match="is not a directory"):
+        deploy(tmp_path / "absent")
+    broken = publish(save_tiny(tmp_path / "model"), tmp_path / "registry", "reward")
+    weights = broken.path / "model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-7])
+    for model in (broken, broken.path, tmp_path / "registry" / "reward"):
+        with pytest.raises(PublishError, match=r"model\.safetensors' differs from its checksum"):
+            deploy(model)
+    with pytest.raises(ConfigError, match="route_prefix"):
+        deploy(tmp_path / "model", route_prefix="/reward")
+    with pytest.raises(ConfigError, match="num_replica"):
+        deploy(tmp_path / "model", num_replica=2)
+    assert ray.is_initialized() == started
+
+
+@pytest.mark.ray
+def test_more_replicas_than_the_cluster_has_room_for_are_refused(
+    ray_cluster: None, published: PublishedModel
+) -> None:
+    with pytest.raises(
+        ClusterError, match=r"3 replicas with `num_cpus` \(2\) need 6 CPUs, the cluster has 4"
+    ):
+        deploy(published, config=ServeConfig(name="big", num_replicas=3, num_cpus=2))
+    with pytest.raises(ClusterError, match=r"'big' is not ready after 1 s"):
+        deploy(published, "big", num_cpus=50, wait_s=1, check_resources=False)
+    assert "big" not in serve.status().applications
+
+
+@pytest.mark.ray
+def test_a_model_that_loads_and_cannot_score_does_not_start(ray_cluster: None, tmp_path: Path) -> None:
+    import torch
+
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    model = tiny_model()
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(RewardUnavailableError, match="'nan-model' could not start"):
+        deploy(tmp_path, "nan-model", **LIGHT)
+    assert "nan-model" not in serve.status().applications
+
+
+@pytest.fixture
+def replica(published: PublishedModel) -> RewardReplica:
+    """The class that Serve runs, here in this process: its loop can be watched."""
+    return RewardReplica(str(published.path), published.version, max_tokens_per_batch=64)
+
+
+def inputs(count: int, salt: str = "") -> list[TextInput]:
+    return [TextInput(p, c) for p, c in zip(*texts(count, salt), strict=True)]
+
+
+def test_a_cancelled_request_is_not_computed(replica: RewardReplica, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    free = threading.Event()
+    compute = replica._model.compute
+
+    def slow(sequences: Any) -> list[float]:
+        computed.append(len(sequences))
+        free.wait()
+        return compute(sequences)
+
+    monkeypatch.setattr(replica._model, "compute", slow)
+
+    async def story() -> tuple[list[float], str]:
+        first = asyncio.create_task(replica.score(inputs(1)))
+        while not computed:
+            await asyncio.sleep(0.01)
+        dropped = asyncio.create_task(replica.score(inputs(50, "dropped")))
+        last = asyncio.create_task(replica.score(inputs(2, "last")))
+        while len(replica._queue) < 52:
+            await asyncio.sleep(0.01)
+        dropped.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dropped
+        assert len(replica._queue) == 2
+        free.set()
+        await first
+        answer = await last
+        replica._loop.cancel()
+        return answer
+
+    scores, _ = asyncio.run(story())
+    assert sum(computed) == 3
+    assert scores == pytest.approx(replica._model.score_inputs(inputs(2, "last")), abs=SAME)
+
+
+def test_a_failed_batch_fails_its_requests_and_the_loop_goes_on(
+    replica: RewardReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = replica._model.compute
+    failures = [RuntimeError("out of memory")]
+
+    def failing_once(sequences: Any) -> list[float]:
+        if failures:
+            raise failures.pop()
+        return compute(sequences)
+
+    monkeypatch.setattr(replica._model, "compute", failing_once)
+
+    async def story() -> list[float]:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await replica.score(inputs(30))
+        assert len(replica._queue) == replica._queue.num_requests == 0
+        replica.check_health()
+        scores, _ = await replica.score(inputs(30))
+        replica._loop.cancel()
+        await asyncio.sleep(0)
+        return scores
+
+    assert len(asyncio.run(story())) == 30
+    with pytest.raises(RuntimeError, match="batch loop has ended"):
+        replica.check_health()
+
+
+@pytest.mark.ray
+def test_serving_ends_with_its_signal_and_removes_its_application_alone(
+    client: RewardClient, published: PublishedModel
+) -> None:
+    address = ray.get_runtime_context().gcs_address
+    code = (
+        "import sys; from rayrm.config import ServeConfig; from rayrm.serve.deployment import serve_forever; "
+        "serve_forever(sys.argv[1], ServeConfig(name='forever', num_cpus=0.2), address=sys.argv[2])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(published.path), address], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        first_line = process.stdout.readline()
+        assert "'forever'" in first_line
+        assert RewardClient("forever").score(*texts(3)).version == published.version
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "removed 'forever'" in rest
+    assert "forever" not in serve.status().applications
+    assert client.score(*texts(3)).version == published.version
+
+
+def test_the_client_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, rayrm.serve.client; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
