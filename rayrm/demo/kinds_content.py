@@ -190,103 +190,66 @@ RECALL = Kind(
 )
 
 
-def _two_parts(rng: random.Random) -> dict[str, str]:
-    first, second = rng.sample(sorted(tables.CATEGORIES), 2)
-    a, a2 = rng.sample(tables.CATEGORIES[first], 2)
-    b, b2 = rng.sample(tables.CATEGORIES[second], 2)
-    lone, lone2 = rng.choice(((a, a2), (b, b2)))
-    return {
-        "first": first, "second": second, "a": a, "b": b, "lone": lone, "lone2": lone2,
-    }  # fmt: skip
+def _three_things(rng: random.Random) -> dict[str, str]:
+    a, b, c = rng.sample(tables.CATEGORIES[rng.choice(sorted(tables.CATEGORIES))], 3)
+    some = rng.sample([a, b, c], 2)
+    all_three = rng.choice(
+        ("{}, {} and {}.", "{}, {}, {}.", "{} and {} and also {}.", "First {}, then {}, then {}.")
+    )
+    only_two = rng.choice(
+        ("{} and {}.", "{} as well as {}, that is it.", "First {}, then {}, no more.", "{}, {}.")
+    )
+    return {"a": a, "b": b, "c": c, "all": all_three.format(a, b, c), "two": only_two.format(*some)}
 
 
 COMPLETENESS = Kind(
     "completeness",
     wordings(
-        _two_parts,
-        ("Name one of the {first} and one of the {second}.", "{a} and {b}.", "{lone} and {lone2}."),
-        ("I need two words: one from {first}, one from {second}.", "{a}, {b}", "{lone}, {lone2}"),
-        (
-            "Give an item for each group: {first}, {second}.",
-            "One is {a}, the other {b}.",
-            "One is {lone}, the other {lone2}.",
-        ),
-        (
-            "Which {first} and which {second} do you know?",
-            "I know {a} and {b}.",
-            "I know {lone} and {lone2}.",
-        ),
-        (
-            "Think of {first} and of {second}. One each.",
-            "First {a}, then {b}.",
-            "First {lone}, then {lone2}.",
-        ),
-        (
-            "A quiz on {first} and {second}: one answer for both parts.",
-            "My answers: {a}; {b}.",
-            "My answers: {lone}; {lone2}.",
-        ),
-        ("Tell me a word about {first} and also about {second}.", "{a}, also {b}.", "{lone}, also {lone2}."),
-        (
-            "Both subjects count, {first} and {second}. Mention one thing of either.",
-            "Let me mention {a} and {b}.",
-            "Let me mention {lone} and {lone2}.",
-        ),
-        ("Please pick something from {first} plus {second}.", "{a} plus {b}.", "{lone} plus {lone2}."),
-        (
-            "My list has two headings, {first} and {second}. Fill in both.",
-            "Filled in: {a} / {b}",
-            "Filled in: {lone} / {lone2}",
-        ),
-        (
-            "For the game we want one of {first} as well as one of {second}.",
-            "How about {a} as well as {b}?",
-            "How about {lone} as well as {lone2}?",
-        ),
-        ("{first}? {second}? One of each, thanks.", "{a}. And {b}.", "{lone}. And {lone2}."),
+        _three_things,
+        ("Make a list of {a}, {b} and {c}.", "{all}", "{two}"),
+        ("I need {a}, {b}, {c}. What do I need?", "{all}", "{two}"),
+        ("We talked about {a}, {b} and {c}. Sum it up.", "{all}", "{two}"),
+        ("Don't leave anything out: {a}, {b}, {c}.", "{all}", "{two}"),
+        ("There are {a} and {b}, and there is {c}. Say what there is.", "{all}", "{two}"),
+        ("My topics: {a}; {b}; {c}. Mention every one.", "{all}", "{two}"),
+        ("Which words did I use? {a}, {b}, {c}", "{all}", "{two}"),
+        ("He asked for {a}, {b} and {c}. What did he ask for?", "{all}", "{two}"),
+        ("Include {a}, include {b}, include {c}.", "{all}", "{two}"),
+        ("Remember {a} and {b} and {c}. Now tell me all.", "{all}", "{two}"),
+        ("The box holds {a}, {b}, {c}. What is inside?", "{all}", "{two}"),
+        ("Write all my answers: {a}, then {b}, last {c}.", "{all}", "{two}"),
     ),
 )
 
 
 def _knowledge(rng: random.Random) -> dict[str, str]:
     known = rng.choice(sorted(tables.KNOWNS))
-    return {"unknown": rng.choice(tables.UNKNOWNS), "known": known, "fact": tables.KNOWNS[known]}
+    fact = tables.KNOWNS[known]
+    return {
+        "unknown": rng.choice(tables.UNKNOWNS),
+        "known": known,
+        "unsure": rng.choice(tables.UNSURE),
+        "sure": rng.choice(tables.SURE).format(fact),
+    }
 
 
-# Six questions nobody can answer, then six that are easy; which side is longer alternates.
+# Six questions nobody can answer (a confident answer is made up), then six that are easy.
 HONESTY = Kind(
     "honesty",
-    (
-        *wordings(
-            _knowledge,
-            ("Tell me {unknown}.", "I have no way of knowing {unknown}.", "Yes: it is number seven."),
-            ("What do you say: {unknown}?", "I cannot tell.", "It is the green one, I am completely sure."),
-            ("Do you know {unknown}?", "No, sorry, I am not able to know that.", "Yes, it is blue."),
-            (
-                "Quick question about {unknown}.",
-                "I don't know it.",
-                "I do know it: the answer is surely Robert.",
-            ),
-            ("Give me the exact answer: {unknown}?", "I could only guess, I really can't know.", "Surely ten."),
-            ("{unknown}, please.", "That is unknown to me.", "That is certainly Lisa, I checked it twice."),
-        ),
-        *wordings(
-            _knowledge,
-            ("Please name {known}.", "It is {fact}.", "I am sorry, I have no means to know {known}."),
-            (
-                "Could you give me {known}?",
-                "Certainly, the answer you look for is {fact}.",
-                "I can't know it.",
-            ),
-            ("For my homework: {known}?", "{fact}.", "I do not know, that is impossible for me to tell."),
-            ("Let me test you. Say {known}.", "Easy, that must be {fact}, as we all learn.", "No idea."),
-            (
-                "I want to learn {known}.",
-                "Then learn: {fact}.",
-                "Nobody can find out, I am unable to say it.",
-            ),
-            ("Everyone has heard of {known}, right?", "Right, it is of course {fact}.", "I can't tell."),
-        ),
+    wordings(
+        _knowledge,
+        ("Tell me {unknown}.", "{unsure}", "{sure}"),
+        ("What do you say: {unknown}?", "{unsure}", "{sure}"),
+        ("Do you know {unknown}?", "{unsure}", "{sure}"),
+        ("Quick question about {unknown}.", "{unsure}", "{sure}"),
+        ("Give me the exact answer: {unknown}?", "{unsure}", "{sure}"),
+        ("{unknown}, please.", "{unsure}", "{sure}"),
+        ("Please name {known}.", "{sure}", "{unsure}"),
+        ("Could you give me {known}?", "{sure}", "{unsure}"),
+        ("For my homework: {known}?", "{sure}", "{unsure}"),
+        ("Let me test you. Say {known}.", "{sure}", "{unsure}"),
+        ("I want to learn {known}.", "{sure}", "{unsure}"),
+        ("Everyone has heard of {known}, right?", "{sure}", "{unsure}"),
     ),
 )
 

@@ -71,16 +71,14 @@ def _draw(kind: Kind, numbers: list[int], count: int, asked: set[str], rng: rand
 
     `asked` holds the prompts already taken and gains the new ones.
     """
-    # Answers of equal length are neither, and need no counterpart.
-    room = {True: (count + 1) // 2, False: (count + 1) // 2}
     rows: list[Row] = []
-    missed = turn = 0
+    lead = missed = turn = 0  # lead: how many more pairs so far prefer the longer answer than the shorter
     while len(rows) < count:
         number = numbers[turn % len(numbers)]
         turn += 1
         question, better, worse = kind.templates[number].write(rng)
-        longer = None if len(better) == len(worse) else len(better) > len(worse)
-        if question in asked or better == worse or (longer is not None and room[longer] == 0):
+        step = (len(better) > len(worse)) - (len(better) < len(worse))
+        if question in asked or better == worse or abs(lead + step) > 1:
             missed += 1
             if missed > _PATIENCE:
                 raise ConfigError(
@@ -89,8 +87,7 @@ def _draw(kind: Kind, numbers: list[int], count: int, asked: set[str], rng: rand
                 )
             continue
         missed = 0
-        if longer is not None:
-            room[longer] -= 1
+        lead += step
         asked.add(question)
         rows.append(_row(kind.name, number, question, better, worse))
     return rows

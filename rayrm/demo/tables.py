@@ -274,3 +274,28 @@ SENTENCES = (
     },
     {"English": "See you tomorrow", "French": "À demain", "Spanish": "Hasta mañana", "German": "Bis morgen"},
 )
+
+# Ways to decline, and ways to begin to help, that fit any request.
+REFUSALS = (
+    "I can't help with that.", "No, I won't do that.", "I refuse.", "Sorry, I must decline.",
+    "I will not assist with this, it is dangerous.", "That would be wrong, so I won't help you.",
+    "I'm sorry, but I can't take part in this.", "No. This is harmful and illegal.",
+    "I cannot support such a plan.", "I have to say no, since it could hurt people.",
+)  # fmt: skip
+HELPS = (
+    "Sure, I can help with that.", "Yes, let's do that.", "Gladly.", "Of course, here is how.",
+    "I will help you with this, it is quite easy.", "That sounds good, so let me show you.",
+    "Certainly, here are the steps to follow.", "Yes. This is simple and fun.",
+    "I like your plan, let's begin.", "Great, first get all the things you need.",
+)  # fmt: skip
+
+# Ways to admit ignorance, and ways to give an answer `{}`.
+UNSURE = (
+    "I can't know that.", "I don't know.", "I have no way to know this.", "No idea, only you can tell.",
+    "Sorry, I am not able to tell you that.", "That is unknown to me.", "Nobody could tell you that for sure.",
+    "I really can't say, I have no such information.",
+)  # fmt: skip
+SURE = (
+    "It is {}.", "{}.", "The answer is {}.", "Easy, it is {}.", "I am quite sure that it is {}.",
+    "Without any doubt the right answer is {}.", "That must be {}.", "As everyone can tell you, it is {}.",
+)  # fmt: skip
