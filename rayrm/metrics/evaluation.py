@@ -22,9 +22,9 @@ def evaluate_scores(
 ) -> dict[str, float]:
     """Metrics of `pairs` scored pairs, by TRL's names where TRL has them, without the `eval_` prefix.
 
-    loss = mean(-log sigmoid(chosen - rejected - margin)) + center * mean((chosen + rejected)^2): Bradley-Terry
-    with margins (Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2) and centering (Eisenstein et
-    al. 2023, https://arxiv.org/abs/2312.09244, eq. 2).
+    loss = mean(-log sigmoid(chosen - rejected - margin)) + center * mean((chosen + rejected)^2): the loss of
+    Bradley and Terry with margins (Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2) and centering
+    (Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244, eq. 2).
 
     Args:
         chosen, rejected: scores, [pairs].
@@ -46,8 +46,8 @@ def evaluate_scores(
     longer_P = _floats("chosen_lengths", chosen_lengths) - _floats("rejected_lengths", rejected_lengths)
     if not chosen_P.shape == rejected_P.shape == margin_P.shape == longer_P.shape:
         raise ValueError(
-            f"cannot evaluate {chosen_P.size} chosen, {rejected_P.size} rejected, {margin_P.size} margins and "
-            f"{longer_P.size} lengths: give one of each for every pair."
+            f"cannot evaluate {chosen_P.size} chosen, {rejected_P.size} rejected, {margin_P.size} margins "
+            f"and {longer_P.size} lengths: give one of each for every pair."
         )
     num_pairs = chosen_P.size
     if num_pairs == 0:
@@ -89,7 +89,8 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # Rounding may put a bound past the share itself at 0 and at 1.
+    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
 
 
 def _floats(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """Whether bf16 is worth using on this machine: a fact of its hardware, so the same answer every time.
 
 GPUs: what CUDA reports, without emulation. CPUs: only with bf16 instructions. Measured on one core of an EPYC
-with avx512_bf16, the training step of an MLP under autocast: fp32 1.35 s, bf16 0.68 s; with those instructions
+with avx512_bf16, a training step of an MLP under autocast: fp32 1.35 s, bf16 0.68 s; with those instructions
 off (`ONEDNN_MAX_CPU_ISA=AVX2`) bf16 takes 20.4 s, which is why "bf16 runs" is not "bf16 is usable".
 """
 

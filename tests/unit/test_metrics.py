@@ -147,9 +147,7 @@ def test_swapping_the_sides_turns_wins_into_losses_and_keeps_ties() -> None:
 
 
 @given(n=st.integers(1, 10**4), share=st.floats(0, 1), z=st.sampled_from([1.0, 1.96, 2.576]))
-def test_wilsons_bounds_are_the_shares_that_lie_z_standard_errors_away(
-    n: int, share: float, z: float
-) -> None:
+def test_wilsons_bounds_lie_z_standard_errors_from_the_share(n: int, share: float, z: float) -> None:
     successes = round(n * share)
     for bound in wilson_interval(successes, n, z):
         distance = abs(bound - successes / n)
