@@ -106,6 +106,8 @@ def table_of_pairs(pairs: Sequence[TokenizedPair]) -> pa.Table:
 
 def index_of(table: pa.Table) -> BlockIndex:
     """The index of a table, without its ids."""
+    if not len(table):
+        table = SCHEMA.empty_table()  # Ray Data's empty blocks have no columns
     accepted = np.flatnonzero(table.column("reason").is_null().to_numpy())
     column = {name: table.column(name).to_numpy() for name in SCHEMA.names[:2] + SCHEMA.names[3:6]}
     digests = b"".join(table.column("digest").take(pa.array(accepted)).to_pylist())

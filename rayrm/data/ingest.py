@@ -300,6 +300,10 @@ def _numbered(dataset: Any, max_rows: int | None) -> Any:
     import ray
 
     @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
+    def count(table: pa.Table) -> int:
+        return len(table)
+
+    @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
     def number(table: pa.Table, start: int) -> pa.Table:
         return table.append_column(_ROW_NUMBER, pa.array(range(start, start + len(table)), pa.int64()))
 
@@ -309,12 +313,12 @@ def _numbered(dataset: Any, max_rows: int | None) -> Any:
         refs = (dataset if max_rows is None else dataset.limit(max_rows)).to_arrow_refs()
     finally:
         options.preserve_order = kept_order
-    counts: list[int] = ray.get([ray.remote(num_cpus=0)(len).remote(ref) for ref in refs])
+    counts: list[int] = ray.get([count.remote(ref) for ref in refs])
     starts = np.cumsum([0, *counts]).tolist()
     if starts[-1] == 0:
         raise DataError("the ray.data.Dataset has no rows; give a dataset that has some")
     return ray.data.from_arrow_refs(
-        [number.remote(ref, start) for ref, start, count in zip(refs, starts, counts, strict=False) if count]
+        [number.remote(ref, start) for ref, start, rows in zip(refs, starts, counts, strict=False) if rows]
     )
 
 
@@ -338,12 +342,20 @@ def _quiet_context() -> Iterator[None]:
 
     for noisy in ("ray.data", "ray.data._internal.execution.streaming_executor"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = _BLOCK_BYTES
-    with DataContext.current(context):
+    context = DataContext.get_current()
+    ours = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "target_max_block_size": _BLOCK_BYTES,
+    }
+    before = {option: getattr(context, option) for option in ours}
+    for option, value in ours.items():
+        setattr(context, option, value)
+    try:
         yield
+    finally:
+        for option, value in before.items():
+            setattr(context, option, value)
 
 
 @contextmanager

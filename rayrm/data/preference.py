@@ -151,10 +151,9 @@ def _message(name: str, value: Any) -> Message:
             "bad-roles",
             f"`{name}` ({_short(dict(value))}) has neither `content` nor `tool_calls`; add its `content`",
         )
-    message = {key: entry for key, entry in value.items() if entry is not None or key == "content"}
-    if content is not None:
-        message["content"] = _content(f"{name}.content", content)
-    return message
+    # A tool call without content has content None, as Arrow would make it: one row, one text, from any source.
+    message = {key: entry for key, entry in value.items() if entry is not None}
+    return {**message, "content": None if content is None else _content(f"{name}.content", content)}
 
 
 def _content(name: str, content: Any) -> str | list[dict[str, Any]]:
