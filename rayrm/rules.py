@@ -190,7 +190,7 @@ def _check_engine(config: RewardConfig) -> list[str]:
             f"`zero_stage` ({config.zero_stage}) and `deepspeed`: both choose the ZeRO stage. Delete "
             "`deepspeed`, or delete `zero_stage` and put `zero_optimization.stage` into `deepspeed`."
         )
-    if isinstance(config.deepspeed, str) and not Path(config.deepspeed).expanduser().is_file():
+    if isinstance(config.deepspeed, str) and not Path(config.deepspeed).is_file():
         problems.append(
             f"`deepspeed` ({config.deepspeed!r}) is no file. Type the path of a JSON file, a table, or "
             "`zero_stage=2`."

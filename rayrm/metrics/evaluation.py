@@ -23,7 +23,7 @@ def evaluate_scores(
     """Metrics of `pairs` scored pairs, by TRL's names where TRL has them, without the `eval_` prefix.
 
     loss = mean(-log sigmoid(chosen - rejected - margin)) + center * mean((chosen + rejected)^2): the loss of
-    Bradley and Terry with margins (Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2) and centering
+    Bradley and Terry with margins (Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2) and centring
     (Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244, eq. 2).
 
     Args:
