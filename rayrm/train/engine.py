@@ -1,0 +1,166 @@
+"""What turns losses into updates. `TorchEngine` is plain PyTorch; `DeepSpeedEngine` (zero.py) is ZeRO.
+
+The contract: every micro-batch goes through `engine.scores`, never around it; the caller owns the accumulation
+boundary and calls `step` once per optimizer step. The loss that `backward` is given already holds the factor
+(world size / the step's global row count), since both engines average gradients over ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+
+from rayrm.model.forward import DeviceBatch, PackedScorer
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_BUCKET_ELEMENTS = 16_000_000
+
+
+class Engine(Protocol):
+    """One rank's hold on the model, its gradients and its optimizer."""
+
+    device: torch.device
+    world_size: int
+    module: PackedScorer
+
+    def train(self, mode: bool) -> None: ...
+
+    def scores(self, batch: DeviceBatch) -> torch.Tensor:
+        """Scores `[N]`, float32."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add this micro-batch's gradients."""
+        ...
+
+    def step(self) -> torch.Tensor:
+        """Average gradients over ranks, clip, update; the global gradient norm before clipping, a scalar."""
+        ...
+
+    def learning_rate(self) -> float: ...
+
+    def model_state(self) -> dict[str, torch.Tensor] | None:
+        """The whole model's weights, on rank 0 (None elsewhere, or where the module itself holds them)."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write everything `load` needs; all ranks call it on one shared directory."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Continue exactly from what `save` wrote with the same number of ranks."""
+        ...
+
+
+class TorchEngine:
+    """PyTorch: gradients accumulated in the parameters' dtype, averaged over ranks by all-reduce."""
+
+    def __init__(
+        self,
+        module: PackedScorer,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        *,
+        device: torch.device,
+        world_size: int,
+        max_grad_norm: float,
+        precision: Precision = "fp32",
+    ) -> None:
+        self.module = module
+        self.device = device
+        self.world_size = world_size
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._max_grad_norm = max_grad_norm
+        self._autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self._trainable = [p for p in module.parameters() if p.requires_grad]
+
+    def train(self, mode: bool) -> None:
+        self.module.train(mode)
+
+    def scores(self, batch: DeviceBatch) -> torch.Tensor:
+        cast = (
+            contextlib.nullcontext()
+            if self._autocast is None
+            else torch.autocast(self.device.type, dtype=self._autocast)
+        )
+        with cast:
+            scores: torch.Tensor = self.module(batch)
+        return scores
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._scaler.scale(loss).backward()
+
+    def step(self) -> torch.Tensor:
+        if self.world_size > 1:
+            _average_gradients(self._trainable, self.world_size)
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
+        if self._max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._trainable, self._max_grad_norm, norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def learning_rate(self) -> float:
+        return float(self._scheduler.get_last_lr()[0])
+
+    def model_state(self) -> dict[str, torch.Tensor] | None:
+        return None
+
+    def _is_first(self) -> bool:
+        return self.world_size == 1 or dist.get_rank() == 0
+
+    def save(self, directory: Path) -> None:
+        if not self._is_first():
+            return
+        state = {
+            "model": {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad},
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+        torch.save(state, directory / "engine.pt")
+
+    def load(self, directory: Path) -> None:
+        state: dict[str, Any] = torch.load(
+            directory / "engine.pt", map_location=self.device, weights_only=True
+        )
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(state["model"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._scaler.load_state_dict(state["scaler"])
+
+
+def _average_gradients(parameters: list[torch.nn.Parameter], world_size: int) -> None:
+    """All-reduce gradients in flat buckets. A rank without a gradient takes part with zeros."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        size += parameter.grad.numel()
+        if size >= _BUCKET_ELEMENTS:
+            _average(bucket, world_size)
+            bucket, size = [], 0
+    if bucket:
+        _average(bucket, world_size)
+
+
+def _average(gradients: list[torch.Tensor], world_size: int) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size
+    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))

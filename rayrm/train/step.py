@@ -1,0 +1,88 @@
+"""One optimizer step: count first, sum the loss, divide once by the same number on every rank.
+
+Shapes: N scores, C comparisons of a micro-batch. What the step reports is summed on the device and read only
+when something is logged: there is no host sync inside a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rayrm.data.packing import PackedBatch
+from rayrm.model.forward import to_device
+from rayrm.model.loss import bradley_terry_loss
+from rayrm.train.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """One rank's share of a step, on the device. `sums` `[5]` add over ranks, `extremes` `[2]` take the minimum.
+
+    sums: loss (already divided by the step's rows), rows won, margin, reward over all scores, weight of rows.
+    extremes: the least score, minus the greatest. `grad_norm` is the global norm before clipping.
+    """
+
+    sums: torch.Tensor
+    extremes: torch.Tensor
+    grad_norm: torch.Tensor
+
+
+def train_step(
+    engine: Engine,
+    microbatches: Sequence[PackedBatch],
+    num_rows: int,
+    *,
+    center_rewards_coefficient: float | None = None,
+) -> StepTotals:
+    """Forward and backward over this rank's micro-batches, then one update.
+
+    `num_rows` is the step's row count over all ranks: the one denominator.
+    """
+    sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
+    extremes = torch.full((2,), torch.inf, dtype=torch.float64, device=engine.device)
+    for microbatch in microbatches:
+        batch = to_device(microbatch, engine.device)
+        scores = engine.scores(batch)
+        loss = bradley_terry_loss(
+            scores,
+            batch.better,
+            batch.worse,
+            margin=batch.margin,
+            weight=batch.weight,
+            center_rewards_coefficient=center_rewards_coefficient,
+        )
+        # Engines average gradients over ranks: x world size makes it a sum, / num_rows the step's mean.
+        engine.backward(loss * (engine.world_size / num_rows))
+        with torch.no_grad():
+            _add_totals(sums, extremes, loss / num_rows, scores, batch.better, batch.worse, batch.weight)
+    return StepTotals(sums, extremes, engine.step())
+
+
+def _add_totals(
+    sums: torch.Tensor,
+    extremes: torch.Tensor,
+    loss: torch.Tensor,
+    scores: torch.Tensor,
+    better: torch.Tensor,
+    worse: torch.Tensor,
+    weight: torch.Tensor,
+) -> None:
+    above, below = scores[better].double(), scores[worse].double()
+    weight = weight.double()
+    sums += torch.stack(
+        [
+            loss.double(),
+            ((above > below) * weight).sum(),
+            ((above - below) * weight).sum(),
+            ((above + below) / 2 * weight).sum(),
+            weight.sum(),
+        ]
+    )
+    # A dummy row has weight 0 and must not set the extremes.
+    counts = weight > 0
+    lowest = torch.where(counts, torch.minimum(above, below), torch.inf).min()
+    highest = torch.where(counts, torch.maximum(above, below), -torch.inf).max()
+    torch.minimum(extremes, torch.stack([lowest, -highest]), out=extremes)

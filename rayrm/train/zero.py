@@ -1,0 +1,177 @@
+"""`DeepSpeedEngine`: ZeRO stages 0-3 with torch's optimizer as DeepSpeed's client optimizer.
+
+Only this file imports deepspeed. DeepSpeed averages gradients over ranks, as TorchEngine does; accumulation is
+left to the caller (`managed_gradient_accumulation` off), so a step may have any number of micro-batches, as
+long as every rank has as many. Mixed precision is autocast over float32 parameters; gradients are float32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rayrm.config import RewardConfig
+from rayrm.errors import CheckpointError, ConfigError
+from rayrm.model.forward import DeviceBatch, PackedScorer
+from rayrm.train.engine import Precision
+
+_TAG = "state"
+_OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def deepspeed_config(config: RewardConfig, precision: Precision) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the user's own (`deepspeed`), or a stage (`zero_stage`).
+
+    "auto" values of a user's file are resolved from the run. An `optimizer` or `scheduler` section is refused:
+    `optim` and `lr_scheduler_type` say it.
+    """
+    chosen: dict[str, Any] = {}
+    if config.deepspeed is not None:
+        chosen = _read(config.deepspeed)
+        if both := [key for key in ("optimizer", "scheduler") if key in chosen]:
+            raise ConfigError(
+                f"`deepspeed` has a section `{both[0]}`, which RewardConfig sets. Delete it and use "
+                "`optim`, `learning_rate` and `lr_scheduler_type`."
+            )
+        chosen = _without_auto(chosen)
+    stage = chosen.get("zero_optimization", {}).get("stage", config.zero_stage or 0)
+    chosen.setdefault("zero_optimization", {"stage": stage})
+    for key in _OURS:
+        chosen.pop(key, None)
+    chosen.update(
+        train_micro_batch_size_per_gpu=1,
+        gradient_accumulation_steps=1,
+        managed_gradient_accumulation=False,
+        zero_allow_untested_optimizer=True,
+        steps_per_print=None,
+        # Stage 0 clips in an optimizer hook, where the norm before clipping can be had.
+        gradient_clipping=config.max_grad_norm if stage > 0 else 0.0,
+    )
+    if stage > 0:
+        # Overlapped communication is for managed accumulation.
+        chosen["zero_optimization"] = {**chosen["zero_optimization"], "overlap_comm": False}
+    if precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+        chosen["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": None}
+        chosen["data_types"] = {"grad_accum_dtype": "fp32"}
+    for key in ("bf16", "fp16"):
+        chosen.pop(key, None)
+    return chosen
+
+
+def _read(deepspeed: dict[str, Any] | str) -> dict[str, Any]:
+    if isinstance(deepspeed, dict):
+        return dict(deepspeed)
+    file = Path(deepspeed)
+    if not file.is_file():
+        raise ConfigError(f"`deepspeed` ({deepspeed}) is not a file. Pass a DeepSpeed JSON file, or `zero_stage`.")
+    try:
+        read = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"`deepspeed` ({deepspeed}) is not valid JSON: {error}.") from error
+    return dict(read)
+
+
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+class DeepSpeedEngine:
+    """An `Engine` on DeepSpeed. `torch.distributed` must be initialised (also for one rank)."""
+
+    def __init__(
+        self,
+        module: PackedScorer,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        *,
+        device: torch.device,
+        world_size: int,
+        max_grad_norm: float,
+        settings: dict[str, Any],
+    ) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asserts that a launcher set it
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+
+        # A shared-memory reduction that DeepSpeed would compile on the spot, with a compiler and ninja; gloo does.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.utils.logger.setLevel("WARNING")
+        self.device = device
+        self.world_size = world_size
+        self.module = module
+        self._stage = int(settings["zero_optimization"]["stage"])
+        self._max_grad_norm = max_grad_norm
+        self._trainable = [p for p in module.parameters() if p.requires_grad]
+        self._norm = torch.zeros((), device=device)
+        self._scheduler = scheduler
+        if self._stage == 0:
+            optimizer.register_step_pre_hook(self._clip)
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=settings,
+            dist_init_required=False,
+        )
+
+    def _clip(self, *_: Any) -> None:
+        self._norm = torch.nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
+        if self._max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._trainable, self._max_grad_norm, self._norm)
+
+    def train(self, mode: bool) -> None:
+        self._engine.train(mode)
+
+    def scores(self, batch: DeviceBatch) -> torch.Tensor:
+        scores: torch.Tensor = self._engine(batch)
+        return scores
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> torch.Tensor:
+        self._engine.step()
+        if self._stage > 0:
+            self._norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
+        return self._norm.detach().float()
+
+    def learning_rate(self) -> float:
+        return float(self._scheduler.get_last_lr()[0])
+
+    def model_state(self) -> dict[str, torch.Tensor] | None:
+        if self._stage < 3:
+            return None
+        # Gathers on every rank's behalf; rank 0 gets the result, without the engine's "model." prefix.
+        state = self._engine._zero3_consolidated_16bit_state_dict()
+        if state is None:
+            return None
+        return {name.removeprefix("model."): value for name, value in state.items()}
+
+    def save(self, directory: Path) -> None:
+        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        if path is None:
+            raise CheckpointError(
+                f"`{directory}` holds no DeepSpeed state for {self.world_size} worker(s) at ZeRO stage "
+                f"{self._stage}. Resume with the worker count and `zero_stage` that wrote it, or start a new "
+                "`output_dir` with `model.name` set to the checkpoint."
+            )
+
+
+def initialize_single_process() -> None:
+    """A process group of one, for DeepSpeed in this process."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
