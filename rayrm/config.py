@@ -334,13 +334,7 @@ class ServeConfig:
     """GPUs Ray reserves for each replica; a fraction shares one."""
     max_queued_requests: Annotated[int, Field(ge=-1)] = -1
     """Requests that may wait before new ones are told to come back later; -1: no limit."""
-    route_prefix: Annotated[str | None, BeforeValidator(none_word)] = None
-    """The HTTP path to answer on. None: no HTTP, only the handle."""
 
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise ValueError("`name` (''): the service needs a name. Type one, such as `reward`.")
-        if self.route_prefix is not None and not self.route_prefix.startswith("/"):
-            raise ValueError(
-                f"`route_prefix` ({self.route_prefix!r}) must start with `/`. Type `/{self.route_prefix}`."
-            )

@@ -289,7 +289,6 @@ def test_optim_args_become_the_options_transformers_gives_the_optimizer() -> Non
         (lambda: DataConfig("a", max_pairs=0), "`max_pairs` (0)"),
         (lambda: ClusterConfig(use_gpu=True), "`cluster.num_workers=1`"),
         (lambda: ClusterConfig(num_workers=-1), "`num_workers` (-1)"),
-        (lambda: ServeConfig(route_prefix="score"), "`/score`"),
         (lambda: ServeConfig(name=""), "needs a name"),
     ],
 )
