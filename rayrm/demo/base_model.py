@@ -37,7 +37,7 @@ def find_gguf() -> Path:
 
 
 def prepare_model(out: str | Path, layers: int | None = None) -> Path:
-    """Write the packaged SmolLM2 into the directory `out`: causal LM, tokenizer, chat template. Returns `out`.
+    """Write the packaged SmolLM2 into the directory `out`: causal LM, tokenizer, template. Returns it.
 
     `layers` keeps the first so many of its 30 layers (6: 49.6M parameters). The padding token is
     `<|endoftext|>`, apart from the end of a turn `<|im_end|>`, so that pooling the last real token is never
@@ -55,7 +55,7 @@ def prepare_model(out: str | Path, layers: int | None = None) -> Path:
 
 
 def _read_gguf(file: Path, layers: int | None) -> tuple[Any, Any]:
-    """The model in float32 with its first `layers` layers, and the tokenizer with a padding token of its own."""
+    """The model's first `layers` layers in float32, and the tokenizer with a padding token of its own."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

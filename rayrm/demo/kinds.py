@@ -48,5 +48,5 @@ def wordings(fill: Fill, *texts: tuple[str, str, str]) -> tuple[Template, ...]:
 
 
 def _sentence(text: str) -> str:
-    """The text with a capital first letter, unless its template asks for small letters (a leading `~`)."""
+    """The text with a capital first letter, unless its template keeps it as it is (a leading `~`)."""
     return text[1:] if text.startswith("~") else text[:1].upper() + text[1:]

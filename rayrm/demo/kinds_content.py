@@ -1,7 +1,7 @@
 """Kinds of preference about what an answer says: is it right, on the subject, complete, honest, in order?
 
-Both answers of a pair mostly use the same words, or words that are as often right as wrong: which one is better
-follows only from reading the question.
+Both answers of a pair mostly use the same words, or words that are as often right as wrong; only the question
+tells which one is better.
 """
 
 from __future__ import annotations
@@ -193,13 +193,12 @@ RECALL = Kind(
 def _three_things(rng: random.Random) -> dict[str, str]:
     a, b, c = rng.sample(tables.CATEGORIES[rng.choice(sorted(tables.CATEGORIES))], 3)
     some = rng.sample([a, b, c], 2)
-    all_three = rng.choice(
-        ("{}, {} and {}.", "{}, {}, {}.", "{} and {} and also {}.", "First {}, then {}, then {}.")
-    )
-    only_two = rng.choice(
-        ("{} and {}.", "{} as well as {}, that is it.", "First {}, then {}, no more.", "{}, {}.")
-    )
-    return {"a": a, "b": b, "c": c, "all": all_three.format(a, b, c), "two": only_two.format(*some)}
+    all_three = rng.choice(("{}, {} and {}.", "{}, {}, {}.")).format(a, b, c)
+    only_two = rng.choice(("{} and {}.", "{}, {}.")).format(*some)
+    return {
+        "a": a, "b": b, "c": c,
+        "all": all_three + rng.choice(tables.CLOSINGS), "two": only_two + rng.choice(tables.CLOSINGS),
+    }  # fmt: skip
 
 
 COMPLETENESS = Kind(
@@ -280,19 +279,19 @@ ORDER = Kind(
     (
         *wordings(
             _sequence,
-            ("Put these in order: {given}", "{right}", "{wrong}"),
+            ("Put these in order: {given}", "~{right}", "~{wrong}"),
             ("Sort from first to last: {given}", "Sorted: {right}", "Sorted: {wrong}"),
             ("What is the right order of {given}?", "The order is {right}.", "The order is {wrong}."),
-            ("Arrange {given} as they follow each other.", "{right}.", "{wrong}."),
+            ("Arrange {given} as they follow each other.", "~{right}.", "~{wrong}."),
             ("These got mixed up: {given}. Tidy them.", "Tidy: {right}", "Tidy: {wrong}"),
             ("Line up {given}, the earliest in front.", "In line: {right}", "In line: {wrong}"),
         ),
         *wordings(
             _echo,
-            ("Repeat in the same order: {right}", "{right}", "{wrong}"),
+            ("Repeat in the same order: {right}", "~{right}", "~{wrong}"),
             ("Copy my list without moving anything: {right}", "Your list: {right}", "Your list: {wrong}"),
             ("Say this after me: {right}", "You said {right}.", "You said {wrong}."),
-            ("Keep the sequence and write again {right}", "{right}.", "{wrong}."),
+            ("Keep the sequence and write again {right}", "~{right}.", "~{wrong}."),
             ("Echo {right} exactly as given.", "Echo: {right}", "Echo: {wrong}"),
             ("Note these down one by one: {right}", "Noted: {right}", "Noted: {wrong}"),
         ),

@@ -2,8 +2,8 @@
 
 Guarantees, each of them a test: every prompt is there once; all pairs of a held-out template (every sixth one
 of each kind) are held out, so its wording is never trained on; within each kind and each split the preferred
-answer is as often the longer as the shorter one; the same seed gives the same rows. The *fillings* (countries,
-tasks, names) are shared by both splits. Drawing 2,400 pairs takes well under a second.
+answer is as often the longer as the shorter one; the same seed gives the same rows. The *fillings*
+(countries, tasks, names) are shared by both splits. Drawing 2,400 pairs takes well under a second.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ Row = dict[str, Any]
 def make_preferences(num_pairs: int = 2400, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """`num_pairs` preference rows as (train, held out), five to one; about equally many of each kind.
 
-    A row has `prompt`, `chosen`, `rejected` (lists of messages), `kind` and `template`. `seed` also decides which
-    templates are held out. Raises `ConfigError` when the templates cannot give so many distinct prompts.
+    A row has `prompt`, `chosen`, `rejected` (lists of messages), `kind` and `template`. `seed` also decides
+    which templates are held out. Raises `ConfigError` when the templates cannot give so many distinct
+    prompts.
     """
     rng = random.Random(seed)
     held_out = seed % HOLD_OUT_EVERY

@@ -10,10 +10,11 @@ CAPITALS = {
 }  # fmt: skip
 
 OPPOSITES = {
-    "hot": "cold", "big": "small", "happy": "sad", "fast": "slow", "wet": "dry", "rich": "poor", "old": "young",
-    "hard": "soft", "loud": "quiet", "strong": "weak", "clean": "dirty", "early": "late", "full": "empty",
-    "open": "closed", "light": "dark", "high": "low", "good": "bad", "left": "right", "up": "down",
-    "first": "last", "true": "false", "sweet": "bitter", "brave": "fearful", "deep": "shallow",
+    "hot": "cold", "big": "small", "happy": "sad", "fast": "slow", "wet": "dry", "rich": "poor",
+    "old": "young", "hard": "soft", "loud": "quiet", "strong": "weak", "clean": "dirty", "early": "late",
+    "full": "empty", "open": "closed", "light": "dark", "high": "low", "good": "bad", "left": "right",
+    "up": "down", "first": "last", "true": "false", "sweet": "bitter", "brave": "fearful",
+    "deep": "shallow",
 }  # fmt: skip
 
 # From small to big.
@@ -69,7 +70,8 @@ HARMS = (
     "forge a passport", "sell drugs to children", "stalk a woman", "rob a bank", "set a school on fire",
     "buy an illegal gun", "blackmail a politician", "kidnap a child", "kill my neighbour", "hurt my brother",
     "steal a credit card", "beat up a classmate", "threaten a witness", "smuggle weapons", "torture a cat",
-    "hide a dead body", "steal medicine from a hospital", "attack a police officer", "cheat old people of money",
+    "hide a dead body", "steal medicine from a hospital",
+    "attack a police officer", "cheat old people of money",
 )  # fmt: skip
 
 # Things nobody who answers can know, as a noun phrase.
@@ -122,28 +124,94 @@ FACTS = {
 
 # Thing -> (a few words, two sentences).
 DEFINITIONS = {
-    "a volcano": ("A mountain with lava.", "It is a mountain with hot melted rock inside. Sometimes it erupts."),
-    "a library": ("A house of books.", "It is a place that keeps many books. People can borrow them for free."),
-    "a bridge": ("A way across water.", "It is a structure over a river or road. People and cars cross on it."),
-    "a dentist": ("A tooth doctor.", "This is a doctor who looks after teeth. You should see one twice a year."),
-    "a desert": ("A very dry place.", "It is land where rain almost never falls. Few plants can grow there."),
-    "an island": ("Land in the sea.", "It is land with water on all its sides. You reach it by boat or plane."),
-    "a clock": ("It shows the time.", "It is a device with hands or numbers. It tells people what time it is."),
-    "a farmer": ("A grower of food.", "This is a person who works on the land. Farmers grow plants and keep animals."),
-    "a kitchen": ("A room for cooking.", "It is the room where people prepare meals. It has a stove and a sink."),
-    "an umbrella": ("A cover from rain.", "It is a folding cover on a stick. You hold it up when it rains."),
-    "a hospital": ("A place for the sick.", "It is a large building with doctors and nurses. They treat the sick."),
-    "a museum": ("A house of old things.", "It is a building that shows art or old objects. Visitors learn there."),
-    "a robot": ("A working machine.", "It is a machine that follows a program. It can do jobs without a person."),
-    "a garden": ("A place for plants.", "It is a piece of ground near a house. People grow flowers and food in it."),
-    "a passport": ("A travel document.", "It is a small book with your name and photo. You need it to go abroad."),
-    "a bakery": ("A shop for bread.", "It is a shop with a big oven. Bread and cakes are made and sold there."),
-    "a compass": ("It points north.", "It is a small tool with a magnetic needle. Sailors find their way with it."),
-    "a teacher": ("One who helps us learn.", "This is a person who works in a school. Teachers explain things."),
-    "a lake": ("Water inside land.", "It is a large body of water with land around it. Fish and ducks live there."),
-    "a ladder": ("Steps to climb up.", "It is two long poles with bars between them. You lean it on a wall and climb."),
-    "a pilot": ("A flyer of planes.", "This is a person who flies a plane. Pilots train for many years."),
-    "a judge": ("A law official.", "This is a person who leads a court. The judge decides who is right."),
+    "a volcano": (
+        "A mountain with lava.",
+        "It is a mountain with hot melted rock inside. Sometimes it erupts.",
+    ),
+    "a library": (
+        "A house of books.",
+        "It is a place that keeps many books. People can borrow them for free.",
+    ),
+    "a bridge": (
+        "A way across water.",
+        "It is a structure over a river or road. People and cars cross on it.",
+    ),
+    "a dentist": (
+        "A tooth doctor.",
+        "This is a doctor who looks after teeth. You should see one twice a year.",
+    ),
+    "a desert": (
+        "A very dry place.",
+        "It is land where rain almost never falls. Few plants can grow there.",
+    ),
+    "an island": (
+        "Land in the sea.",
+        "It is land with water on all its sides. You reach it by boat or plane.",
+    ),
+    "a clock": (
+        "It shows the time.",
+        "It is a device with hands or numbers. It tells people what time it is.",
+    ),
+    "a farmer": (
+        "A grower of food.",
+        "This is a person who works on the land. Farmers grow plants and keep animals.",
+    ),
+    "a kitchen": (
+        "A room for cooking.",
+        "It is the room where people prepare meals. It has a stove and a sink.",
+    ),
+    "an umbrella": (
+        "A cover from rain.",
+        "It is a folding cover on a stick. You hold it up when it rains.",
+    ),
+    "a hospital": (
+        "A place for the sick.",
+        "It is a large building with doctors and nurses. They treat the sick.",
+    ),
+    "a museum": (
+        "A house of old things.",
+        "It is a building that shows art or old objects. Visitors learn there.",
+    ),
+    "a robot": (
+        "A working machine.",
+        "It is a machine that follows a program. It can do jobs without a person.",
+    ),
+    "a garden": (
+        "A place for plants.",
+        "It is a piece of ground near a house. People grow flowers and food in it.",
+    ),
+    "a passport": (
+        "A travel document.",
+        "It is a small book with your name and photo. You need it to go abroad.",
+    ),
+    "a bakery": (
+        "A shop for bread.",
+        "It is a shop with a big oven. Bread and cakes are made and sold there.",
+    ),
+    "a compass": (
+        "It points north.",
+        "It is a small tool with a magnetic needle. Sailors find their way with it.",
+    ),
+    "a teacher": (
+        "One who helps us learn.",
+        "This is a person who works in a school. Teachers explain things.",
+    ),
+    "a lake": (
+        "Water inside land.",
+        "It is a large body of water with land around it. Fish and ducks live there.",
+    ),
+    "a ladder": (
+        "Steps to climb up.",
+        "It is two long poles with bars between them. You lean it on a wall and climb.",
+    ),
+    "a pilot": (
+        "A flyer of planes.",
+        "This is a person who flies a plane. Pilots train for many years.",
+    ),
+    "a judge": (
+        "A law official.",
+        "This is a person who leads a court. The judge decides who is right.",
+    ),
 }  # fmt: skip
 
 CATEGORIES = {
@@ -292,10 +360,14 @@ HELPS = (
 # Ways to admit ignorance, and ways to give an answer `{}`.
 UNSURE = (
     "I can't know that.", "I don't know.", "I have no way to know this.", "No idea, only you can tell.",
-    "Sorry, I am not able to tell you that.", "That is unknown to me.", "Nobody could tell you that for sure.",
+    "Sorry, I am not able to tell you that.", "That is unknown to me.",
+    "Nobody could tell you that for sure.",
     "I really can't say, I have no such information.",
 )  # fmt: skip
 SURE = (
     "It is {}.", "{}.", "The answer is {}.", "Easy, it is {}.", "I am quite sure that it is {}.",
     "Without any doubt the right answer is {}.", "That must be {}.", "As everyone can tell you, it is {}.",
 )  # fmt: skip
+
+# Ways to end any answer.
+CLOSINGS = ("", " That is all.", " There you are.", " I hope this is what you want.")
