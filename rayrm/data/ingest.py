@@ -224,17 +224,19 @@ def _read(
 
     with _quiet_context():
         if isinstance(source, ray.data.Dataset):
-            names, work = [name], _numbered(source, max_rows)
             run = functools.partial(_tokenize_table, name=name, tokenizer=tokenizer, max_length=max_length)
-        else:
-            max_parts = max(1, int(ray.cluster_resources().get("CPU", 1)))
-            plan = plan_sources(source, max_parts=max_parts, max_rows=max_rows, name=name)
-            if not plan.work:
-                raise DataError(f"{name} has no rows; give a source that has some")
-            items = [{"work": pickle.dumps(piece)} for piece in plan.work]
-            names, work = plan.names, ray.data.from_items(items, override_num_blocks=len(items))
-            run = functools.partial(_tokenize_work, tokenizer=tokenizer, max_length=max_length)
-        return names, work.map_batches(run, batch_size=None, batch_format="pyarrow")
+            # A batch size gathers tiny blocks into one task.
+            return [name], _numbered(source, max_rows).map_batches(
+                run, batch_size=ROWS_PER_CHUNK, batch_format="pyarrow"
+            )
+        max_parts = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        plan = plan_sources(source, max_parts=max_parts, max_rows=max_rows, name=name)
+        if not plan.work:
+            raise DataError(f"{name} has no rows; give a source that has some")
+        items = [{"work": pickle.dumps(piece)} for piece in plan.work]
+        run = functools.partial(_tokenize_work, tokenizer=tokenizer, max_length=max_length)
+        work = ray.data.from_items(items, override_num_blocks=len(items))
+        return plan.names, work.map_batches(run, batch_size=None, batch_format="pyarrow")
 
 
 def _tokenize_work(batch: pa.Table, *, tokenizer: bytes, max_length: int | None) -> Iterator[pa.Table]:
@@ -283,7 +285,8 @@ def _indexed(tables: Any) -> Iterator[tuple[Any, BlockIndex]]:
     """Each block's reference with its index, as the blocks are finished."""
     import ray
 
-    index_remotely = ray.remote(num_cpus=0)(index_of)
+    # One CPU a task, though it is short: a task of none would start a process for each block at once.
+    index_remotely = ray.remote(num_cpus=1)(index_of)
     waiting: dict[Any, Any] = {}
     for bundle in tables.iter_internal_ref_bundles():
         for block in bundle.block_refs:
@@ -299,11 +302,11 @@ def _numbered(dataset: Any, max_rows: int | None) -> Any:
     """The dataset's blocks in its own order, each row with its number in a column."""
     import ray
 
-    @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
+    @ray.remote  # type: ignore[untyped-decorator]
     def count(table: pa.Table) -> int:
         return len(table)
 
-    @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
+    @ray.remote  # type: ignore[untyped-decorator]
     def number(table: pa.Table, start: int) -> pa.Table:
         return table.append_column(_ROW_NUMBER, pa.array(range(start, start + len(table)), pa.int64()))
 
@@ -340,8 +343,8 @@ def _quiet_context() -> Iterator[None]:
     """Ray Data without its progress bars and plans, and with small blocks, for the datasets made inside."""
     from ray.data import DataContext
 
-    for noisy in ("ray.data", "ray.data._internal.execution.streaming_executor"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "Progress bars disabled"
     context = DataContext.get_current()
     ours = {
         "enable_progress_bars": False,

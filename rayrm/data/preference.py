@@ -151,7 +151,7 @@ def _message(name: str, value: Any) -> Message:
             "bad-roles",
             f"`{name}` ({_short(dict(value))}) has neither `content` nor `tool_calls`; add its `content`",
         )
-    # A tool call without content has content None, as Arrow would make it: one row, one text, from any source.
+    # A tool call without content has content None, as Arrow makes it: a row is the same from any source.
     message = {key: entry for key, entry in value.items() if entry is not None}
     return {**message, "content": None if content is None else _content(f"{name}.content", content)}
 
