@@ -27,7 +27,7 @@ from ray import serve
 
 from rayrm.config import ServeConfig
 from rayrm.data.tokenize import TextInput
-from rayrm.errors import ClusterError, ConfigError, RewardUnavailableError, ScoreError
+from rayrm.errors import ClusterError, RewardUnavailableError, ScoreError
 from rayrm.serve.client import RewardClient
 from rayrm.serve.registry import CURRENT, MANIFEST, PublishedModel, content_version, open_published
 from rayrm.serve.request import Truncation
@@ -167,6 +167,8 @@ def deploy(
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         max_queued_requests=settings.max_queued_requests,
         health_check_period_s=1.0,
+        # The files were checked: a replica that cannot load them once will not the second time.
+        max_constructor_retry_count=1,
         graceful_shutdown_wait_loop_s=0.5,
     ).bind(str(path), version, settings.max_tokens_per_batch)
     target = serve.RunTarget(application, name=settings.name, route_prefix=None)
@@ -237,13 +239,7 @@ def connect(address: str | None = None) -> bool:
 def _settings(config: ServeConfig | None, name: str | None, fields: dict[str, Any]) -> ServeConfig:
     if name is not None:
         fields = {"name": name, **fields}
-    settings = ServeConfig(**fields) if config is None else dataclasses.replace(config, **fields)
-    if settings.route_prefix is not None:
-        raise ConfigError(
-            f"`route_prefix` ({settings.route_prefix!r}): the service answers through its handle only. "
-            "Leave it out and call `RewardClient`."
-        )
-    return settings
+    return ServeConfig(**fields) if config is None else dataclasses.replace(config, **fields)
 
 
 def _checked_model(model: PublishedModel | str | Path) -> tuple[Path, str]:

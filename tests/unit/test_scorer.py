@@ -17,6 +17,7 @@ from transformers import (
 
 from rayrm.data.tokenize import TextInput, encode
 from rayrm.errors import ScoreError
+from rayrm.serve.request import row_inputs
 from rayrm.serve.scorer import RewardModel
 from tests.tiny import WORDS, save_tiny, tiny_tokenizer
 
@@ -154,6 +155,19 @@ def test_an_input_that_cannot_be_scored_is_named(standard: Path, chat: Path) -> 
     for ids in ([], [400], [-1]):
         with pytest.raises(ScoreError, match="sequence 0"):
             model.score_ids([np.asarray(ids, np.int32)])
+
+
+def test_the_columns_that_the_template_reads_travel_with_their_rows() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    columns = {
+        "tools": [tools, None, '[{"name": "sub"}]'],
+        "chat_template_kwargs": [None, {"deep": True}, {}],
+    }
+    inputs = row_inputs(["a"] * 3, ["b"] * 3, {**columns, "label": ["x"] * 3, "trainer_state": object()})
+    assert [entry.tools for entry in inputs] == [tools, None, [{"name": "sub"}]]
+    assert [entry.chat_template_kwargs for entry in inputs] == [{}, {"deep": True}, {}]
+    with pytest.raises(ScoreError, match="`tools` must be a list with one entry for each of 1 prompts"):
+        row_inputs(["a"], ["b"], {"tools": [tools, tools]})
 
 
 def test_a_score_is_a_finite_number_or_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The trained reward as RL frameworks call it."""
