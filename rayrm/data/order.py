@@ -55,7 +55,9 @@ class Order:
     def steps(self, cursor: Cursor = Cursor()) -> Iterator[StepRows]:  # noqa: B008 (frozen)
         """The steps from `cursor` on, epoch after epoch, without end; the caller decides where to stop."""
         if self.steps_per_epoch < 1:
-            raise ValueError(f"no step can be made of {self.num_rows} rows at {self.rows_per_step} rows a step")
+            raise ValueError(
+                f"no step can be made of {self.num_rows} rows at {self.rows_per_step} rows a step"
+            )
         epoch, step = cursor.epoch, cursor.step
         while True:
             order = self.epoch_rows(epoch)

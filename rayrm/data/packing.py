@@ -155,8 +155,7 @@ def _batch(
     forest, pooled = build_forest(sequences, groups, pad_token_id)
     lengths = [len(part) for part in forest.parts]
     positions = [
-        np.arange(first, first + length)
-        for first, length in zip(forest.first_position, lengths, strict=True)
+        np.arange(first, first + length) for first, length in zip(forest.first_position, lengths, strict=True)
     ]
     return PackedBatch(
         ids=np.concatenate(forest.parts).astype(np.int64),
@@ -205,9 +204,7 @@ def pack_texts(sequences: Sequence[Ids], pad_token_id: int | None, *, share: boo
     groups: dict[int, list[int]] = {}
     for n, ids in enumerate(sequences):
         groups.setdefault(int(ids[0]) if share else n, []).append(n)
-    return _batch(
-        sequences, list(groups.values()), pad_token_id, better=(), worse=(), margin=(), weight=()
-    )
+    return _batch(sequences, list(groups.values()), pad_token_id, better=(), worse=(), margin=(), weight=())
 
 
 def ancestors_of(parent: Indices, segment: int) -> tuple[int, ...]:

@@ -81,19 +81,35 @@ def _check_source(name: str) -> None:
         )
 
 
+def check_name(name: str, init: Mapping[str, Any], *, trust_remote_code: bool = False) -> None:
+    """Refuse a model by its name and config alone, without loading weights."""
+    _check_source(name)
+    if init.get("num_labels", 1) != 1:
+        raise ModelError(
+            f"`model_init_kwargs` asks for `num_labels={init['num_labels']}`, but reward models require "
+            "`num_labels=1`. Remove it."
+        )
+    if (Path(name) / ADAPTER_CONFIG).exists():
+        return
+    try:
+        AutoConfig.from_pretrained(
+            name, trust_remote_code=trust_remote_code, revision=init.get("revision") or "main"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model `{name}` has no readable config: {error}. Pass a directory that `save_pretrained` wrote, or "
+            "a hub name that this machine can reach."
+        ) from error
+
+
 def load_model(name: str, **init: Any) -> PreTrainedModel:
     """Load `name` (a directory or `org/model`) as a reward model in float32, unless `init` says another dtype.
 
     `init` goes to `from_pretrained`. A head that the checkpoint lacks is drawn at random: seed before calling.
     Raises ModelError for anything that is not loadable, or loads with more than the head missing.
     """
-    _check_source(name)
     init = {"dtype": "float32", **init}
-    if init.get("num_labels", 1) != 1:
-        raise ModelError(
-            f"`model_init_kwargs` asks for `num_labels={init['num_labels']}`, but reward models require "
-            "`num_labels=1`. Remove it."
-        )
+    check_name(name, init, trust_remote_code=init.get("trust_remote_code", False))
     init["num_labels"] = 1
     init.setdefault("use_safetensors", True)
     if isinstance(init["dtype"], str) and init["dtype"] != "auto":
@@ -114,19 +130,21 @@ def load_model(name: str, **init: Any) -> PreTrainedModel:
     if found["missing_keys"]:
         logger.info("the reward head of %s is new: drawn at random with the run's seed", name)
     unexpected = sorted(
-        key for key in found["unexpected_keys"] if not key.startswith(("lm_head", "cls.")) and not _is_head(key)
+        key
+        for key in found["unexpected_keys"]
+        if not key.startswith(("lm_head", "cls.")) and not _is_head(key)
     )
     if unexpected and "num_hidden_layers" not in init:
-        logger.warning("weights of %s that its classifier has no use for: %s", name, ", ".join(unexpected[:5]))
+        logger.warning(
+            "weights of %s that its classifier has no use for: %s", name, ", ".join(unexpected[:5])
+        )
     check_num_labels(model)
     return model  # type: ignore[no-any-return]
 
 
 def _dtype(name: str) -> torch.dtype:
     if name not in ("float32", "bfloat16", "float16"):
-        raise ModelError(
-            f"`dtype` ({name}) is not known. Use \"float32\", \"bfloat16\", \"float16\" or \"auto\"."
-        )
+        raise ModelError(f'`dtype` ({name}) is not known. Use "float32", "bfloat16", "float16" or "auto".')
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -150,7 +168,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
     """The tokenizer saved with `name`."""
     _check_source(name)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or "main")
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"no tokenizer could be loaded from `{name}`: {error}. Pass `processing_class`, or save the "
@@ -165,18 +185,8 @@ def set_pad_token(model: torch.nn.Module, pad_token_id: int) -> None:
 
 def add_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
     """Wrap the model for PEFT; the reward head is trained and saved with the adapter without being asked."""
-    from peft import PeftConfig, PeftModel, get_peft_model
+    from peft import get_peft_model
 
-    if isinstance(model, PeftModel):
-        raise ModelError(
-            "a `PeftModel` was passed together with a `peft_config`. Pass one of the two: merge the adapter "
-            "(`model.merge_and_unload()`) and give the base model with `peft_config`, or leave `peft_config` out."
-        )
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"`peft_config` must be a `peft.PeftConfig` (for example `peft.LoraConfig`), got "
-            f"{type(peft_config).__name__}."
-        )
     head = head_name(model)
     saved = list(getattr(peft_config, "modules_to_save", None) or [])
     if head not in saved:

@@ -7,16 +7,15 @@ boundary and calls `step` once per optimizer step. The loss that `backward` is g
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from rayrm.model.forward import DeviceBatch, PackedScorer
+from rayrm.train.precision import Precision, in_precision
 
-Precision = Literal["fp32", "bf16", "fp16"]
 _BUCKET_ELEMENTS = 16_000_000
 
 
@@ -76,7 +75,7 @@ class TorchEngine:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._max_grad_norm = max_grad_norm
-        self._autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self._precision = precision
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._trainable = [p for p in module.parameters() if p.requires_grad]
 
@@ -84,14 +83,7 @@ class TorchEngine:
         self.module.train(mode)
 
     def scores(self, batch: DeviceBatch) -> torch.Tensor:
-        cast = (
-            contextlib.nullcontext()
-            if self._autocast is None
-            else torch.autocast(self.device.type, dtype=self._autocast)
-        )
-        with cast:
-            scores: torch.Tensor = self.module(batch)
-        return scores
+        return in_precision(self.module, batch, self._precision)
 
     def backward(self, loss: torch.Tensor) -> None:
         self._scaler.scale(loss).backward()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from rayrm.config import RewardConfig
 from rayrm.errors import CheckpointError, ConfigError
 from rayrm.model.forward import DeviceBatch, PackedScorer
-from rayrm.train.engine import Precision
+from rayrm.train.precision import Precision
 
 _TAG = "state"
 _OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -69,7 +69,9 @@ def _read(deepspeed: dict[str, Any] | str) -> dict[str, Any]:
         return dict(deepspeed)
     file = Path(deepspeed)
     if not file.is_file():
-        raise ConfigError(f"`deepspeed` ({deepspeed}) is not a file. Pass a DeepSpeed JSON file, or `zero_stage`.")
+        raise ConfigError(
+            f"`deepspeed` ({deepspeed}) is not a file. Pass a DeepSpeed JSON file, or `zero_stage`."
+        )
     try:
         read = json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -100,7 +102,9 @@ class DeepSpeedEngine:
         settings: dict[str, Any],
     ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asserts that a launcher set it
+        os.environ.setdefault(
+            "LOCAL_RANK", str(device.index or 0)
+        )  # DeepSpeed asserts that a launcher set it
         import deepspeed
         from deepspeed.ops import __compatible_ops__
 

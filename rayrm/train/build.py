@@ -1,0 +1,131 @@
+"""The model that a run trains: loaded or given, with its adapter, pad id, dropout and checkpointing set.
+
+Seed before calling: the head that a base model lacks is drawn here.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rayrm.config import RewardConfig
+from rayrm.errors import MissingExtraError, ModelError
+from rayrm.model.layout import disable_dropout, unwrapped
+from rayrm.model.reward_model import (
+    add_adapter,
+    check_name,
+    check_num_labels,
+    load_model,
+    set_pad_token,
+)
+
+logger = logging.getLogger("rayrm.train")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What to train: a name or directory to load, or a model in memory; and the adapter to put on it."""
+
+    model: str | torch.nn.Module
+    peft_config: Any = None
+
+    @property
+    def name(self) -> str:
+        if isinstance(self.model, str):
+            return self.model
+        return str(getattr(unwrapped(self.model).config, "_name_or_path", "")) or type(self.model).__name__
+
+
+def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> torch.nn.Module:
+    """The model ready to be wrapped by an engine, in train mode, on the CPU or where it was given."""
+    model = source.model
+    if isinstance(model, str):
+        init = {"trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {})}
+        model = load_model(model, **init)
+    elif config.model_init_kwargs is not None:
+        logger.warning("`model_init_kwargs` is ignored: the model was passed as an object")
+    check_num_labels(model)
+    inner = unwrapped(model)
+    if len(tokenizer) > inner.get_input_embeddings().num_embeddings:
+        logger.info("embeddings resized to the tokenizer's %d tokens", len(tokenizer))
+        inner.resize_token_embeddings(len(tokenizer))
+    set_pad_token(model, tokenizer.pad_token_id)
+    if config.eos_token is not None:
+        inner.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        logger.warning(
+            "pad and EOS are one token (%s): scores are pooled at the last token that is neither, and a server "
+            "that pools the last token would disagree. Set `pad_token` to a token that texts do not hold.",
+            tokenizer.pad_token,
+        )
+    adapted = is_adapted(model)
+    if source.peft_config is not None:
+        model = add_adapter(inner if not adapted else model, source.peft_config)  # type: ignore[arg-type]
+        adapted = True
+    if config.disable_dropout:
+        disable_dropout(model)
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(model, config, adapted=adapted)
+    return model.train()
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Whether the model is wrapped by PEFT."""
+    return hasattr(model, "peft_config")
+
+
+def _checkpoint_gradients(model: torch.nn.Module, config: RewardConfig, *, adapted: bool) -> None:
+    inner = unwrapped(model)
+    kwargs = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
+    if adapted and config.zero_stage == 3:
+        # ZeRO-3 gathers parameters in hooks that non-reentrant recomputation of an adapted layer misses.
+        kwargs["use_reentrant"] = True
+    inner.config.use_cache = False
+    # transformers renamed the method; both names are within the supported range.
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    try:
+        enable(kwargs)
+    except ValueError as error:
+        logger.info("gradient checkpointing is off: %s", error)
+        return
+    if adapted or any(not p.requires_grad for p in inner.parameters()):
+        # The first layer's input must require gradients, or nothing would flow to adapters behind it.
+        inner.enable_input_require_grads()
+
+
+def number_of_parameters(model: PreTrainedModel | torch.nn.Module) -> int:
+    """All parameters, trainable or not."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_source(source: ModelSource, config: RewardConfig) -> None:
+    """Refuse, before anything is loaded or started, a model that cannot become a reward model."""
+    check_peft(source)
+    if isinstance(source.model, str):
+        check_name(source.model, config.model_init_kwargs or {}, trust_remote_code=config.trust_remote_code)
+    else:
+        check_num_labels(source.model)
+
+
+def check_peft(source: ModelSource) -> None:
+    """Refuse an adapter configuration that is none, one on top of another, or one without peft."""
+    if source.peft_config is None:
+        return
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise MissingExtraError("`peft_config` needs peft. Type: pip install peft") from error
+    if not isinstance(source.peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` must be a `peft.PeftConfig` (for example `peft.LoraConfig`), got "
+            f"{type(source.peft_config).__name__}."
+        )
+    if not isinstance(source.model, str) and is_adapted(source.model):
+        raise ModelError(
+            "a `PeftModel` was passed together with a `peft_config`. Merge the adapter first "
+            "(`model.merge_and_unload()`), or leave `peft_config` out."
+        )

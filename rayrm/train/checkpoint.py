@@ -1,0 +1,208 @@
+"""Checkpoints: written aside, listed with checksums, renamed into place; a kill leaves the last good one.
+
+    checkpoint-<step>/
+        model.safetensors, config.json, tokenizer ...   loads in stock transformers (PEFT: the adapter)
+        engine/                                          optimizer, scheduler, master weights
+        rng-<rank>.pt                                    random states
+        state.json                                       where training stands (`TrainState`)
+        manifest.json                                    every file's size and sha256; written last
+
+All ranks write into one directory, which therefore must lie on storage that they share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayrm.data.order import Cursor
+from rayrm.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Where training stands. `interval` holds the metrics of steps that are done but not yet logged."""
+
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    num_tokens: int = 0
+    num_tokens_computed: int = 0
+    loss_sum: float = 0.0
+    interval: list[list[float]] = field(default_factory=list)
+    best_metric: float | None = None
+    best_checkpoint: str | None = None
+    num_workers: int = 1
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainState:
+        fields = json.loads(text)
+        return cls(**{**fields, "cursor": Cursor(**fields["cursor"])})
+
+
+def save_checkpoint(
+    output_dir: Path,
+    state: TrainState,
+    *,
+    rank: int,
+    barrier: Callable[[], None],
+    write: Callable[[Path], None],
+) -> Path:
+    """Write `checkpoint-<step>`: `write(directory)` runs on every rank, rank 0 seals and renames it.
+
+    A checkpoint of this step that is already there and complete is kept: it holds the same.
+    """
+    final = output_dir / f"checkpoint-{state.step}"
+    partial = output_dir / f".checkpoint-{state.step}.partial"
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    write(partial)
+    torch.save(_rng_state(), partial / f"rng-{rank}.pt")
+    barrier()
+    if rank == 0:
+        (partial / STATE).write_text(state.to_json())
+        _seal(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_directory(output_dir)
+    barrier()
+    return final
+
+
+def restore_rng(checkpoint: Path, rank: int) -> None:
+    """Set this rank's random states to what they were; a rank that was not there then keeps its own."""
+    file = checkpoint / f"rng-{rank}.pt"
+    if not file.exists():
+        return
+    states = torch.load(file, weights_only=True)
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _rng_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(internal), gauss],
+        "numpy": [
+            name,
+            [int(key) for key in keys],
+            *[float(x) if isinstance(x, float) else int(x) for x in rest],
+        ],
+    }
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    """Where training stood when this checkpoint was written; verifies every file first."""
+    verify_checkpoint(checkpoint)
+    return TrainState.from_json((checkpoint / STATE).read_text())
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [
+        (int(match.group(1)), path)
+        for path in output_dir.iterdir()
+        if (match := _NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Raise CheckpointError naming the first file that is missing or not as it was written."""
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(
+            f"`{checkpoint}` is not a complete checkpoint (no `{MANIFEST}`). Pass a directory "
+            "`checkpoint-<step>` that rayrm wrote."
+        )
+    try:
+        listed = json.loads(manifest.read_text())["files"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"`{manifest}` cannot be read ({error}). {_other(checkpoint)}") from error
+    for name, expected in listed.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint file `{file}` is missing. {_other(checkpoint)}")
+        if file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
+            raise CheckpointError(
+                f"checkpoint file `{file}` is corrupt (checksum differs). {_other(checkpoint)}"
+            )
+
+
+def prune_checkpoints(output_dir: Path, limit: int | None, keep: str | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`; the one named `keep` stays."""
+    if limit is None:
+        return
+    found = checkpoints(output_dir)
+    spare = [path for path in found[:-1] if path.name != keep]
+    for path in spare[: max(0, len(found) - limit)]:
+        shutil.rmtree(path)
+
+
+def _other(checkpoint: Path) -> str:
+    others = [path.name for path in checkpoints(checkpoint.parent) if path != checkpoint]
+    if others:
+        return (
+            f"Delete `{checkpoint}` to resume from `{others[-1]}`."
+            if int(others[-1].rpartition("-")[2]) < int(checkpoint.name.rpartition("-")[2])
+            else f"Resume from `{others[-1]}` instead."
+        )
+    return f"Delete `{checkpoint}` and start again: the run has no other checkpoint."
+
+
+def _seal(directory: Path) -> None:
+    files = {
+        str(file.relative_to(directory)): {"size": file.stat().st_size, "sha256": _sha256(file, sync=True)}
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+    with (directory / MANIFEST).open("w") as out:
+        json.dump({"files": files}, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sha256(file: Path, *, sync: bool = False) -> str:
+    with file.open("rb") as handle:
+        if sync:
+            os.fsync(handle.fileno())
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,235 @@
+"""The training loop: take the step's share, train_step, log?, evaluate?, save?
+
+It knows no Ray and no file: what it logs, evaluates and saves goes through the callables of `Events`. Metrics
+are averaged over the logging interval; steps that are done but not logged travel with the checkpoint, so that
+a resumed run logs the very numbers an uninterrupted one logs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from rayrm.config import RewardConfig
+from rayrm.data.order import Cursor
+from rayrm.data.packing import PackedBatch
+from rayrm.errors import RayrmError
+from rayrm.metrics.step import IntervalMean, StepMetrics
+from rayrm.train.checkpoint import TrainState
+from rayrm.train.engine import Engine
+from rayrm.train.step import StepTotals, train_step
+
+Record = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """One rank's share of a step. Token counts are of the whole step, over all ranks."""
+
+    microbatches: Sequence[PackedBatch]
+    num_rows: int
+    num_tokens: int
+    num_tokens_computed: int
+    after: Cursor
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When a run of `num_steps` logs, evaluates and saves; 0 steps: at the end of each epoch, None: never."""
+
+    num_steps: int
+    steps_per_epoch: int
+    log_every: int | None
+    evaluate_every: int | None
+    save_every: int | None
+    log_first: bool = False
+
+    @classmethod
+    def of(cls, config: RewardConfig, steps_per_epoch: int) -> Schedule:
+        num_steps = (
+            config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+        )
+
+        def every(strategy: str, interval: int) -> int | None:
+            return {"no": None, "epoch": 0}.get(strategy, interval)
+
+        return cls(
+            num_steps,
+            steps_per_epoch,
+            log_every=every(config.logging_strategy, config.interval("logging", num_steps)),
+            evaluate_every=every(config.eval_strategy, config.interval("eval", num_steps)),
+            save_every=every(config.save_strategy, config.interval("save", num_steps)),
+            log_first=config.logging_first_step,
+        )
+
+    def logs(self, step: int) -> bool:
+        return self._due(self.log_every, step) or (self.log_first and step == 1)
+
+    def evaluates(self, step: int) -> bool:
+        return self._due(self.evaluate_every, step)
+
+    def saves(self, step: int) -> bool:
+        # As transformers: a run that saves by steps also saves its last.
+        return self._due(self.save_every, step) or (self.save_every is not None and step == self.num_steps)
+
+    def _due(self, every: int | None, step: int) -> bool:
+        if every is None:
+            return False
+        if every == 0:
+            return step % self.steps_per_epoch == 0 or step == self.num_steps
+        return step % every == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """What happens around the steps. Every rank calls each; what only rank 0 does, it decides itself."""
+
+    progress: Callable[[int], None]
+    log: Callable[[Record], None]
+    evaluate: Callable[[TrainState], None]
+    save: Callable[[TrainState], None]
+
+
+@dataclass(slots=True)
+class Interval:
+    """The steps since the last log: as each rank counted them, and as all ranks together."""
+
+    center_rewards_coefficient: float | None = None
+    local: list[StepTotals] = field(default_factory=list)
+    reduced: list[list[float]] = field(default_factory=list)
+
+    def add(self, totals: StepTotals) -> None:
+        self.local.append(totals)
+
+    def reduce(self) -> list[list[float]]:
+        """Add up over ranks what is still local: one row of 8 numbers per step. The only host sync."""
+        if self.local:
+            sums = torch.stack([totals.sums for totals in self.local])
+            extremes = torch.stack([totals.extremes for totals in self.local])
+            norms = torch.stack([totals.grad_norm for totals in self.local]).double()
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(sums)
+                dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
+            self.reduced += torch.cat([sums, extremes, norms[:, None]], dim=1).tolist()
+            self.local = []
+        return self.reduced
+
+    def take(self) -> tuple[Record, float]:
+        """The interval's means under TRL's names, with the last step's grad_norm; and the sum of its losses."""
+        mean = IntervalMean()
+        rows = self.reduce()
+        for loss, won, margin, reward, weight, low, minus_high, _ in rows:
+            step = StepMetrics(
+                pairs=weight,
+                loss=loss * weight,
+                correct=won,
+                margin=margin,
+                reward=2 * reward,
+                min_reward=low,
+                max_reward=-minus_high,
+            )
+            mean.add(step.means())
+        record = {**mean.take(), "grad_norm": rows[-1][-1]}
+        total = sum(row[0] for row in rows)
+        self.reduced = []
+        return record, total
+
+
+def run_loop(
+    engine: Engine,
+    steps: Iterator[RankStep],
+    schedule: Schedule,
+    state: TrainState,
+    events: Events,
+    *,
+    center_rewards_coefficient: float | None,
+) -> TrainState:
+    """Train from where `state` stands to the schedule's end."""
+    interval = Interval(reduced=list(state.interval))
+    clock = _Clock()
+    engine.train(True)
+    while state.step < schedule.num_steps:
+        clock.wait()
+        step = next(steps)
+        clock.resume(step)
+        learning_rate = engine.learning_rate()
+        interval.add(
+            train_step(
+                engine,
+                step.microbatches,
+                step.num_rows,
+                center_rewards_coefficient=center_rewards_coefficient,
+            )
+        )
+        state.step += 1
+        state.cursor = step.after
+        state.num_tokens += step.num_tokens
+        state.num_tokens_computed += step.num_tokens_computed
+        events.progress(state.step)
+        if schedule.logs(state.step):
+            record, loss_sum = interval.take()
+            state.loss_sum += loss_sum
+            events.log(
+                {
+                    "step": state.step,
+                    **_checked(record, state.step),
+                    "learning_rate": learning_rate,
+                    "num_tokens": state.num_tokens,
+                    "num_tokens_computed": state.num_tokens_computed,
+                    "epoch": state.step / schedule.steps_per_epoch,
+                    **clock.take(),
+                }
+            )
+        saves = schedule.saves(state.step)
+        if schedule.evaluates(state.step):
+            engine.train(False)
+            events.evaluate(state)
+            engine.train(True)
+        if saves:
+            state.interval = interval.reduce()
+            events.save(state)
+    state.loss_sum += sum(row[0] for row in interval.reduce())
+    return state
+
+
+def _checked(record: Record, step: int) -> Record:
+    if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+        raise RayrmError(
+            f"the loss ({record['loss']}) or the gradient norm ({record['grad_norm']}) is not finite at step "
+            f"{step}. Lower `learning_rate`, or train in fp32 (`bf16=false`); the last checkpoint is intact."
+        )
+    return record
+
+
+class _Clock:
+    """Pairs and tokens per second over the interval, and how long the loop waited for data."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._waiting_since = self._began
+        self._waited = 0.0
+        self._rows = 0
+        self._tokens = 0
+
+    def wait(self) -> None:
+        self._waiting_since = time.perf_counter()
+
+    def resume(self, step: RankStep) -> None:
+        self._waited += time.perf_counter() - self._waiting_since
+        self._rows += step.num_rows
+        self._tokens += step.num_tokens
+
+    def take(self) -> Record:
+        elapsed = max(time.perf_counter() - self._began, 1e-9)
+        speed = {
+            "pairs_per_second": self._rows / elapsed,
+            "tokens_per_second": self._tokens / elapsed,
+            "data_wait_s": self._waited,
+        }
+        self.__init__()  # type: ignore[misc]
+        return speed

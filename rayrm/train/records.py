@@ -1,0 +1,124 @@
+"""What a run leaves to read: `metrics.jsonl`, TensorBoard events, and where it stands (`progress.json`).
+
+Rank 0 writes; the driver, and anyone else, reads. One JSON object per logging event, key `step` and TRL's names.
+After a restart, records beyond the checkpoint are dropped: each step stands in the file once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rayrm.config import RewardConfig
+from rayrm.train.checkpoint import TrainState
+from rayrm.train.loop import Record
+
+METRICS = "metrics.jsonl"
+PROGRESS = "progress.json"
+_PROGRESS_INTERVAL_S = 0.25
+
+
+class RunLog:
+    """The writer of a run directory's records; does nothing on ranks where it is not `active`."""
+
+    def __init__(self, output_dir: Path, config: RewardConfig, *, active: bool) -> None:
+        self._dir = output_dir
+        self._active = active
+        self._board: Any = None
+        self._tensorboard = active and "tensorboard" in config.report_to
+        self._shown = 0.0
+        self._began = time.time()
+        self._began_at_step = 0
+
+    def begin(self, step: int) -> None:
+        """Start, or go on after `step`."""
+        if not self._active:
+            return
+        self._began_at_step = step
+        self._dir.mkdir(parents=True, exist_ok=True)
+        kept = [
+            record for record in read_records(self._dir) if record["step"] <= step and not _is_summary(record)
+        ]
+        replace_text(self._dir / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._dir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, record: Record) -> None:
+        """Append one logging event; it must say its `step`."""
+        if not self._active:
+            return
+        with (self._dir / METRICS).open("a") as out:
+            out.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for key, value in record.items():
+                if key not in ("step", "epoch"):
+                    place = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+                    self._board.add_scalar(place, value, int(record["step"]))
+
+    def progress(self, step: int, num_steps: int) -> None:
+        """Say where training stands; written a few times a second at most."""
+        now = time.monotonic()
+        if not self._active or (now - self._shown < _PROGRESS_INTERVAL_S and step < num_steps):
+            return
+        self._shown = now
+        self._write_progress({"step": step, "num_steps": num_steps, "finished": False})
+
+    def finish(self, state: TrainState, num_steps: int, steps_per_epoch: int) -> None:
+        """Write the summary record, with transformers' names, and mark the run finished."""
+        if not self._active:
+            return
+        runtime = time.time() - self._began
+        self.write(
+            {
+                "step": state.step,
+                "epoch": state.step / steps_per_epoch,
+                "train_loss": state.loss_sum / max(state.step, 1),
+                "train_runtime": runtime,
+                "train_steps_per_second": (state.step - self._began_at_step) / max(runtime, 1e-9),
+                "num_tokens": state.num_tokens,
+                "num_tokens_computed": state.num_tokens_computed,
+            }
+        )
+        finished = {"step": state.step, "num_steps": num_steps, "finished": True}
+        self._write_progress({**finished, "best_checkpoint": state.best_checkpoint})
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def _write_progress(self, standing: dict[str, Any]) -> None:
+        replace_text(self._dir / PROGRESS, json.dumps(standing))
+
+
+def read_records(output_dir: Path) -> list[dict[str, Any]]:
+    """The logging events of a run, in order; a last line cut off by a kill is left out."""
+    file = output_dir / METRICS
+    if not file.exists():
+        return []
+    records = []
+    for line in file.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def read_progress(output_dir: Path) -> dict[str, Any]:
+    """`step`, `num_steps`, `finished`; empty before the first step."""
+    file = output_dir / PROGRESS
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def _is_summary(record: dict[str, Any]) -> bool:
+    return "train_runtime" in record
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.replace(file)

@@ -1,0 +1,140 @@
+"""What an output directory holds, and whether this run may use it: begin, resume, or refuse. Never overwrite.
+
+A run is known by its identity: the settings that shape its trajectory and the fingerprint of its data. How
+often it logs, evaluates or saves may change between a start and a resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayrm.config import RewardConfig
+from rayrm.errors import CheckpointError, RunDirectoryError
+from rayrm.train.checkpoint import checkpoints, verify_checkpoint
+from rayrm.train.records import METRICS, read_progress, replace_text
+
+IDENTITY = "identity.json"
+_FREE = {
+    "output_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "dataset_num_proc",
+    "do_train", "do_eval", "do_predict", "remove_unused_columns", "max_bad_row_fraction",
+    "logging_strategy", "logging_steps", "logging_first_step",
+    "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size",
+    "save_strategy", "save_steps", "save_total_limit",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    # Named by what they make together: rows_per_step.
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+    # Decided once and then kept: see `RunStart.max_tokens`.
+    "max_tokens_per_microbatch",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RunStart:
+    """How a run begins: from `resume` (None: from its first step), under the token budget chosen before, if any."""
+
+    resume: Path | None
+    max_tokens: int | None
+
+
+def identity_of(
+    config: RewardConfig, *, model: str, adapter: Any, data: str, rows_per_step: int
+) -> dict[str, Any]:
+    """What must be equal for two starts to be one run."""
+    settings = {
+        key: value
+        for key, value in dataclasses.asdict(config).items()
+        if key not in _FREE  # type: ignore[call-overload]
+    }
+    adapter_text = None if adapter is None else str(sorted(adapter.to_dict().items(), key=lambda kv: kv[0]))
+    return {
+        "model": model,
+        "adapter": adapter_text,
+        "data": data,
+        "rows_per_step": rows_per_step,
+        **json.loads(json.dumps(settings, default=str)),
+    }
+
+
+def examine(
+    output_dir: Path, identity: dict[str, Any], *, resume: bool | str | None, automatic: bool = False
+) -> RunStart:
+    """Decide how a run with this identity may use `output_dir`, or raise what to type instead.
+
+    `resume`: as `resume_from_checkpoint`. `automatic`: a run that was cut off goes on without being asked
+    (the command line's rule).
+    """
+    wanted = Path(resume) if isinstance(resume, str) and resume.lower() != "true" else None
+    asked = bool(resume)
+    known = output_dir / IDENTITY
+    if not known.exists():
+        _refuse_foreign(output_dir)
+        if asked and wanted is None:
+            raise CheckpointError(
+                f"`resume_from_checkpoint` is set, but `{output_dir}` holds no run. Leave it out to start one."
+            )
+        if wanted is not None:
+            verify_checkpoint(wanted)
+        return RunStart(wanted, None)
+    before = json.loads(known.read_text())
+    _refuse_other(output_dir, before["identity"], identity)
+    if read_progress(output_dir).get("finished"):
+        raise RunDirectoryError(
+            f"the run in `{output_dir}` is finished: its model is saved there. To train again, choose another "
+            "`output_dir`; to train on from this model, pass it as the model of a new run."
+        )
+    if not asked and not automatic:
+        raise RunDirectoryError(
+            f"`{output_dir}` holds a run that did not finish. Pass `resume_from_checkpoint=True` to go on with "
+            "it, or choose another `output_dir`."
+        )
+    found = checkpoints(output_dir)
+    newest = found[-1] if found else None
+    if wanted is not None and (newest is None or wanted.resolve() != newest.resolve()):
+        raise CheckpointError(
+            f"`resume_from_checkpoint` ({wanted}) is not the newest checkpoint of `{output_dir}` "
+            f"({newest.name if newest else 'none'}). Resume from that one, or copy `{wanted.name}` out and resume "
+            "from the copy with another `output_dir`."
+        )
+    if newest is not None:
+        verify_checkpoint(newest)
+    return RunStart(newest, before["max_tokens_per_microbatch"])
+
+
+def claim(output_dir: Path, identity: dict[str, Any], max_tokens: int, run_toml: str) -> None:
+    """Write what makes the directory this run's: identity, token budget and the resolved run."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    kept = {"identity": identity, "max_tokens_per_microbatch": max_tokens}
+    replace_text(output_dir / IDENTITY, json.dumps(kept, indent=2, default=str))
+    replace_text(output_dir / "run.toml", run_toml)
+
+
+def _refuse_foreign(output_dir: Path) -> None:
+    if not output_dir.exists():
+        return
+    if not output_dir.is_dir():
+        raise RunDirectoryError(f"`output_dir` ({output_dir}) is a file. Choose a directory.")
+    signs = [METRICS, "config.json", "adapter_config.json", "model.safetensors", "trainer_state.json"]
+    present = [name for name in signs if (output_dir / name).exists()]
+    present += [path.name for path in output_dir.glob("checkpoint-*")]
+    if present:
+        raise RunDirectoryError(
+            f"`output_dir` ({output_dir}) holds something that is not a run of rayrm ({', '.join(present[:3])}). "
+            "It would be overwritten: choose another `output_dir`."
+        )
+
+
+def _refuse_other(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    differing = [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise RunDirectoryError(
+            f"`output_dir` ({output_dir}) holds another run. They differ in {'; '.join(differing[:5])}"
+            f"{' ...' if len(differing) > 5 else ''}. Choose another `output_dir`, or set these back to resume it."
+        )

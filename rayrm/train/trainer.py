@@ -1,0 +1,387 @@
+"""[RAY] `RewardTrainer`: TRL's signature, in this process or on Ray Train workers.
+
+Without a `scaling_config` training runs here, through Ray Train's local mode, and a model object is updated in
+place. With workers, every argument must pickle, and `trainer.model` loads the result when it is asked for.
+Everything that can be refused is refused in the constructor, before a worker starts.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.trainer_utils import PredictionOutput, TrainOutput
+
+from rayrm.config import ModelConfig, RewardConfig
+from rayrm.data.ingest import TokenizedSet, ensure_ray, ingest
+from rayrm.data.tokenize import prepare_tokenizer
+from rayrm.errors import ClusterError, ConfigError, DataError, RayrmError
+from rayrm.logs import show_logs
+from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.model.reward_model import TextForm, load_saved, load_tokenizer, save_model
+from rayrm.train.build import ModelSource, build_model, check_source
+from rayrm.train.display import Display
+from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET, score_model
+from rayrm.train.records import read_records
+from rayrm.train.rundir import RunStart, claim, examine, identity_of
+from rayrm.train.worker import TrainJob, train_rank
+
+logger = logging.getLogger("rayrm.train")
+_NOT_YET = {
+    "data_collator": "rayrm packs batches itself",
+    "compute_metrics": "evaluation metrics are computed from all scores; use `predict` and compute yours",
+    "callbacks": "read `metrics.jsonl` or `state.log_history`",
+    "preprocess_logits_for_metrics": "use `predict`",
+    "quantization_config": "load the model in bf16, or train a LoRA adapter",
+}
+
+
+@dataclass(slots=True)
+class TrainerState:
+    """What training left to read. `log_history` has TRL's keys, one dict per logging event."""
+
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    global_step: int = 0
+
+
+class RewardTrainer:
+    """Train a reward model on preference pairs with the Bradley-Terry objective.
+
+    Positional arguments are TRL's, in TRL's order. Datasets: `datasets.Dataset`, `IterableDataset`, dicts of
+    them for evaluation, `ray.data.Dataset`, a path, glob or hub name, a list of rows.
+
+    Args:
+        scaling_config: `ray.train.ScalingConfig`; None trains in this process.
+        run_config: `ray.train.RunConfig`; its failure configuration and callbacks are used.
+        max_pairs, max_eval_pairs: read only the first rows of each source.
+        auto_resume: a run that was cut off goes on without `resume_from_checkpoint`.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunDirectoryError, ClusterError: each says what to type.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: RewardConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        scaling_config: Any = None,
+        run_config: Any = None,
+        max_pairs: int | None = None,
+        max_eval_pairs: int | None = None,
+        auto_resume: bool = False,
+        run: Any = None,
+    ) -> None:
+        show_logs()
+        for name, reason in _NOT_YET.items():
+            if locals()[name] is not None:
+                raise ConfigError(f"`{name}` is not supported: {reason}.")
+        if tuple(optimizers) != (None, None):
+            raise ConfigError("`optimizers` is not supported: use `optim`, or `optimizer_cls_and_kwargs`.")
+        if train_dataset is None:
+            raise DataError("`train_dataset` is required. Pass a dataset, a path, or a list of rows.")
+        self._source = ModelSource(model, peft_config)
+        self.args = args or RewardConfig(f"{self._source.name.rsplit('/', 1)[-1]}-Reward")
+        self.output_dir = Path(self.args.output_dir or "trainer_output").expanduser().absolute()
+        self._scaling, self._run_config, self._run = scaling_config, run_config, run
+        self._auto_resume = auto_resume
+        self._optimizer = optimizer_cls_and_kwargs
+        self.num_workers = 0 if scaling_config is None else int(scaling_config.num_workers or 0)
+        check_source(self._source, self.args)
+        self.processing_class = prepare_tokenizer(
+            processing_class
+            or load_tokenizer(
+                self._source.name,
+                trust_remote_code=self.args.trust_remote_code,
+                revision=(self.args.model_init_kwargs or {}).get("revision"),
+            ),
+            eos_token=self.args.eos_token,
+            pad_token=self.args.pad_token,
+            chat_template_path=self.args.chat_template_path,
+        )
+        self._max_eval_pairs = max_eval_pairs
+        self.train_set = self._ingest(train_dataset, "train", max_pairs)
+        self.eval_sets = self._ingest_eval(eval_dataset)
+        self.text_form: TextForm = self._text_form()
+        if self.num_workers:
+            check_cluster(scaling_config)
+        self.state = TrainerState()
+        self._model: torch.nn.Module | None = None
+        if self.num_workers == 0:
+            set_seed(self.args.seed)
+            self._model = build_model(self._source, self.args, self.processing_class)
+
+    @property
+    def model(self) -> Any:
+        """The model: in this process the one that trains, with workers the result, loaded on first use."""
+        if self._model is None:
+            if (
+                not (self.output_dir / "config.json").exists()
+                and not (self.output_dir / "adapter_config.json").exists()
+            ):
+                raise RayrmError(
+                    "the workers hold the model; call `train()` first, and `model` loads its result."
+                )
+            self._model = load_saved(self.output_dir).model
+        return self._model
+
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+        """Train to the end of the schedule; the model is saved in `output_dir`.
+
+        `resume_from_checkpoint`: True for the newest checkpoint of `output_dir`, or a checkpoint's path.
+        """
+        start = self._claim(resume_from_checkpoint)
+        job = self._job(start)
+        show_bar = not self.args.disable_tqdm
+        with Display(self.output_dir, bar=show_bar):
+            if self.num_workers == 0:
+                self._fit_here(job)
+            else:
+                self._fit_on_workers(job)
+        self.state.log_history = read_records(self.output_dir)
+        summary = self.state.log_history[-1]
+        self.state.global_step = int(summary["step"])
+        return TrainOutput(self.state.global_step, summary["train_loss"], summary)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics of the evaluation set(s), exact over all pairs, with TRL's names under the prefix."""
+        sets = self.eval_sets if eval_dataset is None else self._ingest_eval(eval_dataset)
+        if not sets:
+            raise DataError("`eval_dataset` is required: pass it here or to the trainer.")
+        metrics: dict[str, float] = {}
+        for name, pairs in sets.items():
+            prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
+            chosen, rejected = score_model(self.model, pairs, self.args)
+            for key, value in self._metrics(pairs, chosen, rejected).items():
+                metrics[f"{prefix}{key}"] = value
+        self.state.log_history.append({**metrics, "step": self.state.global_step})
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Scores of pairs, `predictions` `[P, 2]` (chosen, rejected), and their metrics."""
+        pairs = self._ingest(test_dataset, metric_key_prefix, None)
+        chosen, rejected = score_model(self.model, pairs, self.args)
+        metrics = {
+            f"{metric_key_prefix}_{key}": value
+            for key, value in self._metrics(pairs, chosen, rejected).items()
+        }
+        both = torch.stack([torch.from_numpy(chosen), torch.from_numpy(rejected)], dim=1).numpy()
+        return PredictionOutput(predictions=both, label_ids=None, metrics=metrics)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and tokenizer as transformers does, in `output_dir` or the run's directory."""
+        directory = Path(output_dir).expanduser().absolute() if output_dir else self.output_dir
+        directory.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, self.processing_class, directory, text_form=self.text_form)
+
+    def _ingest(self, source: Any, name: str, max_rows: int | None) -> TokenizedSet:
+        if isinstance(source, TokenizedSet):
+            return source
+        return ingest(
+            source,
+            self.processing_class,
+            max_length=self.args.max_length,
+            max_rows=max_rows,
+            quarantine_path=self._quarantine(),
+            max_bad_row_fraction=self.args.max_bad_row_fraction,
+            name=name,
+        )
+
+    def _quarantine(self) -> Path:
+        """Refused rows go beside the run directory's other records, once it is this run's; see `_claim`."""
+        return self.output_dir.with_name(f".{self.output_dir.name}.quarantine.jsonl")
+
+    def _ingest_eval(self, source: Any) -> dict[str, TokenizedSet]:
+        if source is None:
+            return {}
+        if isinstance(source, dict):
+            return {name: self._ingest(one, name, self._max_eval_pairs) for name, one in source.items()}
+        return {"": self._ingest(source, "eval", self._max_eval_pairs)}
+
+    def _text_form(self) -> TextForm:
+        forms = {"train": self.train_set.report.text_form}
+        forms |= {name or "eval": pairs.report.text_form for name, pairs in self.eval_sets.items()}
+        named = {name: form for name, form in forms.items() if form != "tokenized"}
+        if len(set(named.values())) > 1:
+            listed = ", ".join(f"{name} is {form}" for name, form in named.items())
+            raise DataError(
+                f"the data sets have different text forms ({listed}). A model is trained and evaluated on one: "
+                "write both as message lists, or both as strings."
+            )
+        if named:
+            return next(iter(named.values()))  # type: ignore[return-value]
+        form: TextForm = "conversational" if self.processing_class.chat_template else "standard"
+        logger.info("the data is tokenized already: the model is saved as %s, by its tokenizer", form)
+        return form
+
+    def _metrics(self, pairs: TokenizedSet, chosen: Any, rejected: Any) -> dict[str, float]:
+        margins = [pair.margin for pair in pairs.fetch(range(pairs.num_pairs))]
+        return evaluate_scores(
+            chosen,
+            rejected,
+            pairs.chosen_lengths,
+            pairs.rejected_lengths,
+            margins=margins,
+            center=self.args.center_rewards_coefficient,
+        )
+
+    def _claim(self, resume: bool | str | None) -> RunStart:
+        """Check the output directory and the token budget, and make the directory this run's."""
+        rows_per_step = self.args.train_batch_rows(self.num_workers)
+        if self.args.dataloader_drop_last and rows_per_step > self.train_set.num_pairs:
+            raise ConfigError(
+                f"`dataloader_drop_last` (True) leaves no step: a step takes {rows_per_step} pairs and there are "
+                f"{self.train_set.num_pairs}. Lower `per_device_train_batch_size`, or set it to False."
+            )
+        identity = identity_of(
+            self.args,
+            model=self._source.name,
+            adapter=self._source.peft_config,
+            data=self.train_set.report.fingerprint,
+            rows_per_step=rows_per_step,
+        )
+        wanted = resume if resume is not None else self.args.resume_from_checkpoint
+        start = examine(self.output_dir, identity, resume=wanted, automatic=self._auto_resume)
+        budget = self._budget(start)
+        claim(self.output_dir, identity, budget, self._run_toml(budget))
+        refused = self._quarantine()
+        if refused.exists():
+            refused.replace(self.output_dir / "quarantine.jsonl")
+        return RunStart(start.resume, budget)
+
+    def _budget(self, start: RunStart) -> int:
+        """The token budget of a micro-batch: as set, as chosen when the run began, or the default."""
+        pairs = self.train_set
+        whole = pairs.chosen_lengths.astype("int64") + pairs.rejected_lengths
+        longest = int((whole - pairs.prefix_lengths).max() if self.args.share_prefix else whole.max())
+        budget = self.args.max_tokens_per_microbatch or start.max_tokens
+        if budget is None:
+            budget = max(DEFAULT_TOKEN_BUDGET, longest)
+            logger.info("max_tokens_per_microbatch: %d tokens (the longest pair has %d)", budget, longest)
+        elif budget < longest:
+            raise ConfigError(
+                f"`max_tokens_per_microbatch` ({budget}) is below the longest pair kept by `max_length` "
+                f"({longest} tokens). Raise it to {longest} or lower `max_length`."
+            )
+        return budget
+
+    def _run_toml(self, budget: int) -> str:
+        import dataclasses
+
+        from rayrm.config import ClusterConfig, DataConfig
+        from rayrm.runfile import Run, dump_run
+
+        run = self._run or Run(
+            model=ModelConfig(self._source.name),
+            data=DataConfig(train=f"in memory, sha256 {self.train_set.report.fingerprint}"),
+            cluster=ClusterConfig(num_workers=self.num_workers),
+        )
+        reward = dataclasses.replace(self.args, max_tokens_per_microbatch=budget)
+        return dump_run(dataclasses.replace(run, reward=reward))
+
+    def _job(self, start: RunStart) -> TrainJob:
+        assert start.max_tokens is not None
+        return TrainJob(
+            config=self.args,
+            source=self._source,
+            built=self._model if self.num_workers == 0 else None,
+            tokenizer=self.processing_class,
+            text_form=self.text_form,
+            train_set=self.train_set,
+            eval_sets=dict(self.eval_sets),
+            output_dir=self.output_dir,
+            max_tokens=start.max_tokens,
+            resume=start.resume,
+            optimizer=self._optimizer,
+        )
+
+    def _fit_here(self, job: TrainJob) -> None:
+        from ray.train import ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        TorchTrainer(
+            _run_rank, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)
+        ).fit()
+
+    def _fit_on_workers(self, job: TrainJob) -> None:
+        from ray.train import RunConfig
+        from ray.train.torch import TorchTrainer
+
+        given = self._run_config
+        run_config = RunConfig(
+            name=self.output_dir.name,
+            storage_path=str(self.output_dir.parent),
+            failure_config=None if given is None else given.failure_config,
+            callbacks=None if given is None else given.callbacks,
+        )
+        trainer = TorchTrainer(
+            _run_rank,
+            train_loop_config={"job": job},
+            scaling_config=self._scaling,
+            run_config=run_config,
+        )
+        try:
+            trainer.fit()
+        except RuntimeError as failure:
+            raise _cause_in_workers(failure) from failure
+        self._model = None
+
+
+def _run_rank(config: dict[str, Any]) -> None:
+    """What every Ray Train worker (or this process, in local mode) runs."""
+    import ray.train
+
+    show_logs()
+
+    def report(record: dict[str, float]) -> None:
+        ray.train.report(dict(record))
+
+    train_rank(config["job"], report)
+
+
+def _cause_in_workers(failure: RuntimeError) -> Exception:
+    """The error that a worker raised, where it is one of ours; else Ray's, whole."""
+    for cause in getattr(failure, "worker_failures", {}).values():
+        inner = getattr(cause, "cause", None) or cause
+        for error in (inner, getattr(inner, "__cause__", None)):
+            if isinstance(error, RayrmError):
+                return error
+    return failure
+
+
+def check_cluster(scaling_config: Any) -> None:
+    """Raise ClusterError where the cluster has less than the workers ask for."""
+    import ray
+
+    ensure_ray()
+    each = dict(scaling_config.resources_per_worker or {})
+    if not each:
+        each = {"GPU": 1.0} if scaling_config.use_gpu else {"CPU": 1.0}
+    have = ray.cluster_resources()
+    workers = int(scaling_config.num_workers)
+    for name, amount in each.items():
+        if amount * workers > have.get(name, 0.0):
+            raise ClusterError(
+                f"{workers} workers of {amount:g} {name} need {amount * workers:g} {name}, but the cluster has "
+                f"{have.get(name, 0.0):g}. Lower `cluster.num_workers` or `cluster.resources_per_worker`, or join "
+                "a larger cluster (`cluster.address`)."
+            )

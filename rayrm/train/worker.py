@@ -1,0 +1,336 @@
+"""What one rank does from start to end: build, restore, loop, save. Knows torch and files, not Ray.
+
+`TrainJob` is produced by the trainer on the driver and consumed here, once per rank; it must pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import set_seed
+
+from rayrm.config import RewardConfig
+from rayrm.data.order import Order, StepRows
+from rayrm.data.packing import pack_pairs
+from rayrm.data.planning import plan_step
+from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.model.forward import PackedScorer
+from rayrm.model.layout import Layout, choose_layout, unwrapped
+from rayrm.model.reward_model import TextForm, save_model
+from rayrm.train.build import ModelSource, build_model
+from rayrm.train.checkpoint import (
+    TrainState,
+    checkpoints,
+    prune_checkpoints,
+    read_state,
+    restore_rng,
+    save_checkpoint,
+)
+from rayrm.train.engine import Engine, TorchEngine
+from rayrm.train.evaluation import PairSet, computed_tokens, score_pairs
+from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
+from rayrm.train.optimizer import OptimizerSpec, make_optimizer, make_scheduler
+from rayrm.train.precision import resolve_precision
+from rayrm.train.records import RunLog
+
+logger = logging.getLogger("rayrm.train")
+_STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """One training run, as every rank is told it. `resume` is the checkpoint to begin from, if any.
+
+    `max_tokens` is the token budget of a micro-batch, decided once on the driver. `built` is the model where
+    training runs in the process that built it: it is updated in place.
+    """
+
+    config: RewardConfig
+    source: ModelSource
+    tokenizer: Any
+    text_form: TextForm
+    train_set: PairSet
+    eval_sets: dict[str, PairSet]
+    output_dir: Path
+    max_tokens: int
+    resume: Path | None = None
+    built: torch.nn.Module | None = None
+    optimizer: OptimizerSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Which of how many this process is, and its device."""
+
+    index: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def here(cls, *, use_cpu: bool) -> Rank:
+        """Read off the process group (one rank where there is none)."""
+        ready = dist.is_initialized()
+        cuda = torch.cuda.is_available() and not use_cpu
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        return cls(
+            dist.get_rank() if ready else 0,
+            dist.get_world_size() if ready else 1,
+            torch.device("cuda", local if local < torch.cuda.device_count() else 0)
+            if cuda
+            else torch.device("cpu"),
+        )
+
+    def barrier(self) -> None:
+        if self.count > 1:
+            dist.barrier()
+
+
+def train_rank(
+    job: TrainJob, report: Callable[[Record], None], on_step: Callable[[int, int], None] | None = None
+) -> torch.nn.Module:
+    """Run `job` on this rank to its end; returns the trained model (sharded under ZeRO-3).
+
+    `report` is called on every rank with each logged record; `on_step(step, num_steps)` on rank 0.
+    """
+    if job.config.zero_stage is not None or job.config.deepspeed is not None:
+        from rayrm.train.zero import initialize_single_process
+
+        initialize_single_process()
+    rank = Rank.here(use_cpu=job.config.use_cpu)
+    run = _RankRun(job, rank, report, on_step)
+    return run.train()
+
+
+class _RankRun:
+    """The parts of a run that its steps share."""
+
+    def __init__(
+        self,
+        job: TrainJob,
+        rank: Rank,
+        report: Callable[[Record], None],
+        on_step: Callable[[int, int], None] | None,
+    ) -> None:
+        self.job, self.rank, self._report, self._on_step = job, rank, report, on_step
+        self.config = job.config
+        set_seed(self.config.seed)
+        built = job.built if job.built is not None else build_model(job.source, job.config, job.tokenizer)
+        model = built.to(rank.device)
+        longest = int(max(job.train_set.chosen_lengths.max(), job.train_set.rejected_lengths.max()))
+        self.layout = choose_layout(model, share_prefix=self.config.share_prefix, longest=longest)
+        self._say(_describe(self.layout))
+        self.module = PackedScorer(model, self.layout)
+        self.pad_token_id = unwrapped(model).config.get_text_config().pad_token_id
+        self.order = Order(
+            job.train_set.num_pairs,
+            self.config.train_batch_rows(rank.count),
+            seed=self.config.seed if self.config.data_seed is None else self.config.data_seed,
+            shuffle=self.config.shuffle,
+            drop_last=self.config.dataloader_drop_last,
+        )
+        self.schedule = Schedule.of(self.config, self.order.steps_per_epoch)
+        self.engine = _build_engine(job, self.module, rank, self.schedule.num_steps)
+        self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
+
+    def _say(self, message: str) -> None:
+        if self.rank.index == 0:
+            logger.info("%s", message)
+
+    def train(self) -> torch.nn.Module:
+        state = self._restore()
+        steps = _ahead(self._steps(state))
+        events = Events(self._progress, self._log, self._evaluate, self._save)
+        with contextlib.closing(self.log), contextlib.closing(steps):
+            if self.config.eval_on_start and state.step == 0:
+                self.engine.train(False)
+                self._evaluate(state)
+            self._progress(state.step)
+            state = run_loop(
+                self.engine,
+                steps,
+                self.schedule,
+                state,
+                events,
+                center_rewards_coefficient=self.config.center_rewards_coefficient,
+            )
+            if self.config.load_best_model_at_end and state.best_checkpoint:
+                self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
+                self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
+            self._write_model(self.job.output_dir)
+            self.rank.barrier()
+            if self.rank.index == 0:
+                self.log.finish(state, self.schedule.num_steps, self.order.steps_per_epoch)
+        self.rank.barrier()
+        return self.module.release()
+
+    def _restore(self) -> TrainState:
+        found = checkpoints(self.job.output_dir)
+        source = found[-1] if found else self.job.resume
+        if source is None:
+            self.log.begin(0)
+            return TrainState(num_workers=self.rank.count)
+        state = read_state(source)
+        self.engine.load(source / "engine")
+        restore_rng(source, self.rank.index)
+        self.log.begin(state.step)
+        self._say(f"resuming after step {state.step} from {source}")
+        state.num_workers = self.rank.count
+        return state
+
+    def _steps(self, state: TrainState) -> Iterator[RankStep]:
+        for step in self.order.steps(state.cursor):
+            yield self._prepare(step)
+
+    def _prepare(self, step: StepRows) -> RankStep:
+        """Plan the step over all ranks, fetch and pack this rank's share."""
+        pairs = self.job.train_set
+        costs = computed_tokens(pairs, step.rows, self.layout)
+        plan = plan_step(costs, num_ranks=self.rank.count, max_tokens=self.job.max_tokens)
+        packed = [
+            pack_pairs(
+                pairs.fetch(step.rows[list(microbatch.rows)]),
+                self.pad_token_id,
+                share=self.layout.name == "shared",
+                weights=microbatch.weights,
+            )
+            for microbatch in plan[self.rank.index]
+        ]
+        both = pairs.chosen_lengths[step.rows].sum() + pairs.rejected_lengths[step.rows].sum()
+        return RankStep(packed, len(step.rows), int(both), int(costs.sum()), step.after)
+
+    def _progress(self, step: int) -> None:
+        if self.rank.index == 0:
+            self.log.progress(step, self.schedule.num_steps)
+            if self._on_step is not None:
+                self._on_step(step, self.schedule.num_steps)
+
+    def _log(self, record: Record) -> None:
+        self.log.write(record)
+        self._report(record)
+
+    def _evaluate(self, state: TrainState) -> None:
+        """Evaluate every set; note which checkpoint is the best."""
+        for name, pairs in self.job.eval_sets.items():
+            chosen, rejected = score_pairs(
+                self.engine.scores,
+                pairs,
+                layout=self.layout,
+                pad_token_id=self.pad_token_id,
+                max_tokens=self.job.max_tokens,
+                device=self.rank.device,
+            )
+            metrics = evaluate_scores(
+                chosen,
+                rejected,
+                pairs.chosen_lengths,
+                pairs.rejected_lengths,
+                margins=[pair.margin for pair in pairs.fetch(np.arange(pairs.num_pairs))],
+                center=self.config.center_rewards_coefficient,
+            )
+            prefix = f"eval_{name}_" if name else "eval_"
+            record = {f"{prefix}{key}": value for key, value in metrics.items()}
+            record |= {"step": state.step, "epoch": state.step / self.order.steps_per_epoch}
+            self._note_best(state, record)
+            self._log(record)
+
+    def _note_best(self, state: TrainState, record: Record) -> None:
+        wanted = self.config.metric_for_best_model
+        if wanted is None:
+            return
+        value = record.get(wanted if wanted.startswith("eval_") else f"eval_{wanted}")
+        if value is None:
+            return
+        better = state.best_metric is None or (
+            value > state.best_metric if self.config.greater_is_better else value < state.best_metric
+        )
+        if better:
+            state.best_metric = value
+            if self.schedule.saves(state.step):
+                state.best_checkpoint = f"checkpoint-{state.step}"
+
+    def _save(self, state: TrainState) -> None:
+        def write(directory: Path) -> None:
+            engine_dir = directory / "engine"
+            engine_dir.mkdir(exist_ok=True)
+            self.engine.save(engine_dir)
+            self._write_model(directory)
+
+        path = save_checkpoint(
+            self.job.output_dir, state, rank=self.rank.index, barrier=self.rank.barrier, write=write
+        )
+        if self.rank.index == 0:
+            prune_checkpoints(self.job.output_dir, self.config.save_total_limit, state.best_checkpoint)
+            self._say(f"saved {path}")
+        self.rank.barrier()
+
+    def _write_model(self, directory: Path) -> None:
+        state = self.engine.model_state()
+        if self.rank.index == 0:
+            save_model(
+                self.module.model,
+                self.job.tokenizer,
+                directory,
+                text_form=self.job.text_form,
+                state_dict=state,
+            )
+
+
+def _describe(layout: Layout) -> str:
+    what = {
+        "shared": "prefixes that chosen and rejected share are computed once, without padding",
+        "packed": "rows are packed without padding, nothing is shared",
+        "padded": "rows are padded, nothing is shared",
+    }[layout.name]
+    return f"layout: {what}" + (f" ({layout.reason})" if layout.reason else "")
+
+
+def _build_engine(job: TrainJob, module: PackedScorer, rank: Rank, num_steps: int) -> Engine:
+    config = job.config
+    precision = resolve_precision(config, rank.device)
+    optimizer = make_optimizer(module, config, job.optimizer)
+    scheduler = make_scheduler(optimizer, config, num_steps)
+    if config.zero_stage is None and config.deepspeed is None:
+        return TorchEngine(
+            module,
+            optimizer,
+            scheduler,
+            device=rank.device,
+            world_size=rank.count,
+            max_grad_norm=config.max_grad_norm,
+            precision=precision,
+        )
+    from rayrm.train.zero import DeepSpeedEngine, deepspeed_config
+
+    return DeepSpeedEngine(
+        module,
+        optimizer,
+        scheduler,
+        device=rank.device,
+        world_size=rank.count,
+        max_grad_norm=config.max_grad_norm,
+        settings=deepspeed_config(config, precision),
+    )
+
+
+def _ahead(steps: Iterator[RankStep]) -> Iterator[RankStep]:
+    """The same steps, prepared by one thread a few steps before they are asked for."""
+    with ThreadPoolExecutor(1, thread_name_prefix="rayrm-prepare") as thread:
+        pending = [thread.submit(next, steps) for _ in range(_STEPS_AHEAD)]
+        try:
+            while True:
+                ready = pending.pop(0).result()
+                pending.append(thread.submit(next, steps))
+                yield ready
+        finally:
+            for future in pending:
+                future.cancel()
