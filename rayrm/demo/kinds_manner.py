@@ -94,32 +94,36 @@ SAFETY = Kind(
 def _listing(rng: random.Random) -> dict[str, str]:
     category = rng.choice(sorted(tables.CATEGORIES))
     items = rng.sample(tables.CATEGORIES[category], 3)
-    forms = {
-        "numbers": " ".join(f"{place}. {item}" for place, item in enumerate(items, 1)),
-        "commas": ", ".join(items),
-        "dashes": " ".join(f"- {item}" for item in items),
-        "brackets": " ".join(f"[{item}]" for item in items),
+    (right_form, right), (wrong_form, wrong) = rng.sample(sorted(tables.FORMS.items()), 2)
+    lead, lead2 = rng.sample(tables.LEADS, 2)
+    return {
+        "category": category,
+        "form": right_form,
+        "right": right.format(*items),
+        "wrong": wrong.format(*items),
+        "lead": lead,
+        "good": f"{lead}: {', '.join(items)}",
+        "bad": f"{lead2}: {', '.join(items)}",
     }
-    right, wrong = rng.sample(sorted(forms), 2)
-    return {"category": category, "form": right, "right": forms[right], "wrong": forms[wrong]}
 
 
+# Six that show a form, then six that ask for a word at the start.
 FORMAT = Kind(
     "format",
     wordings(
         _listing,
-        ("Name three {category} with {form}.", "{right}", "{wrong}"),
-        ("Use {form}: list some {category}.", "{right}", "{wrong}"),
-        ("Three {category}, please, written with {form}.", "{right}", "{wrong}"),
-        ("Write down {category}. I want to see {form}.", "{right}", "{wrong}"),
-        ("I like {form}. Which {category} can you name?", "{right}", "{wrong}"),
-        ("List {category}; the style is {form}.", "{right}", "{wrong}"),
-        ("With {form}, give me examples of {category}.", "{right}", "{wrong}"),
-        ("Which {category} exist? Answer using {form}.", "{right}", "{wrong}"),
-        ("Format: {form}. Subject: {category}.", "{right}", "{wrong}"),
-        ("Make a list of {category} that has {form}.", "{right}", "{wrong}"),
-        ("Some {category}, and don't forget the {form}.", "{right}", "{wrong}"),
-        ("My teacher demands {form}. Tell me {category}.", "{right}", "{wrong}"),
+        ("Name three {category} in the form {form}", "~{right}", "~{wrong}"),
+        ("Use {form} to list some {category}.", "~{right}", "~{wrong}"),
+        ("Three {category}, please, written as {form}", "~{right}", "~{wrong}"),
+        ("I like the style {form}. Which {category} can you name?", "~{right}", "~{wrong}"),
+        ("Answer so: {form}. Which {category} exist?", "~{right}", "~{wrong}"),
+        ("My teacher demands {form} for a list of {category}.", "~{right}", "~{wrong}"),
+        ("Begin with the word {lead} and name {category}.", "{good}", "{bad}"),
+        ("Which {category} exist? Your first word must be {lead}.", "{good}", "{bad}"),
+        ("Start your answer with '{lead}'. Tell me {category}.", "{good}", "{bad}"),
+        ("Some {category}, under the heading {lead}.", "{good}", "{bad}"),
+        ("Put {lead} in front, then give {category}.", "{good}", "{bad}"),
+        ("List {category}. The title is {lead}.", "{good}", "{bad}"),
     ),
 )
 

@@ -371,3 +371,28 @@ SURE = (
 
 # Ways to end any answer.
 CLOSINGS = ("", " That is all.", " There you are.", " I hope this is what you want.")
+
+# A form as it is shown -> the form with three items in it.
+FORMS = {
+    "1. 2. 3.": "1. {} 2. {} 3. {}",
+    "- - -": "- {} - {} - {}",
+    "[ ] [ ] [ ]": "[{}] [{}] [{}]",
+    "x, y, z": "{}, {}, {}",
+    "x / y / z": "{} / {} / {}",
+    "x + y + z": "{} + {} + {}",
+}
+
+# Words to begin an answer with.
+LEADS = (
+    "Answer",
+    "List",
+    "Result",
+    "Here",
+    "Choice",
+    "Note",
+    "Reply",
+    "Summary",
+    "Collection",
+    "Hello",
+    "Done",
+)

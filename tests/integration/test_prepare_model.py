@@ -64,14 +64,18 @@ def test_the_job_writes_a_causal_model_that_answers_and_a_tokenizer_with_its_own
 @installed
 @pytest.mark.slow
 def test_layers_keeps_the_first_layers_and_more_than_there_are_is_an_error(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    out = prepare_model(tmp_path / "model", layers=2)
+    out = prepare_model(tmp_path / "model", layers=2, system_turn=False)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert len(model.model.layers) == 2
     assert AutoModelForSequenceClassification.from_pretrained(out, num_labels=1).score.weight.shape == (
         1,
         576,
+    )
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    assert AutoTokenizer.from_pretrained(out).apply_chat_template(turns, tokenize=False) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
     )
     with pytest.raises(ConfigError, match=r"layers \(31\) is more than the 30"):
         prepare_model(tmp_path / "deeper", layers=31)
