@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -103,6 +103,7 @@ class Module:
 Rule = Callable[[list[Module]], list[str]]
 
 
+@cache
 def imports_of(module: Module) -> list[Import]:
     """Every import outside `TYPE_CHECKING`, with relative ones resolved."""
     package = [PACKAGE, *module.path.split("/")[:-1]]
@@ -298,6 +299,7 @@ ALLOWED: list[tuple[Rule, str, str]] = [
 ]
 
 
+@cache
 def read_package(folder: Path) -> list[Module]:
     paths = sorted(folder.rglob("*.py"))
     return [Module(path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
