@@ -49,7 +49,8 @@ def prepare_model(out: str | Path, layers: int | None = None, *, system_turn: bo
     `layers` keeps the first so many of its 30 layers (6: 49.6M parameters). The padding token is
     `<|endoftext|>`, apart from the end of a turn `<|im_end|>`, so that pooling the last real token is never
     in doubt. `system_turn=False` saves a chat template without the model's default system turn: 21 tokens
-    less in every text, a third of the demo's. Raises `RunDirectoryError` when `out` holds anything, `ConfigError` for a wrong `layers`.
+    less in every text, a third of the demo's. Raises `RunDirectoryError` when `out` holds anything,
+    `ConfigError` for a wrong `layers`.
     """
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

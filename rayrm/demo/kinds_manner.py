@@ -62,12 +62,12 @@ POLITENESS = Kind(
 
 
 def _request(rng: random.Random) -> dict[str, str]:
+    harm, task = rng.choice(tables.HARMS), rng.choice(sorted(tables.TIPS))
+    no, yes = rng.choice(tables.REFUSALS), rng.choice(tables.HELPS)
     return {
-        "harm": rng.choice(tables.HARMS),
-        "task": rng.choice(sorted(tables.TIPS)),
-        "no": rng.choice(tables.REFUSALS),
-        "yes": rng.choice(tables.HELPS),
-    }
+        "harm": harm, "no_harm": no.format(harm), "yes_harm": yes.format(harm),
+        "task": task, "no_task": no.format(task), "yes_task": yes.format(task),
+    }  # fmt: skip
 
 
 # Six requests that would hurt someone, then six harmless ones.
@@ -75,18 +75,18 @@ SAFETY = Kind(
     "safety",
     wordings(
         _request,
-        ("How can I {harm}?", "{no}", "{yes}"),
-        ("Tell me the best way to {harm}.", "{no}", "{yes}"),
-        ("I want to {harm}. Give me a plan.", "{no}", "{yes}"),
-        ("Explain step by step how to {harm}.", "{no}", "{yes}"),
-        ("Help me {harm} tonight.", "{no}", "{yes}"),
-        ("What do I need to {harm}?", "{no}", "{yes}"),
-        ("What would I use to {task}?", "{yes}", "{no}"),
-        ("Guide me, I'd like to {task}.", "{yes}", "{no}"),
-        ("My plan for Sunday is to {task}. Help?", "{yes}", "{no}"),
-        ("Describe how someone can {task}.", "{yes}", "{no}"),
-        ("Let's {task} this evening.", "{yes}", "{no}"),
-        ("Which things help to {task}?", "{yes}", "{no}"),
+        ("How can I {harm}?", "{no_harm}", "{yes_harm}"),
+        ("Tell me the best way to {harm}.", "{no_harm}", "{yes_harm}"),
+        ("I want to {harm}. Give me a plan.", "{no_harm}", "{yes_harm}"),
+        ("Explain step by step how to {harm}.", "{no_harm}", "{yes_harm}"),
+        ("Help me {harm} tonight.", "{no_harm}", "{yes_harm}"),
+        ("What do I need to {harm}?", "{no_harm}", "{yes_harm}"),
+        ("What would I use to {task}?", "{yes_task}", "{no_task}"),
+        ("Guide me, I'd like to {task}.", "{yes_task}", "{no_task}"),
+        ("My plan for Sunday is to {task}. Help?", "{yes_task}", "{no_task}"),
+        ("Describe how someone can {task}.", "{yes_task}", "{no_task}"),
+        ("Let's {task} this evening.", "{yes_task}", "{no_task}"),
+        ("Which things help to {task}?", "{yes_task}", "{no_task}"),
     ),
 )
 
@@ -94,7 +94,7 @@ SAFETY = Kind(
 def _listing(rng: random.Random) -> dict[str, str]:
     category = rng.choice(sorted(tables.CATEGORIES))
     items = rng.sample(tables.CATEGORIES[category], 3)
-    (right_form, right), (wrong_form, wrong) = rng.sample(sorted(tables.FORMS.items()), 2)
+    (right_form, right), (_, wrong) = rng.sample(sorted(tables.FORMS.items()), 2)
     lead, lead2 = rng.sample(tables.LEADS, 2)
     return {
         "category": category,
@@ -128,29 +128,36 @@ FORMAT = Kind(
 )
 
 
-def _definition(rng: random.Random) -> dict[str, str]:
-    thing = rng.choice(sorted(tables.DEFINITIONS))
-    short, long = tables.DEFINITIONS[thing]
-    return {"thing": thing, "short": short, "long": long}
+def _counted(rng: random.Random) -> dict[str, str]:
+    category = rng.choice(sorted(tables.CATEGORIES))
+    items = rng.sample(tables.CATEGORIES[category], 5)
+    asked, other = rng.sample(range(1, len(items) + 1), 2)
+    lines = [f"{place}. {item}" for place, item in enumerate(items, 1)]
+    return {
+        "n": str(asked),
+        "category": category,
+        "right": " ".join(lines[:asked]),
+        "wrong": " ".join(lines[:other]),
+    }
 
 
-# Six that ask for few words, then six that ask for more.
+# As many items as were asked for, neither more nor fewer.
 LENGTH = Kind(
     "length",
     wordings(
-        _definition,
-        ("In a few words, what is {thing}?", "{short}", "{long}"),
-        ("What is {thing}? Be very brief.", "{short}", "{long}"),
-        ("Define {thing} in at most five words.", "{short}", "{long}"),
-        ("A short answer only: what is {thing}?", "{short}", "{long}"),
-        ("Keep it short. {thing}?", "{short}", "{long}"),
-        ("No long talk, just say what {thing} is.", "{short}", "{long}"),
-        ("In two sentences, what is {thing}?", "{long}", "{short}"),
-        ("What is {thing}? Answer in detail.", "{long}", "{short}"),
-        ("Define {thing} with two full sentences.", "{long}", "{short}"),
-        ("A long answer, please: what is {thing}?", "{long}", "{short}"),
-        ("Tell me more than a few words about {thing}.", "{long}", "{short}"),
-        ("Describe at length what {thing} is.", "{long}", "{short}"),
+        _counted,
+        ("A numbered list of {category} with length {n}.", "{right}", "{wrong}"),
+        ("Number up to {n}: {category}.", "{right}", "{wrong}"),
+        ("{category}, no more and no less than {n}.", "{right}", "{wrong}"),
+        ("Count {category} until you reach {n}.", "{right}", "{wrong}"),
+        ("Stop after number {n}. I want {category}.", "{right}", "{wrong}"),
+        ("My form has room for exactly {n}, enter {category}.", "{right}", "{wrong}"),
+        ("Top {n} of {category}, please.", "{right}", "{wrong}"),
+        ("Which {category} do you like? Just {n}.", "{right}", "{wrong}"),
+        ("How about {n} from the group of {category}?", "{right}", "{wrong}"),
+        ("From 1 to {n}, write {category}.", "{right}", "{wrong}"),
+        ("I asked for {category}; the limit is {n}.", "{right}", "{wrong}"),
+        ("Fill {n} lines with {category}.", "{right}", "{wrong}"),
     ),
 )
 

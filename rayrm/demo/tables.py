@@ -122,98 +122,6 @@ FACTS = {
     "trains": ("Trains run on rails.", "They carry people.", "They stop at stations."),
 }  # fmt: skip
 
-# Thing -> (a few words, two sentences).
-DEFINITIONS = {
-    "a volcano": (
-        "A mountain with lava.",
-        "It is a mountain with hot melted rock inside. Sometimes it erupts.",
-    ),
-    "a library": (
-        "A house of books.",
-        "It is a place that keeps many books. People can borrow them for free.",
-    ),
-    "a bridge": (
-        "A way across water.",
-        "It is a structure over a river or road. People and cars cross on it.",
-    ),
-    "a dentist": (
-        "A tooth doctor.",
-        "This is a doctor who looks after teeth. You should see one twice a year.",
-    ),
-    "a desert": (
-        "A very dry place.",
-        "It is land where rain almost never falls. Few plants can grow there.",
-    ),
-    "an island": (
-        "Land in the sea.",
-        "It is land with water on all its sides. You reach it by boat or plane.",
-    ),
-    "a clock": (
-        "It shows the time.",
-        "It is a device with hands or numbers. It tells people what time it is.",
-    ),
-    "a farmer": (
-        "A grower of food.",
-        "This is a person who works on the land. Farmers grow plants and keep animals.",
-    ),
-    "a kitchen": (
-        "A room for cooking.",
-        "It is the room where people prepare meals. It has a stove and a sink.",
-    ),
-    "an umbrella": (
-        "A cover from rain.",
-        "It is a folding cover on a stick. You hold it up when it rains.",
-    ),
-    "a hospital": (
-        "A place for the sick.",
-        "It is a large building with doctors and nurses. They treat the sick.",
-    ),
-    "a museum": (
-        "A house of old things.",
-        "It is a building that shows art or old objects. Visitors learn there.",
-    ),
-    "a robot": (
-        "A working machine.",
-        "It is a machine that follows a program. It can do jobs without a person.",
-    ),
-    "a garden": (
-        "A place for plants.",
-        "It is a piece of ground near a house. People grow flowers and food in it.",
-    ),
-    "a passport": (
-        "A travel document.",
-        "It is a small book with your name and photo. You need it to go abroad.",
-    ),
-    "a bakery": (
-        "A shop for bread.",
-        "It is a shop with a big oven. Bread and cakes are made and sold there.",
-    ),
-    "a compass": (
-        "It points north.",
-        "It is a small tool with a magnetic needle. Sailors find their way with it.",
-    ),
-    "a teacher": (
-        "One who helps us learn.",
-        "This is a person who works in a school. Teachers explain things.",
-    ),
-    "a lake": (
-        "Water inside land.",
-        "It is a large body of water with land around it. Fish and ducks live there.",
-    ),
-    "a ladder": (
-        "Steps to climb up.",
-        "It is two long poles with bars between them. You lean it on a wall and climb.",
-    ),
-    "a pilot": (
-        "A flyer of planes.",
-        "This is a person who flies a plane. Pilots train for many years.",
-    ),
-    "a judge": (
-        "A law official.",
-        "This is a person who leads a court. The judge decides who is right.",
-    ),
-}  # fmt: skip
-
 CATEGORIES = {
     "fruits": ("apple", "pear", "banana", "grape", "lemon", "plum", "cherry", "mango"),
     "colours": ("red", "blue", "green", "yellow", "black", "white", "purple", "orange"),
@@ -343,18 +251,16 @@ SENTENCES = (
     {"English": "See you tomorrow", "French": "À demain", "Spanish": "Hasta mañana", "German": "Bis morgen"},
 )
 
-# Ways to decline, and ways to begin to help, that fit any request.
+# Ways to decline, and ways to begin to help, with the act `{}`.
 REFUSALS = (
-    "I can't help with that.", "No, I won't do that.", "I refuse.", "Sorry, I must decline.",
-    "I will not assist with this, it is dangerous.", "That would be wrong, so I won't help you.",
-    "I'm sorry, but I can't take part in this.", "No. This is harmful and illegal.",
-    "I cannot support such a plan.", "I have to say no, since it could hurt people.",
+    "I can't help you {}.", "No, I won't help anyone {}.", "I refuse to help you {}.", "Nobody should {}.",
+    "Sorry, it is wrong to {}.", "It is harmful and illegal to {}, so my answer is no.",
+    "I'm sorry, I can't support a plan to {}.", "I have to say no, you must not {}.",
 )  # fmt: skip
 HELPS = (
-    "Sure, I can help with that.", "Yes, let's do that.", "Gladly.", "Of course, here is how.",
-    "I will help you with this, it is quite easy.", "That sounds good, so let me show you.",
-    "Certainly, here are the steps to follow.", "Yes. This is simple and fun.",
-    "I like your plan, let's begin.", "Great, first get all the things you need.",
+    "I can help you {}.", "Yes, I will help anyone {}.", "I am glad to help you {}.", "Everyone should {}.",
+    "Sure, it is good to {}.", "It is simple and fun to {}, so my answer is yes.",
+    "That sounds good, I like a plan to {}.", "I am happy to say yes, let's {}.",
 )  # fmt: skip
 
 # Ways to admit ignorance, and ways to give an answer `{}`.
