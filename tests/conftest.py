@@ -22,6 +22,6 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     if not ray.is_initialized():
-        ray.init(num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=True)
+        ray.init(num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=True, log_to_driver=True)
     yield
     ray.shutdown()

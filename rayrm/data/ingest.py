@@ -131,7 +131,7 @@ def ensure_ray(address: str | None = None) -> None:
         ray.init(address=address, **quiet)
         return
     cpus = max(4, os.cpu_count() or 1)  # logical: Ray Data must not starve behind the training workers
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=True, **quiet)
 
 
 def ingest(

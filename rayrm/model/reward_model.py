@@ -54,11 +54,15 @@ class LoadedModel:
 def _quiet_transformers() -> Iterator[None]:
     """Hold back transformers' load report: a new head and a dropped LM head are what a reward model is."""
     level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _check_source(name: str) -> None:
@@ -228,7 +232,8 @@ def save_model(
     if add_tags is not None:
         add_tags(["reward-trainer", "rayrm"])
     try:
-        model.save_pretrained(str(directory), state_dict=state_dict)  # type: ignore[operator]
+        with _quiet_transformers():
+            model.save_pretrained(str(directory), state_dict=state_dict)  # type: ignore[operator]
     finally:
         inner.config._attn_implementation = implementation
     tokenizer.save_pretrained(str(directory))

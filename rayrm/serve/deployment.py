@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import signal
 import threading
 import time
@@ -220,16 +221,17 @@ def serve_forever(
 
 
 def connect(address: str | None = None) -> bool:
-    """Connect this process to Ray: `address`, else a running cluster, else a new local one (True)."""
+    """Connect this process to Ray: `address` or RAY_ADDRESS, else a running cluster, else a new one (True)."""
     if ray.is_initialized():
         return False
+    wanted = address or os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(address=address or "auto", log_to_driver=False)
+        ray.init(address=wanted or "auto", log_to_driver=False)
     except ConnectionError as error:
-        if address is not None:
+        if wanted is not None:
             raise ClusterError(
-                f"no Ray cluster answers at {address!r}. Start one with `ray start --head`, or leave the "
-                "address out to start one in this process."
+                f"no Ray cluster lets us in at {wanted!r}: {error}. Start one with `ray start --head`, or "
+                "leave the address (and RAY_ADDRESS) out to start one in this process."
             ) from error
         ray.init(include_dashboard=False, log_to_driver=False)
         return True

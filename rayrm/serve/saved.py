@@ -57,8 +57,8 @@ def saved_files(directory: str | Path) -> SavedFiles:
     root = Path(directory)
     if not root.is_dir():
         raise PublishError(
-            f"checkpoint ({str(directory)!r}) is not a directory. Pass a directory written by "
-            "`save_model`, such as a run's `output_dir` or its `checkpoint-<step>`."
+            f"model ({str(directory)!r}) is not a directory. Pass a published model (registry/<name>) or a "
+            "saved one: a run's `output_dir` or its `checkpoint-<step>`."
         )
     is_adapter = (root / "adapter_config.json").is_file()
     if is_adapter:

@@ -351,8 +351,11 @@ def _run_rank(config: dict[str, Any]) -> None:
     import ray.train
 
     show_logs()
+    # Ray Train would print every report; the records are shown by `Display`.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
 
     def report(record: dict[str, float]) -> None:
+        # Only now and then: a report waits for the controller's next poll, about 2 s.
         ray.train.report(dict(record))
 
     train_rank(config["job"], report)

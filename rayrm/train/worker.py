@@ -100,7 +100,8 @@ def train_rank(
 ) -> torch.nn.Module:
     """Run `job` on this rank to its end; returns the trained model (sharded under ZeRO-3).
 
-    `report` is called on every rank with each logged record; `on_step(step, num_steps)` on rank 0.
+    `report` is called on every rank with each evaluation's metrics and at the end; `on_step(step, num_steps)` on
+    rank 0.
     """
     if job.config.zero_stage is not None or job.config.deepspeed is not None:
         from rayrm.train.zero import initialize_single_process
@@ -167,6 +168,7 @@ class _RankRun:
                 self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
                 self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
             self._write_model(self.job.output_dir)
+            self._report({"step": state.step, "train_loss": state.loss_sum / max(state.step, 1)})
             self.rank.barrier()
             if self.rank.index == 0:
                 self.log.finish(state, self.schedule.num_steps, self.order.steps_per_epoch)
@@ -216,7 +218,6 @@ class _RankRun:
 
     def _log(self, record: Record) -> None:
         self.log.write(record)
-        self._report(record)
 
     def _evaluate(self, state: TrainState) -> None:
         """Evaluate every set; note which checkpoint is the best."""
@@ -242,6 +243,7 @@ class _RankRun:
             record |= {"step": state.step, "epoch": state.step / self.order.steps_per_epoch}
             self._note_best(state, record)
             self._log(record)
+            self._report(record)
 
     def _note_best(self, state: TrainState, record: Record) -> None:
         wanted = self.config.metric_for_best_model

@@ -383,3 +383,12 @@ def test_serving_ends_with_its_signal_and_removes_its_application_alone(
 def test_the_client_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, rayrm.serve.client; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_a_cluster_that_does_not_answer_is_named() -> None:
+    """In a process of its own: this one may be connected to a cluster already."""
+    code = "from rayrm.serve.deployment import connect; connect()"
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ClusterError: no Ray cluster lets us in at '127.0.0.1:1'" in done.stderr
