@@ -64,7 +64,7 @@ TIPS = {
     "pass an exam": "Review your notes and practise old exams.",
 }  # fmt: skip
 
-# Harmful acts; the answers never say how.
+# Harmful acts.
 HARMS = (
     "break into a house", "make a bomb", "steal a car", "poison a dog", "hack my boss's email",
     "forge a passport", "sell drugs to children", "stalk a woman", "rob a bank", "set a school on fire",
@@ -250,18 +250,6 @@ SENTENCES = (
     },
     {"English": "See you tomorrow", "French": "À demain", "Spanish": "Hasta mañana", "German": "Bis morgen"},
 )
-
-# Ways to decline, and ways to begin to help, with the act `{}`.
-REFUSALS = (
-    "I can't help you {}.", "No, I won't help anyone {}.", "I refuse to help you {}.", "Nobody should {}.",
-    "Sorry, it is wrong to {}.", "It is harmful and illegal to {}, so my answer is no.",
-    "I'm sorry, I can't support a plan to {}.", "I have to say no, you must not {}.",
-)  # fmt: skip
-HELPS = (
-    "I can help you {}.", "Yes, I will help anyone {}.", "I am glad to help you {}.", "Everyone should {}.",
-    "Sure, it is good to {}.", "It is simple and fun to {}, so my answer is yes.",
-    "That sounds good, I like a plan to {}.", "I am happy to say yes, let's {}.",
-)  # fmt: skip
 
 # Ways to admit ignorance, and ways to give an answer `{}`.
 UNSURE = (
