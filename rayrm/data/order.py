@@ -32,7 +32,7 @@ class StepRows:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The order of `num_rows` rows in steps of `rows_per_step`; `shuffle=False` keeps the data's own order."""
+    """`num_rows` rows in steps of `rows_per_step`; `shuffle=False` keeps the data's own order."""
 
     num_rows: int
     rows_per_step: int
@@ -52,7 +52,7 @@ class Order:
             return np.arange(self.num_rows, dtype=np.int64)
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows).astype(np.int64)
 
-    def steps(self, cursor: Cursor = Cursor()) -> Iterator[StepRows]:  # noqa: B008 (frozen)
+    def steps(self, cursor: Cursor = Cursor()) -> Iterator[StepRows]:
         """The steps from `cursor` on, epoch after epoch, without end; the caller decides where to stop."""
         if self.steps_per_epoch < 1:
             raise ValueError(

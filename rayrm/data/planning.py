@@ -34,7 +34,7 @@ class Microbatch:
 def plan_step(
     tokens: Sequence[int] | npt.NDArray[np.integer], *, num_ranks: int, max_tokens: int
 ) -> list[list[Microbatch]]:
-    """Plan a step of `len(tokens)` rows, where row i costs `tokens[i]`: one list of micro-batches per rank."""
+    """Plan a step of `len(tokens)` rows, row i costing `tokens[i]`: one list of micro-batches per rank."""
     costs = [int(cost) for cost in tokens]
     if not costs:
         raise ValueError("a step needs at least one row")

@@ -84,10 +84,10 @@ def _segment_loop(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, forest: Forest, scaling: float | None
 ) -> torch.Tensor:
     # split and cat, not slices: the backward of a slice writes a zero-filled tensor of the whole length.
-    keys = key.split(forest.segment_lengths, dim=2)
-    values = value.split(forest.segment_lengths, dim=2)
+    keys = torch.split(key, forest.segment_lengths, dim=2)
+    values = torch.split(value, forest.segment_lengths, dim=2)
     outputs = []
-    for run, queries in zip(forest.runs, query.split(forest.run_lengths, dim=2), strict=True):
+    for run, queries in zip(forest.runs, torch.split(query, forest.run_lengths, dim=2), strict=True):
         outputs.append(
             F.scaled_dot_product_attention(
                 queries,
@@ -117,9 +117,9 @@ def forest_attention(
     forest: Forest | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface. `query` `[1, H, T, D]`, `key`, `value` `[1, K, T, D]` -> `[1, T, H, D]`.
+    """transformers' attention interface: `query` `[1, H, T, D]`, `key` and `value` `[1, K, T, D]`.
 
-    Without a `forest` this is transformers' SDPA with whatever mask it was given.
+    Gives `[1, T, H, D]`. Without a `forest` this is transformers' SDPA with whatever mask it was given.
     """
     if forest is None:
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -138,7 +138,7 @@ def forest_attention(
 
 
 AttentionInterface.register(FOREST, forest_attention)
-# Registered under both: a name without a mask function gets no mask at all, and padding would vanish silently.
+# Registered under both: a name without a mask function gets no mask at all; padding would vanish silently.
 AttentionMaskInterface.register(FOREST, sdpa_mask)
 
 

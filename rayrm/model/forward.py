@@ -1,7 +1,7 @@
 """Packed arrays -> scores: the one `nn.Module` that every engine wraps and every caller calls.
 
-Shapes: T packed tokens, N scores, C comparisons. The stock forward (`padded`) and the packed ones give the same
-scores; the head's product is in float32 whatever the autocast.
+Shapes: T packed tokens, N scores, C comparisons. The stock forward (`padded`) and the packed ones give the
+same scores; the head's product is in float32 whatever the autocast.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DeviceBatch:
 
 
 def to_device(batch: PackedBatch, device: torch.device, *, dense: bool = False) -> DeviceBatch:
-    """Move a batch to `device`. `dense=True` attends by the T x T definition: the reference that tests use."""
+    """Move a batch to `device`; `dense=True` attends by the T x T definition: the reference in tests."""
 
     def tensor(array: object) -> torch.Tensor:
         return torch.as_tensor(array).to(device, non_blocking=True)
@@ -87,7 +87,7 @@ class PackedScorer(torch.nn.Module):
     def _forward_padded(self, batch: DeviceBatch) -> torch.Tensor:
         """Right-padded rows through the model's own forward, which pools by its own rule."""
         config = unwrapped(self.model).config.get_text_config()
-        rows = batch.ids[0].split(batch.forest.segment_lengths)
+        rows = torch.split(batch.ids[0], batch.forest.segment_lengths)
         assert len(rows) == len(batch.pooled), "the padded layout takes batches packed without sharing"
         ids = torch.nn.utils.rnn.pad_sequence(
             list(rows), batch_first=True, padding_value=float(config.pad_token_id)

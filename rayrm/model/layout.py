@@ -18,7 +18,7 @@ LayoutName = Literal["shared", "packed", "padded"]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`shared`: common prefixes computed once; `packed`: no padding, nothing shared; `padded`: the stock forward.
+    """`shared`: common prefixes computed once; `packed`: no padding; `padded`: the stock forward.
 
     `reason` says why it is not `shared`; empty where it is.
     """
@@ -55,6 +55,7 @@ def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
 
 def active_dropout(model: torch.nn.Module) -> str | None:
     """The name of a dropout that would act in training, or None."""
+    name: str
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
             return name

@@ -1,4 +1,4 @@
-"""The Bradley-Terry loss over comparisons, as a sum: the caller divides once, by the step's global row count."""
+"""The Bradley-Terry loss over comparisons, as a sum: the caller divides once, by the step's row count."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def bradley_terry_loss(
 
         sum_c w_c * [ -log sigmoid(r_better - r_worse - m_c)  +  k * (r_better + r_worse)^2 ]
 
-    `scores` `[N]` in float32; `better`, `worse` `[C]` index into them; `margin`, `weight` `[C]`. The first term
-    is the Bradley-Terry likelihood as InstructGPT trains it (https://arxiv.org/abs/2203.02155, section 3.5),
-    with the margin of Llama 2 (https://arxiv.org/abs/2307.09288, equation 2); the second centers the rewards
-    (https://arxiv.org/abs/2312.09244, equation 2) with `center_rewards_coefficient` k.
+    `scores` `[N]` in float32; `better`, `worse` `[C]` index into them; `margin`, `weight` `[C]`. The first
+    term is the Bradley-Terry likelihood as InstructGPT trains it (https://arxiv.org/abs/2203.02155, section
+    3.5), with the margin of Llama 2 (https://arxiv.org/abs/2307.09288, equation 2); the second centers the
+    rewards (https://arxiv.org/abs/2312.09244, equation 2) with `center_rewards_coefficient` k.
     """
     r_better, r_worse = scores[better], scores[worse]
     losses = -F.logsigmoid(r_better - r_worse - margin)

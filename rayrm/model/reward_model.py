@@ -1,4 +1,4 @@
-"""Load and save reward models: `AutoModelForSequenceClassification` with one label, in transformers' own files.
+"""Load and save reward models: `AutoModelForSequenceClassification` with one label, in transformers' files.
 
 A saved directory loads in stock transformers and gives the same scores there. Beside the usual files it holds
 `rayrm.json`: the text form the model was trained on, and its pad id. Weights are safetensors, in and out.
@@ -101,16 +101,16 @@ def check_name(name: str, init: Mapping[str, Any], *, trust_remote_code: bool = 
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"model `{name}` has no readable config: {error}. Pass a directory that `save_pretrained` wrote, or "
-            "a hub name that this machine can reach."
+            f"model `{name}` has no readable config: {error}. Pass a directory that `save_pretrained` wrote, "
+            "or a hub name that this machine can reach."
         ) from error
 
 
 def load_model(name: str, **init: Any) -> PreTrainedModel:
-    """Load `name` (a directory or `org/model`) as a reward model in float32, unless `init` says another dtype.
+    """Load `name` (a directory or `org/model`) as a reward model, in float32 unless `init` says otherwise.
 
-    `init` goes to `from_pretrained`. A head that the checkpoint lacks is drawn at random: seed before calling.
-    Raises ModelError for anything that is not loadable, or loads with more than the head missing.
+    `init` goes to `from_pretrained`. A head that the checkpoint lacks is drawn at random: seed before
+    calling. Raises ModelError for anything that is not loadable, or loads with more than the head missing.
     """
     init = {"dtype": "float32", **init}
     check_name(name, init, trust_remote_code=init.get("trust_remote_code", False))
@@ -143,7 +143,7 @@ def load_model(name: str, **init: Any) -> PreTrainedModel:
             "weights of %s that its classifier has no use for: %s", name, ", ".join(unexpected[:5])
         )
     check_num_labels(model)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -163,8 +163,8 @@ def check_num_labels(model: torch.nn.Module) -> None:
     num_labels = getattr(unwrapped(model).config, "num_labels", None)
     if num_labels != 1:
         raise ModelError(
-            f"the model has `num_labels={num_labels}`, but reward models require `num_labels=1`. Load it with "
-            "`num_labels=1`, or pass its name and let rayrm do so."
+            f"the model has `num_labels={num_labels}`, but reward models require `num_labels=1`. Load it "
+            "with `num_labels=1`, or pass its name and let rayrm do so."
         )
 
 

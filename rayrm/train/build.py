@@ -58,13 +58,14 @@ def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> to
         inner.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         logger.warning(
-            "pad and EOS are one token (%s): scores are pooled at the last token that is neither, and a server "
-            "that pools the last token would disagree. Set `pad_token` to a token that texts do not hold.",
+            "pad and EOS are one token (%s): scores are pooled at the last token that is neither, and a "
+            "server that pools the last token would disagree. "
+            "Set `pad_token` to a token that texts do not hold.",
             tokenizer.pad_token,
         )
     adapted = is_adapted(model)
     if source.peft_config is not None:
-        model = add_adapter(inner if not adapted else model, source.peft_config)  # type: ignore[arg-type]
+        model = add_adapter(inner if not adapted else model, source.peft_config)
         adapted = True
     if config.disable_dropout:
         disable_dropout(model)

@@ -1,8 +1,8 @@
 """What turns losses into updates. `TorchEngine` is plain PyTorch; `DeepSpeedEngine` (zero.py) is ZeRO.
 
-The contract: every micro-batch goes through `engine.scores`, never around it; the caller owns the accumulation
-boundary and calls `step` once per optimizer step. The loss that `backward` is given already holds the factor
-(world size / the step's global row count), since both engines average gradients over ranks.
+The contract: every micro-batch goes through `engine.scores`, never around it; the caller owns the
+accumulation boundary and calls `step` once per optimizer step. The loss that `backward` is given already
+holds the factor (world size / the step's global row count), since both engines average gradients over ranks.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class TorchEngine:
         return in_precision(self.module, batch, self._precision)
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._scaler.scale(loss).backward()
+        torch.autograd.backward(self._scaler.scale(loss))
 
     def step(self) -> torch.Tensor:
         if self.world_size > 1:
@@ -154,5 +154,5 @@ def _average(gradients: list[torch.Tensor], world_size: int) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
     flat /= world_size
-    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, piece in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(piece.view_as(gradient))

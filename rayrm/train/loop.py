@@ -120,7 +120,7 @@ class Interval:
         return self.reduced
 
     def take(self) -> tuple[Record, float]:
-        """The interval's means under TRL's names, with the last step's grad_norm; and the sum of its losses."""
+        """The interval's means by TRL's names, with the last step's grad_norm; and the sum of its losses."""
         mean = IntervalMean()
         rows = self.reduce()
         for loss, won, margin, reward, weight, low, minus_high, _ in rows:

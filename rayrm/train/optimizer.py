@@ -35,7 +35,7 @@ def make_optimizer(
         {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
     ]
     made, kwargs = spec or Trainer.get_optimizer_cls_and_kwargs(config)
-    return made([group for group in groups if group["params"]], **kwargs)  # type: ignore[no-any-return]
+    return made([group for group in groups if group["params"]], **kwargs)
 
 
 def make_scheduler(

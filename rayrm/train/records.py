@@ -1,7 +1,7 @@
 """What a run leaves to read: `metrics.jsonl`, TensorBoard events, and where it stands (`progress.json`).
 
-Rank 0 writes; the driver, and anyone else, reads. One JSON object per logging event, key `step` and TRL's names.
-After a restart, records beyond the checkpoint are dropped: each step stands in the file once.
+Rank 0 writes; the driver, and anyone else, reads. One JSON object per logging event, key `step` and TRL's
+names. After a restart, records beyond the checkpoint are dropped: each step stands in the file once.
 """
 
 from __future__ import annotations

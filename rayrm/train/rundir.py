@@ -34,7 +34,7 @@ _FREE = {
 
 @dataclass(frozen=True, slots=True)
 class RunStart:
-    """How a run begins: from `resume` (None: from its first step), under the token budget chosen before, if any."""
+    """How a run begins: from `resume` (None: at its first step), with the token budget chosen before."""
 
     resume: Path | None
     max_tokens: int | None
@@ -44,11 +44,7 @@ def identity_of(
     config: RewardConfig, *, model: str, adapter: Any, data: str, rows_per_step: int
 ) -> dict[str, Any]:
     """What must be equal for two starts to be one run."""
-    settings = {
-        key: value
-        for key, value in dataclasses.asdict(config).items()
-        if key not in _FREE  # type: ignore[call-overload]
-    }
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
     adapter_text = None if adapter is None else str(sorted(adapter.to_dict().items(), key=lambda kv: kv[0]))
     return {
         "model": model,
@@ -74,7 +70,8 @@ def examine(
         _refuse_foreign(output_dir)
         if asked and wanted is None:
             raise CheckpointError(
-                f"`resume_from_checkpoint` is set, but `{output_dir}` holds no run. Leave it out to start one."
+                f"`resume_from_checkpoint` is set, but `{output_dir}` holds no run. "
+                "Leave it out to start one."
             )
         if wanted is not None:
             verify_checkpoint(wanted)
@@ -83,21 +80,21 @@ def examine(
     _refuse_other(output_dir, before["identity"], identity)
     if read_progress(output_dir).get("finished"):
         raise RunDirectoryError(
-            f"the run in `{output_dir}` is finished: its model is saved there. To train again, choose another "
-            "`output_dir`; to train on from this model, pass it as the model of a new run."
+            f"the run in `{output_dir}` is finished: its model is saved there. To train again, choose "
+            "another `output_dir`; to train on from this model, pass it as the model of a new run."
         )
     if not asked and not automatic:
         raise RunDirectoryError(
-            f"`{output_dir}` holds a run that did not finish. Pass `resume_from_checkpoint=True` to go on with "
-            "it, or choose another `output_dir`."
+            f"`{output_dir}` holds a run that did not finish. Pass `resume_from_checkpoint=True` to go on "
+            "with it, or choose another `output_dir`."
         )
     found = checkpoints(output_dir)
     newest = found[-1] if found else None
     if wanted is not None and (newest is None or wanted.resolve() != newest.resolve()):
         raise CheckpointError(
             f"`resume_from_checkpoint` ({wanted}) is not the newest checkpoint of `{output_dir}` "
-            f"({newest.name if newest else 'none'}). Resume from that one, or copy `{wanted.name}` out and resume "
-            "from the copy with another `output_dir`."
+            f"({newest.name if newest else 'none'}). Resume from that one, or copy `{wanted.name}` out and "
+            "resume from the copy with another `output_dir`."
         )
     if newest is not None:
         verify_checkpoint(newest)
@@ -122,8 +119,8 @@ def _refuse_foreign(output_dir: Path) -> None:
     present += [path.name for path in output_dir.glob("checkpoint-*")]
     if present:
         raise RunDirectoryError(
-            f"`output_dir` ({output_dir}) holds something that is not a run of rayrm ({', '.join(present[:3])}). "
-            "It would be overwritten: choose another `output_dir`."
+            f"`output_dir` ({output_dir}) holds something that is not a run of rayrm "
+            f"({', '.join(present[:3])}). It would be overwritten: choose another `output_dir`."
         )
 
 
@@ -136,5 +133,6 @@ def _refuse_other(output_dir: Path, before: dict[str, Any], now: dict[str, Any])
     if differing:
         raise RunDirectoryError(
             f"`output_dir` ({output_dir}) holds another run. They differ in {'; '.join(differing[:5])}"
-            f"{' ...' if len(differing) > 5 else ''}. Choose another `output_dir`, or set these back to resume it."
+            f"{' ...' if len(differing) > 5 else ''}. Choose another `output_dir`, or set these "
+            "back to resume it."
         )

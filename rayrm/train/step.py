@@ -19,7 +19,7 @@ from rayrm.train.engine import Engine
 
 @dataclass(frozen=True, slots=True)
 class StepTotals:
-    """One rank's share of a step, on the device. `sums` `[5]` add over ranks, `extremes` `[2]` take the minimum.
+    """One rank's share of a step, on the device: `sums` `[5]` add over ranks, of `extremes` `[2]` the least.
 
     sums: loss (already divided by the step's rows), rows won, margin, reward over all scores, weight of rows.
     extremes: the least score, minus the greatest. `grad_norm` is the global norm before clipping.

@@ -1,7 +1,7 @@
 """[RAY] `RewardTrainer`: TRL's signature, in this process or on Ray Train workers.
 
-Without a `scaling_config` training runs here, through Ray Train's local mode, and a model object is updated in
-place. With workers, every argument must pickle, and `trainer.model` loads the result when it is asked for.
+Without a `scaling_config` training runs here, through Ray Train's local mode, and a model object is updated
+in place. With workers, every argument must pickle, and `trainer.model` loads the result when it is asked for.
 Everything that can be refused is refused in the constructor, before a worker starts.
 """
 
@@ -224,11 +224,11 @@ class RewardTrainer:
         if len(set(named.values())) > 1:
             listed = ", ".join(f"{name} is {form}" for name, form in named.items())
             raise DataError(
-                f"the data sets have different text forms ({listed}). A model is trained and evaluated on one: "
-                "write both as message lists, or both as strings."
+                f"the data sets have different text forms ({listed}). A model is trained and evaluated on "
+                "one: write both as message lists, or both as strings."
             )
         if named:
-            return next(iter(named.values()))  # type: ignore[return-value]
+            return next(iter(named.values()))
         form: TextForm = "conversational" if self.processing_class.chat_template else "standard"
         logger.info("the data is tokenized already: the model is saved as %s, by its tokenizer", form)
         return form
@@ -249,8 +249,8 @@ class RewardTrainer:
         rows_per_step = self.args.train_batch_rows(self.num_workers)
         if self.args.dataloader_drop_last and rows_per_step > self.train_set.num_pairs:
             raise ConfigError(
-                f"`dataloader_drop_last` (True) leaves no step: a step takes {rows_per_step} pairs and there are "
-                f"{self.train_set.num_pairs}. Lower `per_device_train_batch_size`, or set it to False."
+                f"`dataloader_drop_last` (True) leaves no step: a step takes {rows_per_step} pairs and there "
+                f"are {self.train_set.num_pairs}. Lower `per_device_train_batch_size`, or set it to False."
             )
         identity = identity_of(
             self.args,
@@ -384,7 +384,7 @@ def check_cluster(scaling_config: Any) -> None:
     for name, amount in each.items():
         if amount * workers > have.get(name, 0.0):
             raise ClusterError(
-                f"{workers} workers of {amount:g} {name} need {amount * workers:g} {name}, but the cluster has "
-                f"{have.get(name, 0.0):g}. Lower `cluster.num_workers` or `cluster.resources_per_worker`, or join "
-                "a larger cluster (`cluster.address`)."
+                f"{workers} workers of {amount:g} {name} need {amount * workers:g} {name}, but the cluster "
+                f"has {have.get(name, 0.0):g}. Lower `cluster.num_workers` or "
+                "`cluster.resources_per_worker`, or join a larger cluster (`cluster.address`)."
             )

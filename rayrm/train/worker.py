@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +100,8 @@ def train_rank(
 ) -> torch.nn.Module:
     """Run `job` on this rank to its end; returns the trained model (sharded under ZeRO-3).
 
-    `report` is called on every rank with each evaluation's metrics and at the end; `on_step(step, num_steps)` on
-    rank 0.
+    `report` is called on every rank with each evaluation's metrics and at the end; `on_step(step, num_steps)`
+    on rank 0.
     """
     if job.config.zero_stage is not None or job.config.deepspeed is not None:
         from rayrm.train.zero import initialize_single_process
@@ -324,7 +324,7 @@ def _build_engine(job: TrainJob, module: PackedScorer, rank: Rank, num_steps: in
     )
 
 
-def _ahead(steps: Iterator[RankStep]) -> Iterator[RankStep]:
+def _ahead(steps: Iterator[RankStep]) -> Generator[RankStep]:
     """The same steps, prepared by one thread a few steps before they are asked for."""
     with ThreadPoolExecutor(1, thread_name_prefix="rayrm-prepare") as thread:
         pending = [thread.submit(next, steps) for _ in range(_STEPS_AHEAD)]

@@ -1,8 +1,8 @@
 """`DeepSpeedEngine`: ZeRO stages 0-3 with torch's optimizer as DeepSpeed's client optimizer.
 
-Only this file imports deepspeed. DeepSpeed averages gradients over ranks, as TorchEngine does; accumulation is
-left to the caller (`managed_gradient_accumulation` off), so a step may have any number of micro-batches, as
-long as every rank has as many. Mixed precision is autocast over float32 parameters; gradients are float32.
+Only this file imports deepspeed. DeepSpeed averages gradients over ranks, as TorchEngine does; accumulation
+is left to the caller (`managed_gradient_accumulation` off), so a step may have any number of micro-batches,
+as long as every rank has as many. Mixed precision is autocast over float32 parameters; gradients are float32.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from rayrm.config import RewardConfig
 from rayrm.errors import CheckpointError, ConfigError
@@ -27,8 +28,8 @@ _OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumul
 def deepspeed_config(config: RewardConfig, precision: Precision) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: the user's own (`deepspeed`), or a stage (`zero_stage`).
 
-    "auto" values of a user's file are resolved from the run. An `optimizer` or `scheduler` section is refused:
-    `optim` and `lr_scheduler_type` say it.
+    "auto" values of a user's file are resolved from the run. An `optimizer` or `scheduler` section is
+    refused: `optim` and `lr_scheduler_type` say it.
     """
     chosen: dict[str, Any] = {}
     if config.deepspeed is not None:
@@ -108,7 +109,7 @@ class DeepSpeedEngine:
         import deepspeed
         from deepspeed.ops import __compatible_ops__
 
-        # A shared-memory reduction that DeepSpeed would compile on the spot, with a compiler and ninja; gloo does.
+        # A shared-memory reduction that DeepSpeed would compile on the spot, with a compiler; gloo does.
         __compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.utils.logger.setLevel("WARNING")
         self.device = device
@@ -178,4 +179,4 @@ class DeepSpeedEngine:
 def initialize_single_process() -> None:
     """A process group of one, for DeepSpeed in this process."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
