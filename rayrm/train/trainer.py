@@ -318,12 +318,13 @@ class RewardTrainer:
         from ray.train import ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        logging.getLogger("ray.train").setLevel(logging.WARNING)
         TorchTrainer(
             _run_rank, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)
         ).fit()
 
     def _fit_on_workers(self, job: TrainJob) -> None:
-        from ray.train import RunConfig
+        from ray.train import LoggingConfig, RunConfig
         from ray.train.torch import TorchTrainer
 
         given = self._run_config
@@ -332,6 +333,8 @@ class RewardTrainer:
             storage_path=str(self.output_dir.parent),
             failure_config=None if given is None else given.failure_config,
             callbacks=None if given is None else given.callbacks,
+            # Ray Train would print every report; the records are shown by `Display`.
+            logging_config=LoggingConfig(log_level="WARNING"),
         )
         trainer = TorchTrainer(
             _run_rank,
@@ -350,9 +353,9 @@ def _run_rank(config: dict[str, Any]) -> None:
     """What every Ray Train worker (or this process, in local mode) runs."""
     import ray.train
 
-    show_logs()
-    # Ray Train would print every report; the records are shown by `Display`.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    # Every rank decides the same; one of them says so.
+    first = ray.train.get_context().get_world_rank() == 0
+    show_logs(logging.INFO if first else logging.WARNING)
 
     def report(record: dict[str, float]) -> None:
         # Only now and then: a report waits for the controller's next poll, about 2 s.

@@ -127,7 +127,8 @@ class _RankRun:
         set_seed(self.config.seed)
         built = job.built if job.built is not None else build_model(job.source, job.config, job.tokenizer)
         model = built.to(rank.device)
-        longest = int(max(job.train_set.chosen_lengths.max(), job.train_set.rejected_lengths.max()))
+        sets = [job.train_set, *job.eval_sets.values()]
+        longest = max(int(max(s.chosen_lengths.max(), s.rejected_lengths.max())) for s in sets)
         self.layout = choose_layout(model, share_prefix=self.config.share_prefix, longest=longest)
         self._say(_describe(self.layout))
         self.module = PackedScorer(model, self.layout)
