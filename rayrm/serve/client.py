@@ -91,6 +91,12 @@ class RewardClient:
         inputs = text_inputs(prompts, completions, tools, chat_template_kwargs, rendered=rendered)
         return self._score(inputs, truncation)
 
+    def score_inputs(
+        self, inputs: Sequence[TextInput], *, truncation: Truncation | None = None
+    ) -> ScoreResult:
+        """`score` of inputs that each have tools of their own; as `RewardModel.score_inputs`."""
+        return self._score(list(inputs), truncation)
+
     def _score(self, inputs: list[TextInput], truncation: Truncation | None) -> ScoreResult:
         if _in_event_loop():
             raise RewardUnavailableError(
@@ -187,7 +193,7 @@ class RewardClient:
         running = sorted(serve.status().applications)
         return RewardUnavailableError(
             f"no application {self.name!r} runs on this cluster (running: {', '.join(running) or 'none'}). "
-            f"Start it with `rayrm serve MODEL serve.name={self.name}`, or pass the name of one that runs."
+            f"Start it with `rayrm serve MODEL --name {self.name}`, or pass the name of one that runs."
             + (f" Serve said: {error}" if self.name in running else "")
         )
 

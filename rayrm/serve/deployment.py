@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -168,6 +169,8 @@ def deploy(
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         max_queued_requests=settings.max_queued_requests,
         health_check_period_s=1.0,
+        # A log line for each request would be one for each step of every caller.
+        logging_config={"enable_access_log": False},
         # The files were checked: a replica that cannot load them once will not the second time.
         max_constructor_retry_count=1,
         graceful_shutdown_wait_loop_s=0.5,
@@ -221,13 +224,18 @@ def serve_forever(
 
 
 def connect(address: str | None = None) -> bool:
-    """Connect this process to Ray: `address` or RAY_ADDRESS, else a running cluster, else a new one (True)."""
+    """Connect this process to Ray; True when that started a new cluster here, for the process's own life.
+
+    The cluster is `address`, else RAY_ADDRESS, else one that runs on this machine, else a new one.
+    """
     if ray.is_initialized():
         return False
     wanted = address or os.environ.get("RAY_ADDRESS")
     try:
+        if wanted is not None:
+            _check_reachable(wanted)
         ray.init(address=wanted or "auto", log_to_driver=False)
-    except ConnectionError as error:
+    except OSError as error:  # ConnectionError is one
         if wanted is not None:
             raise ClusterError(
                 f"no Ray cluster lets us in at {wanted!r}: {error}. Start one with `ray start --head`, or "
@@ -235,7 +243,14 @@ def connect(address: str | None = None) -> bool:
             ) from error
         ray.init(include_dashboard=False, log_to_driver=False)
         return True
-    return False
+    return wanted == "local"
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError when nothing listens at `host:port`: Ray itself would try for some eight minutes."""
+    host, separator, port = address.rpartition(":")
+    if separator and port.isdigit() and "//" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _settings(config: ServeConfig | None, name: str | None, fields: dict[str, Any]) -> ServeConfig:

@@ -102,7 +102,7 @@ def open_published(
     if not (directory / MANIFEST).is_file():
         raise PublishError(
             f"no published model at {str(directory)!r}: there is no {MANIFEST}. "
-            f"{_versions_sentence(home)} Publish one with `rayrm publish CHECKPOINT REGISTRY NAME`."
+            f"{_versions_sentence(home)} Publish one with `rayrm publish CHECKPOINT --registry DIR --name NAME`."
         )
     manifest = read_json(directory / MANIFEST)
     _verify(directory, manifest)
@@ -126,7 +126,7 @@ def current_version(home: str | Path) -> str:
     if not pointer.is_file():
         raise PublishError(
             f"no published model at {str(home)!r}: there is no {CURRENT}. {_versions_sentence(Path(home))} "
-            "Publish one with `rayrm publish CHECKPOINT REGISTRY NAME`, or pass a version."
+            "Publish one with `rayrm publish CHECKPOINT --registry DIR --name NAME`, or pass a version."
         )
     return str(read_json(pointer)["version"])
 

@@ -386,7 +386,7 @@ def test_the_client_loads_neither_torch_nor_transformers() -> None:
 
 
 def test_a_cluster_that_does_not_answer_is_named() -> None:
-    """In a process of its own: this one may be connected to a cluster already."""
+    """In a process of its own: this one may be connected already. Nothing listens on port 1."""
     code = "from rayrm.serve.deployment import connect; connect()"
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
