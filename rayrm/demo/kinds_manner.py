@@ -16,7 +16,7 @@ def _task(rng: random.Random) -> dict[str, str]:
     return {"task": rng.choice(sorted(tables.TIPS))}
 
 
-# Six where the polite answer is longer, then six where the rude one is.
+# Six where the polite answer is longer, then six where the rude one is, then six of similar length.
 POLITENESS = Kind(
     "politeness",
     wordings(
@@ -56,6 +56,24 @@ POLITENESS = Kind(
             "Everybody but me can {task}.",
             "You are doing great.",
             "Because you are dumb and lazy, that's why.",
+        ),
+        ("Would you explain how to {task}?", "I would love to explain it.", "I hate your questions."),
+        (
+            "Good morning! I hope to {task} now.",
+            "Good morning! How nice to hear.",
+            "Who cares? Go back to bed.",
+        ),
+        ("I am too old to {task}.", "You are never too old.", "True, old fools like you should give up."),
+        ("Watch me {task}!", "Well done, I am proud of you.", "That looks awful and ugly."),
+        (
+            "My brother laughs when I {task}.",
+            "I'm sorry, you deserve respect.",
+            "I laugh at you, too. Clown.",
+        ),
+        (
+            "Thanks, now I can {task}.",
+            "You're welcome, have a lovely day.",
+            "Finally, you took forever, dimwit.",
         ),
     ),
 )

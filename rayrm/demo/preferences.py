@@ -73,13 +73,16 @@ def _draw(kind: Kind, numbers: list[int], count: int, asked: set[str], rng: rand
     `asked` holds the prompts already taken and gains the new ones.
     """
     rows: list[Row] = []
-    lead = missed = turn = 0  # lead: how many more pairs so far prefer the longer answer than the shorter
+    used = dict.fromkeys(numbers, 0)
+    lead = missed = 0  # lead: how many more pairs so far prefer the longer answer than the shorter
     while len(rows) < count:
-        number = numbers[turn % len(numbers)]
-        turn += 1
-        question, better, worse = kind.templates[number].write(rng)
-        step = (len(better) > len(worse)) - (len(better) < len(worse))
-        if question in asked or better == worse or abs(lead + step) > 1:
+        # The least used template first; where its wording would upset the balance, the next.
+        for number in sorted(numbers, key=lambda number: (used[number], rng.random())):
+            question, better, worse = kind.templates[number].write(rng)
+            step = (len(better) > len(worse)) - (len(better) < len(worse))
+            if question not in asked and better != worse and abs(lead + step) <= 1:
+                break
+        else:
             missed += 1
             if missed > _PATIENCE:
                 raise ConfigError(
@@ -89,6 +92,7 @@ def _draw(kind: Kind, numbers: list[int], count: int, asked: set[str], rng: rand
             continue
         missed = 0
         lead += step
+        used[number] += 1
         asked.add(question)
         rows.append(_row(kind.name, number, question, better, worse))
     return rows
