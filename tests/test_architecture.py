@@ -40,6 +40,7 @@ ABOVE = {"jobs", "examples", "tests"}
 RAY_FILES = {
     "data/ingest.py",
     "train/trainer.py",
+    "train/launch.py",
     "train/sweep.py",
     "serve/deployment.py",
     "serve/client.py",
@@ -344,6 +345,18 @@ def test_torch_is_found_through_the_modules_that_a_light_module_imports() -> Non
         Module("settings.py", "import torch.nn"),
     ]
     assert torch_is_not_loaded_by_the_light_modules(chain) == ["config: loads torch in settings.py:1"]
+
+
+def test_the_document_names_every_file_and_no_file_that_is_gone() -> None:
+    """Each file of the package has its line in ARCHITECTURE.md; add or delete it with the file."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)`", text.split("## Files")[1].split("## Laws")[0]))
+    modules = {module.path for module in read_package(ROOT / PACKAGE)}
+    files = {path for path in modules if not path.endswith("__init__.py")}
+    assert sorted(files - named) == [], "these files have no line"
+    assert sorted(named - files) == [], "these lines have no file"
+    tests = re.findall(r"`(tests/[\w/]*(?:\.py)?)`", text)
+    assert [name for name in tests if not (ROOT / name).exists()] == []
 
 
 def test_every_listed_light_module_exists() -> None:
