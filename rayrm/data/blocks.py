@@ -61,8 +61,8 @@ class Refusal:
 class BlockIndex:
     """What the driver keeps of a table with P accepted rows; `offset` is their position in the table.
 
-    `source`, `row`, `offset`, the three lengths: `[P]`; `digest`: uint8 `[P, 16]`. `forms`: the first row
-    (source, row) of each text form seen, refused after parsing or not.
+    `source`, `row`, `offset`, the three lengths, `margin`: `[P]`; `digest`: uint8 `[P, 16]`. `forms`: the
+    first row (source, row) of each text form seen, refused after parsing or not.
     """
 
     source: Places
@@ -71,6 +71,7 @@ class BlockIndex:
     prefix_length: Counts
     chosen_length: Counts
     rejected_length: Counts
+    margin: npt.NDArray[np.float64]
     digest: npt.NDArray[np.uint8]
     forms: dict[PairForm, tuple[int, int]]
     refusals: list[Refusal]
@@ -125,6 +126,7 @@ def index_of(table: pa.Table) -> BlockIndex:
         column["prefix_length"][accepted],
         column["chosen_length"][accepted],
         column["rejected_length"][accepted],
+        table.column("margin").to_numpy()[accepted].astype(np.float64),
         np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_SIZE),
         forms,
         [Refusal(**refusal) for refusal in refusals],

@@ -72,13 +72,14 @@ class IngestReport:
 class TokenizedSet:
     """Tokenized pairs in the data's own order, wherever they lie; pickles small, for Ray Train's workers.
 
-    `prefix_lengths`, `chosen_lengths`, `rejected_lengths`: int32 `[num_pairs]`. `fetch` gets the blocks it
-    needs and keeps the last few open; the pairs it gives are copies.
+    `prefix_lengths`, `chosen_lengths`, `rejected_lengths`: int32 `[num_pairs]`; `margins`: float64. `fetch`
+    gets the blocks it needs and keeps the last few open; the pairs it gives are copies.
     """
 
     prefix_lengths: Counts
     chosen_lengths: Counts
     rejected_lengths: Counts
+    margins: npt.NDArray[np.float64]
     report: IngestReport
     _blocks: list[Any]  # ObjectRefs of tables, or tables
     _block_of: Counts
@@ -113,8 +114,8 @@ class TokenizedSet:
         return [opened[block].pair(offset) for block, offset in zip(needed, offsets, strict=True)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        lengths = (self.prefix_lengths, self.chosen_lengths, self.rejected_lengths)
-        return TokenizedSet, (*lengths, self.report, self._blocks, self._block_of, self._offset)
+        index = (self.prefix_lengths, self.chosen_lengths, self.rejected_lengths, self.margins)
+        return TokenizedSet, (*index, self.report, self._blocks, self._block_of, self._offset)
 
 
 def ensure_ray(address: str | None = None) -> None:
@@ -187,9 +188,9 @@ def _assemble(name: str, blocks: list[Any], indices: list[BlockIndex]) -> Tokeni
         return np.concatenate([getattr(index, field_name) for index in indices])
 
     order = np.lexsort((joined("row"), joined("source")))
-    prefix, chosen, rejected, offset, digest = (
+    prefix, chosen, rejected, margin, offset, digest = (
         joined(field_name)[order]
-        for field_name in ("prefix_length", "chosen_length", "rejected_length", "offset", "digest")
+        for field_name in ("prefix_length", "chosen_length", "rejected_length", "margin", "offset", "digest")
     )
     block_of = np.repeat(np.arange(len(blocks), dtype=np.int32), [len(index.row) for index in indices])
     report = IngestReport(
@@ -204,7 +205,8 @@ def _assemble(name: str, blocks: list[Any], indices: list[BlockIndex]) -> Tokeni
         num_tokens=int(chosen.sum(dtype=np.int64) + rejected.sum(dtype=np.int64)),
         num_shared_tokens=int(prefix.sum(dtype=np.int64)),
     )
-    return TokenizedSet(prefix, chosen, rejected, report, blocks, block_of[order], offset.astype(np.int32))
+    places = block_of[order], offset.astype(np.int32)
+    return TokenizedSet(prefix, chosen, rejected, margin, report, blocks, *places)
 
 
 def _resolve(blocks: list[Any]) -> list[pa.Table]:

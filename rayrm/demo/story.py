@@ -1,7 +1,7 @@
 """The demonstration: the whole way, once, on one machine, with real parts only.
 
-A packaged base model and the project's own preferences are trained on two Ray workers with ZeRO-2; the result
-is evaluated on held-out templates, published, served, asked to rank answers, and used as the reward of a short
+A packaged base model learns the project's own preferences on two Ray workers with ZeRO-2; the result is
+evaluated on held-out templates, published, served, asked to rank answers, and used as the reward of a short
 GRPO run. It ends with a table. Ray is imported where it is used; nothing is downloaded.
 """
 
@@ -93,8 +93,8 @@ def describe_pairs(train: list[dict[str, Any]], heldout: list[dict[str, Any]]) -
     """Show the split and one pair."""
     templates = {row["template"] for row in heldout}
     console.print(
-        f"   {len(train)} to train on, {len(heldout)} held out ({len(templates)} whole templates that training "
-        f"never sees), {len({row['kind'] for row in train})} kinds"
+        f"   {len(train)} to train on, {len(heldout)} held out ({len(templates)} whole templates that "
+        f"training never sees), {len({row['kind'] for row in train})} kinds"
     )
     row = heldout[0]
     for name in ("prompt", "chosen", "rejected"):

@@ -27,7 +27,7 @@ _PAIRS_PER_ROUND = 256
 
 
 class PairSet(Protocol):
-    """Tokenized pairs by position, with their lengths in tokens."""
+    """Tokenized pairs by position, with their lengths in tokens and their margins, each `[num_pairs]`."""
 
     @property
     def num_pairs(self) -> int: ...
@@ -35,6 +35,7 @@ class PairSet(Protocol):
     prefix_lengths: npt.NDArray[np.int32]
     chosen_lengths: npt.NDArray[np.int32]
     rejected_lengths: npt.NDArray[np.int32]
+    margins: npt.NDArray[np.float64]
 
     def fetch(self, rows: npt.ArrayLike) -> list[TokenizedPair]: ...
 
@@ -84,7 +85,12 @@ def _pack(pairs: list[TokenizedPair], pad_token_id: int | None, layout: Layout) 
     return pack_pairs(pairs, pad_token_id, share=layout.name == "shared")
 
 
-def score_model(model: torch.nn.Module, pairs: PairSet, config: RewardConfig) -> tuple[Scores, Scores]:
+def score_model(
+    model: torch.nn.Module,
+    pairs: PairSet,
+    config: RewardConfig,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[Scores, Scores]:
     """Score pairs with a model in this process, in the precision that training uses."""
     device = next(model.parameters()).device
     layout = choose_layout(model, share_prefix=config.share_prefix, train=False)
@@ -100,6 +106,7 @@ def score_model(model: torch.nn.Module, pairs: PairSet, config: RewardConfig) ->
             pad_token_id=unwrapped(model).config.get_text_config().pad_token_id,
             max_tokens=config.max_tokens_per_microbatch or DEFAULT_TOKEN_BUDGET,
             device=device,
+            on_progress=on_progress,
         )
     finally:
         module.release()

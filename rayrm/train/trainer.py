@@ -115,6 +115,7 @@ class RewardTrainer:
             chat_template_path=self.args.chat_template_path,
         )
         self._max_eval_pairs = max_eval_pairs
+        self._quarantine().unlink(missing_ok=True)
         self.train_set = self._ingest(train_dataset, "train", max_pairs)
         self.eval_sets = self._ingest_eval(eval_dataset)
         self.text_form: TextForm = self._text_form()
@@ -234,13 +235,12 @@ class RewardTrainer:
         return form
 
     def _metrics(self, pairs: TokenizedSet, chosen: Any, rejected: Any) -> dict[str, float]:
-        margins = [pair.margin for pair in pairs.fetch(range(pairs.num_pairs))]
         return evaluate_scores(
             chosen,
             rejected,
             pairs.chosen_lengths,
             pairs.rejected_lengths,
-            margins=margins,
+            margins=pairs.margins,
             center=self.args.center_rewards_coefficient,
         )
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import set_seed
@@ -236,7 +235,7 @@ class _RankRun:
                 rejected,
                 pairs.chosen_lengths,
                 pairs.rejected_lengths,
-                margins=[pair.margin for pair in pairs.fetch(np.arange(pairs.num_pairs))],
+                margins=pairs.margins,
                 center=self.config.center_rewards_coefficient,
             )
             prefix = f"eval_{name}_" if name else "eval_"
