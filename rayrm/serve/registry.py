@@ -102,7 +102,8 @@ def open_published(
     if not (directory / MANIFEST).is_file():
         raise PublishError(
             f"no published model at {str(directory)!r}: there is no {MANIFEST}. "
-            f"{_versions_sentence(home)} Publish one with `rayrm publish CHECKPOINT --registry DIR --name NAME`."
+            f"{_versions_sentence(home)} "
+            "Publish one with `rayrm publish CHECKPOINT --registry DIR --name NAME`."
         )
     manifest = read_json(directory / MANIFEST)
     _verify(directory, manifest)

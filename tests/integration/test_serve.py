@@ -55,7 +55,8 @@ def served(model: PublishedModel | Path, name: str, **fields: Any) -> Iterator[R
 
 @pytest.fixture(scope="module")
 def client(ray_cluster: None, published: PublishedModel) -> Iterator[RewardClient]:
-    with served(published, "test-reward", num_replicas=2) as running:
+    # A name of this test run alone: replicas are found, and killed, by it.
+    with served(published, f"test-reward-{os.getpid()}", num_replicas=2) as running:
         yield running
 
 
