@@ -39,8 +39,8 @@ ABOVE = {"jobs", "examples", "tests"}
 
 RAY_FILES = {
     "data/ingest.py",
-    "train/trainer.py",
     "train/launch.py",
+    "train/trainer.py",
     "train/sweep.py",
     "serve/deployment.py",
     "serve/client.py",

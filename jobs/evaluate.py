@@ -1,0 +1,13 @@
+"""Evaluate a model as a Ray job: `rayrm evaluate` on the job's cluster.
+
+ray job submit --working-dir . -- python jobs/evaluate.py /shared/runs/first /shared/data/pairs.jsonl
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rayrm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

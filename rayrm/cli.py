@@ -1,0 +1,347 @@
+"""`rayrm`: train, evaluate, score, publish, serve, sweep, demo, config, doctor from the shell.
+
+Each command parses its words and calls one function of the package; torch and ray are imported by the command
+that needs them, so that `rayrm config` is instant. What the user can mend ends with one message and exit
+status 2, a run that failed with 1, Ctrl-C with 130; `--debug` adds the stack trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayrm.errors import ConfigError, PublishError, RayrmError, ScoreError
+
+if TYPE_CHECKING:
+    from rayrm.data.tokenize import TextInput
+    from rayrm.train.sweep import Sweep
+
+_OVERRIDES = "settings such as learning_rate=2e-6 or cluster.num_workers=8, over those of the run file"
+_MODEL = "a directory (a run's, a checkpoint, registry/NAME), or a name published in --registry"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.command(options)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("rayrm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has seen enough. Python must not flush into it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (RayrmError, ModuleNotFoundError, OSError) as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"rayrm: error: {_message(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and not isinstance(error, RayrmError):
+        package = (error.name or "").partition(".")[0]
+        return f"the package {package!r} is not installed. Type: pip install {package}"
+    return str(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rayrm", description="Reward models, trained and served on Ray.")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show stack traces")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, what: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=what, description=what, parents=[shared])
+        added.set_defaults(command=run)
+        return added
+
+    train = command("train", _train, "Train the run of a run file; goes on where it was cut off.")
+    _add_run(train)
+    evaluate = command("evaluate", _evaluate, "Accuracy of a model on preference pairs, source by source.")
+    evaluate.add_argument("model", help=_MODEL)
+    evaluate.add_argument("data", nargs="+", help="paths, globs or hub names")
+    evaluate.add_argument("--max-pairs", type=int, help="only the first rows of each source")
+    evaluate.add_argument("--max-bad-row-fraction", type=float, default=0.01, help="default: 0.01")
+    evaluate.add_argument("--json", type=Path, help="also write the metrics here")
+    _add_registry(evaluate)
+    _add_score(command("score", _score, "Add a `score` to every row of a jsonl file."))
+    publish = command("publish", _publish, "Copy a trained model into a registry, as an immutable version.")
+    publish.add_argument("checkpoint", help="a run's directory, or its checkpoint-<step>")
+    publish.add_argument("--name", default="reward", help="what the model is called there (reward)")
+    publish.add_argument("--keep-adapter", action="store_true", help="do not merge a LoRA adapter")
+    _add_registry(publish)
+    serve = command("serve", _serve, "Serve a model on Ray until Ctrl-C.")
+    serve.add_argument("model", help=_MODEL)
+    serve.add_argument("settings", nargs="*", metavar="key=value", help="fields of [serve]: num_replicas=2")
+    serve.add_argument("--name", help="the service's name (reward)")
+    serve.add_argument("--address", help="the Ray cluster")
+    _add_registry(serve)
+    _add_sweep(command("sweep", _sweep, "Train a run file's run with several settings, and name the best."))
+    demo = command("demo", _demo, "The whole way once: data, training, evaluation, serving, GRPO.")
+    demo.add_argument("--out", default="demo-out", help="default: demo-out")
+    demo.add_argument("--steps", type=int, help="cut training short")
+    config = command("config", _config, "Print the run that a run file and overrides make.")
+    _add_run(config)
+    doctor = command("doctor", _doctor, "Look at this machine, and say what to mend.")
+    doctor.add_argument("--ray", action="store_true", help="also start (or join) Ray and run a task")
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="*", metavar="run.toml key=value", help=f"a run file, then {_OVERRIDES}")
+
+
+def _add_registry(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--registry", default="registry", help="directory of published models (registry)")
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="MODEL INPUT",
+        help=f"{_MODEL}, none with --served; then jsonl, jsonl.gz or parquet with prompt and completion(s), "
+        "or - for stdin",
+    )
+    parser.add_argument("--output", type=Path, help="a new file; without it: stdout")
+    parser.add_argument("--served", metavar="NAME", help="score by the running service NAME")
+    parser.add_argument("--address", help="the Ray cluster of that service")
+    parser.add_argument("--rendered", action="store_true", help="strings went through the chat template")
+    parser.add_argument("--truncation", choices=("left", "right"), help="cut texts that are too long")
+    _add_registry(parser)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        help="key=a,b,c (each) or key=log:LOW:HIGH, key=uniform:LOW:HIGH (drawn); may be repeated",
+    )
+    parser.add_argument("--trials", type=int, help="draws from the ranges")
+    parser.add_argument("--metric", default="eval_accuracy", help="what decides (eval_accuracy)")
+    parser.add_argument("--mode", choices=("max", "min"), default="max")
+    parser.add_argument("--max-concurrent", type=int, help="trials at once; as many as fit")
+
+
+def _run_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The run file (None: there is none) and the overrides."""
+    if words and "=" not in words[0]:
+        return words[0], list(words[1:])
+    return None, list(words)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from rayrm.runfile import read_run
+
+    run = read_run(*_run_words(options.run))  # before the seconds that torch and ray take to import
+    from rayrm.train.launch import train_run
+
+    summary = train_run(run)
+    seen = {key: value for key, value in summary.metrics.items() if key.endswith(("loss", "accuracy"))}
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in seen.items())
+    print(f"trained {summary.num_steps} steps ({shown}); the model is in {summary.output_dir}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    model = _model_directory(options.model, options.registry)
+    from rayrm.train.launch import evaluate_model
+
+    with _progress_line("scoring") as show:
+        metrics = evaluate_model(
+            model,
+            options.data,
+            max_pairs=options.max_pairs,
+            max_bad_row_fraction=options.max_bad_row_fraction,
+            on_progress=show,
+        )
+    _print_table(
+        ("source", "pairs", "accuracy", "95% interval", "longer wins", "loss", "margin"),
+        [
+            (
+                name,
+                f"{found['num_pairs']:.0f}",
+                f"{found['accuracy']:.3f}",
+                f"{found['accuracy_low']:.3f} .. {found['accuracy_high']:.3f}",
+                f"{found['length_baseline_accuracy']:.3f}",
+                f"{found['loss']:.4f}",
+                f"{found['margin']:+.3f}",
+            )
+            for name, found in metrics.items()
+        ],
+    )
+    if options.json is not None:
+        options.json.write_text(json.dumps(metrics, indent=2) + "\n")
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    from rayrm.serve.score_file import as_line, read_lines, read_rows, score_rows, write_whole
+
+    *model, source = options.words
+    if len(model) != (0 if options.served else 1):
+        wanted = "INPUT alone, with --served NAME" if options.served else "MODEL and INPUT"
+        raise ScoreError(f"`rayrm score` takes {wanted}, and got: {' '.join(options.words)}")
+    rows = read_lines(sys.stdin.buffer, "stdin") if source == "-" else read_rows(source)
+    scored = score_rows(rows, _scorer(options, *model), rendered=options.rendered)
+    if options.output is not None:
+        number = write_whole(scored, options.output)
+        print(f"scored {number} rows into {options.output}", file=sys.stderr)
+        return 0
+    for row in scored:
+        sys.stdout.write(as_line(row))
+    return 0
+
+
+def _scorer(options: argparse.Namespace, model_word: str = "") -> Any:
+    """Inputs -> scores: by the running service, or by the model in this process."""
+    if options.served is not None:
+        from rayrm.serve.client import RewardClient
+        from rayrm.serve.deployment import connect
+
+        connect(options.address)
+        client = RewardClient(options.served)
+
+        def by_service(inputs: list[TextInput]) -> list[float]:
+            return client.score_inputs(inputs, truncation=options.truncation).scores
+
+        return by_service
+    directory = _model_directory(model_word, options.registry)
+    from rayrm.logs import show_logs
+    from rayrm.serve.scorer import RewardModel
+
+    show_logs()
+    model = RewardModel.from_pretrained(directory)
+
+    def in_process(inputs: list[TextInput]) -> list[float]:
+        return model.score_inputs(inputs, truncation=options.truncation)
+
+    return in_process
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from rayrm.serve.registry import publish
+
+    published = publish(
+        options.checkpoint, options.registry, options.name, merge_lora=not options.keep_adapter
+    )
+    was = "published" if published.is_new else "was already published"
+    print(f"{published.name} {published.version} {was}: {published.path}")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from rayrm.config import ServeConfig
+
+    named = [f"name={options.name}"] if options.name else []
+    words = [word.removeprefix("serve.").partition("=") for word in (*options.settings, *named)]
+    if bad := next((key for key, equals, _ in words if not equals), None):
+        raise ConfigError(f"setting `{bad}` must be key=value. Type for example `num_replicas=2`.")
+    fields: dict[str, Any] = {key: value for key, _, value in words}
+    settings = ServeConfig(**fields)
+    model = _model_directory(options.model, options.registry)
+    from rayrm.serve.deployment import serve_forever
+
+    serve_forever(model, settings, address=options.address)
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    path, overrides = _run_words(options.run)
+    from rayrm.train.sweep import run_sweep
+
+    sweep = run_sweep(
+        path,
+        overrides,
+        options.param,
+        num_trials=options.trials,
+        metric=options.metric,
+        mode=options.mode,
+        max_concurrent=options.max_concurrent,
+    )
+    _print_sweep(sweep)
+    return 0
+
+
+def _print_sweep(sweep: Sweep) -> None:
+    rows = []
+    for trial in sweep.trials:
+        outcome = f"{trial.metric:.4f}" if trial.metric is not None else f"failed: {trial.failure}"
+        mark = "best" if trial == sweep.best else ""
+        rows.append((trial.directory.name, *(word.partition("=")[2] for word in trial.words), outcome, mark))
+    keys = [word.partition("=")[0] for word in sweep.trials[0].words]
+    _print_table(("trial", *keys, sweep.metric, ""), rows)
+    if sweep.best is not None:
+        print(f"\nbest: {' '.join(sweep.best.words)} in {sweep.best.directory}")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from rayrm.demo.story import main as tell
+
+    return tell(options.out, steps=options.steps)
+
+
+def _config(options: argparse.Namespace) -> int:
+    from rayrm.runfile import dump_run, read_run
+
+    print(dump_run(read_run(*_run_words(options.run))), end="")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rayrm.doctor import print_doctor
+
+    return print_doctor(start_ray=options.ray)
+
+
+def _model_directory(word: str, registry: str) -> str:
+    """`word` itself, the current version of the published model that it is, or one in the registry."""
+    from rayrm.serve.registry import CURRENT, open_published
+
+    for place in (Path(word), Path(registry) / word):
+        if (place / CURRENT).is_file():
+            return str(open_published(place).path)
+        if place.is_dir():
+            return str(place)
+    raise PublishError(
+        f"model ({word!r}) is no directory, and nothing is published as {str(Path(registry) / word)!r}. Type "
+        "the directory of a run, a checkpoint or a published model."
+    )
+
+
+@contextmanager
+def _progress_line(what: str) -> Iterator[Any]:
+    """A function of (name, done, total) that rewrites one line of a terminal; elsewhere it says nothing."""
+    live = sys.stderr.isatty()
+
+    def show(name: str, done: int, total: int) -> None:
+        if live:
+            end = "\n" if done == total else ""
+            print(f"\r{what} {name}: {done:,}/{total:,} pairs", end=end, file=sys.stderr, flush=True)
+
+    yield show
+
+
+def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Plain columns, so that the output can be cut, grepped and pasted."""
+    widths = [max(len(row[column]) for row in (titles, *rows)) for column in range(len(titles))]
+    for row in (titles, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

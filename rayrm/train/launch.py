@@ -1,0 +1,238 @@
+"""[RAY] A run file's `Run` -> a trained model; a saved model and sources of pairs -> metrics.
+
+What the command line, the jobs and the sweep share: `RewardTrainer` built from a `Run`, with the settings of
+`[cluster]` as Ray Train's. A run that was cut off goes on by itself; one that is finished, or another's
+directory, is refused. In a script use `RewardTrainer` itself: it takes objects where a run file has names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayrm.config import ClusterConfig, LoraConfig, RewardConfig
+from rayrm.data.ingest import TokenizedSet, ensure_ray, ingest
+from rayrm.errors import ClusterError, DataError, MissingExtraError
+from rayrm.logs import show_logs
+from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.model.reward_model import LoadedModel, load_saved
+from rayrm.runfile import Run
+from rayrm.train.evaluation import Scores, score_model
+from rayrm.train.trainer import RewardTrainer, check_cluster
+
+logger = logging.getLogger("rayrm.train")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSummary:
+    """A finished run: where its model is, its steps, and the last value of every logged metric."""
+
+    output_dir: Path
+    num_steps: int
+    metrics: dict[str, float]
+
+
+def train_run(run: Run, *, callbacks: Sequence[Any] = ()) -> TrainSummary:
+    """Train what `run` says to the end; goes on where a run of the same settings was cut off.
+
+    `callbacks`: Ray Train's `UserCallback`s, for runs with workers.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunDirectoryError, CheckpointError, ClusterError: refused before a
+            worker starts, and nothing was overwritten.
+    """
+    show_logs()
+    run = with_absolute_paths(run)
+    join_cluster(run.cluster.address)
+    scaling, run_config = ray_train_settings(run.cluster, callbacks)
+    if scaling is not None:
+        check_cluster(scaling)
+    trainer = RewardTrainer(
+        run.model.name,
+        run.reward,
+        train_dataset=run.data.train,
+        eval_dataset=run.data.eval,
+        peft_config=None if run.model.lora is None else peft_settings(run.model.lora),
+        scaling_config=scaling,
+        run_config=run_config,
+        max_pairs=run.data.max_pairs,
+        max_eval_pairs=run.data.max_eval_pairs,
+        auto_resume=True,
+        run=run,
+    )
+    trainer.train()
+    metrics: dict[str, float] = {}
+    for record in trainer.state.log_history:
+        metrics |= record
+    return TrainSummary(trainer.output_dir, trainer.state.global_step, metrics)
+
+
+def ray_train_settings(cluster: ClusterConfig, callbacks: Sequence[Any] = ()) -> tuple[Any, Any]:
+    """`[cluster]` as Ray Train's `ScalingConfig` and `RunConfig`; (None, None) for training in process."""
+    if cluster.num_workers == 0:
+        return None, None
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+    scaling = ScalingConfig(
+        num_workers=cluster.num_workers,
+        use_gpu=cluster.use_gpu,
+        resources_per_worker=cluster.resources_per_worker,
+    )
+    failures = FailureConfig(max_failures=cluster.max_failures)
+    return scaling, RunConfig(failure_config=failures, callbacks=list(callbacks) or None)
+
+
+def join_cluster(address: str | None) -> None:
+    """Connect to the cluster at `address`, or `RAY_ADDRESS`; without one, start Ray on this machine."""
+    try:
+        ensure_ray(address)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"no Ray cluster lets us in at {address or 'RAY_ADDRESS'}: {error}. Start one with `ray start "
+            "--head`, or leave `cluster.address` and RAY_ADDRESS out to run on this machine alone."
+        ) from error
+
+
+def peft_settings(lora: LoraConfig) -> Any:
+    """`[model.lora]` as PEFT's configuration of a sequence classifier."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError("`model.lora` needs peft. Type: pip install peft") from error
+    return peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
+
+
+def with_absolute_paths(run: Run) -> Run:
+    """The run with every local path absolute: workers and trials have current directories of their own.
+
+    A name that is no path here (a hub name) stays as it is.
+    """
+    reward = run.reward
+    files: dict[str, Any] = {
+        name: _absolute(value)
+        for name in ("deepspeed", "chat_template_path", "resume_from_checkpoint")
+        if isinstance(value := getattr(reward, name), str)
+    }
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, name=_absolute(run.model.name)),
+        data=dataclasses.replace(
+            run.data, train=_absolute_source(run.data.train), eval=_absolute_source(run.data.eval)
+        ),
+        reward=dataclasses.replace(
+            reward, output_dir=str(Path(reward.output_dir or "").expanduser().absolute()), **files
+        ),
+    )
+
+
+def _absolute_source(source: Any) -> Any:
+    if isinstance(source, dict):
+        return {name: _absolute_source(one) for name, one in source.items()}
+    if isinstance(source, list):
+        return [_absolute_source(one) for one in source]
+    return source if source is None else _absolute(source)
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() or glob.has_magic(name) else name
+
+
+def evaluate_model(
+    model: str | Path,
+    sources: Sequence[Any],
+    *,
+    max_pairs: int | None = None,
+    max_bad_row_fraction: float = 0.01,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Metrics of a saved model on each source, by the source's name, and on "all" where there are several.
+
+    Args:
+        max_pairs: read only the first rows of each source, this many. A pair beyond the model's position
+            limit is left out and counted, as in training.
+        on_progress: called with (source, pairs done, pairs in all).
+
+    Raises:
+        ModelError: no saved reward model. DataError: a source that is missing, bad, or of the other text
+            form than the model.
+    """
+    show_logs()
+    if not sources:
+        raise DataError("there is nothing to evaluate on. Give at least one path, glob or hub name.")
+    loaded = load_saved(model)
+    metrics: dict[str, dict[str, float]] = {}
+    parts: list[_ScoredSet] = []
+    for source in sources:
+        name = str(source)
+        pairs = _ingest_for(loaded, source, name, max_pairs, max_bad_row_fraction)
+        scored = _score(loaded, pairs, name, on_progress)
+        metrics[name] = _metrics([scored])
+        parts.append(scored)
+    if len(parts) > 1:
+        metrics["all"] = _metrics(parts)
+    return metrics
+
+
+@dataclass(frozen=True, slots=True)
+class _ScoredSet:
+    pairs: TokenizedSet
+    chosen: Scores
+    rejected: Scores
+
+
+def _ingest_for(
+    loaded: LoadedModel, source: Any, name: str, max_pairs: int | None, max_bad_row_fraction: float
+) -> TokenizedSet:
+    pairs = ingest(
+        source,
+        loaded.tokenizer,
+        max_length=loaded.max_positions,
+        max_rows=max_pairs,
+        max_bad_row_fraction=max_bad_row_fraction,
+        name=name,
+    )
+    form = pairs.report.text_form
+    if form not in (loaded.text_form, "tokenized"):
+        raise DataError(
+            f"{name} is {form} and the model was trained on {loaded.text_form} text: its scores would mean "
+            "nothing. Evaluate on rows of "
+            + ("message lists." if loaded.text_form == "conversational" else "plain strings.")
+        )
+    return pairs
+
+
+def _score(
+    loaded: LoadedModel, pairs: TokenizedSet, name: str, on_progress: Callable[[str, int, int], None] | None
+) -> _ScoredSet:
+    def progress(done: int) -> None:
+        if on_progress is not None:
+            on_progress(name, done, pairs.num_pairs)
+
+    # Scores are float32's, as those of `RewardModel` and of the service are.
+    config = RewardConfig(bf16=False)
+    return _ScoredSet(pairs, *score_model(loaded.model, pairs, config, on_progress=progress))
+
+
+def _metrics(parts: Sequence[_ScoredSet]) -> dict[str, float]:
+    margins = np.concatenate([part.pairs.margins for part in parts])
+    return evaluate_scores(
+        np.concatenate([part.chosen for part in parts]),
+        np.concatenate([part.rejected for part in parts]),
+        np.concatenate([part.pairs.chosen_lengths for part in parts]),
+        np.concatenate([part.pairs.rejected_lengths for part in parts]),
+        margins=margins,
+    )
