@@ -127,6 +127,9 @@ def forest_attention(
         )
         return output
     assert dropout == 0.0, "a forest shares tokens between sides: dropout masks would be shared too"
+    # Dropped silently they would change the scores; `choose_layout` keeps such models away.
+    assert kwargs.get("s_aux") is None, "attention sinks are no plain softmax"
+    assert kwargs.get("softcap") is None, "soft-capped logits are no plain softmax"
     if forest.dense is not None:
         grouped = query.shape[1] != key.shape[1]
         attended = F.scaled_dot_product_attention(

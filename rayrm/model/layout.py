@@ -82,6 +82,13 @@ def _config_dropouts(config: Any) -> list[str]:
     return [key for key in ("attention_dropout", "attention_probs_dropout_prob") if hasattr(config, key)]
 
 
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary positions; models whose layers differ have one for each layer type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    return {str(part["rope_type"]) for part in each if "rope_type" in part}
+
+
 def _obstacle(inner: PreTrainedModel, longest: int | None) -> str:
     """Why a model must take the padded path, or an empty string."""
     config = inner.config.get_text_config()
@@ -89,6 +96,10 @@ def _obstacle(inner: PreTrainedModel, longest: int | None) -> str:
         return f"{type(inner).__name__} is not one of transformers' generic decoder classifiers"
     if not getattr(inner, "_supports_attention_backend", False):
         return f"{type(inner).__name__} does not take its attention from transformers' attention interface"
+    if not getattr(inner, "_supports_sdpa", False):
+        return f"{type(inner).__name__} has no plain softmax attention (`_supports_sdpa` is False)"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "attention is bidirectional"
     if getattr(config, "attn_logit_softcapping", None):
         return "attention logits are soft-capped (`attn_logit_softcapping`)"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -103,9 +114,8 @@ def _obstacle(inner: PreTrainedModel, longest: int | None) -> str:
     reach = longest or getattr(config, "max_position_embeddings", None)
     if uses_window and window is not None and (reach is None or window < reach):
         return f"a sliding window ({window}) shorter than the longest row ({reach})"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if isinstance(rope, dict) and rope.get("rope_type") in {"dynamic", "longrope"}:
-        return f"rope of type {rope['rope_type']} scales with the longest position of a batch"
+    if scaled := _rope_types(config) & {"dynamic", "longrope"}:
+        return f"rope of type {scaled.pop()} scales with the longest position of a batch"
     if getattr(config, "alibi", False):
         return "ALiBi positions"
     return ""

@@ -68,7 +68,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-<step>`: `write(directory)` runs on every rank, rank 0 seals and renames it.
 
-    A checkpoint of this step that is already there and complete is kept: it holds the same.
+    A directory of that name is replaced: runs go on from their newest checkpoint, so it is an incomplete one.
     """
     final = output_dir / f"checkpoint-{state.step}"
     partial = output_dir / f".checkpoint-{state.step}.partial"
@@ -167,6 +167,8 @@ def prune_checkpoints(output_dir: Path, limit: int | None, keep: str | None) -> 
     found = checkpoints(output_dir)
     spare = [path for path in found[:-1] if path.name != keep]
     for path in spare[: max(0, len(found) - limit)]:
+        # First what makes it a checkpoint: cut off half-way, this leaves none that looks complete.
+        (path / MANIFEST).unlink()
         shutil.rmtree(path)
 
 

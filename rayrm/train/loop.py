@@ -71,14 +71,17 @@ class Schedule:
         return self._due(self.log_every, step) or (self.log_first and step == 1)
 
     def evaluates(self, step: int) -> bool:
-        return self._due(self.evaluate_every, step)
+        return self._due(self.evaluate_every, step) or self._ends(self.evaluate_every, step)
 
     def saves(self, step: int) -> bool:
-        # As transformers: a run that saves by steps also saves its last.
-        return self._due(self.save_every, step) or (self.save_every is not None and step == self.num_steps)
+        return self._due(self.save_every, step) or self._ends(self.save_every, step)
+
+    def _ends(self, every: int | None, step: int) -> bool:
+        # As transformers: a run that evaluates or saves by steps also does so after its last.
+        return every is not None and step == self.num_steps
 
     def _due(self, every: int | None, step: int) -> bool:
-        if every is None:
+        if every is None or step == 0:
             return False
         if every == 0:
             return step % self.steps_per_epoch == 0 or step == self.num_steps

@@ -1,0 +1,150 @@
+"""Law 1: however a step is cut, laid out or distributed, the losses and gradients are the same.
+
+The reference is the stock padded forward on one rank. AdamW and clipping hide a gradient that is wrong by a
+factor (they normalise it away), so norms before clipping are compared, and every form also runs with SGD.
+A step of SGD with a huge learning rate gives each parameter's gradient back from the saved weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.numerics.ranks import NUM_STEPS, Outcome, Variant, outcome_of, run_variants, tokenized
+from tests.tiny import tiny_model
+
+# float32 sums in another order differ by about 1e-7 of their size a step; 20 steps of AdamW carry that to
+# some 1e-6. 1e-4 is far above that and far below any error of ours that matters.
+TOLERANCE = 1e-4
+
+OPTIMIZERS = {
+    "adamw": {"optim": "adamw_torch", "learning_rate": 1e-3},
+    # Above about 0.03 this run is chaotic: rounding alone grows tenfold every three steps.
+    "sgd": {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0},
+}
+# The update of one step, divided by this, is the gradient; large, for the sake of the weights' digits.
+HUGE = 1000.0
+PROBE = {
+    "optim": "sgd",
+    "learning_rate": HUGE,
+    "max_grad_norm": 0.0,
+    "max_steps": 1,
+    "lr_scheduler_type": "constant",
+}
+
+
+def forms() -> list[Variant]:
+    """Every way to run a step, without its optimizer."""
+    longest = max(len(pair.ids) for pair in tokenized())
+    one_rank = [
+        Variant("packed", {"share_prefix": False}),
+        Variant("shared"),
+        Variant("half_budget", max_tokens=2 * longest),
+        Variant(
+            "accumulated",
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+            max_tokens=longest,
+        ),
+        Variant("checkpointed", {"gradient_checkpointing": True}),
+        Variant("padded_checkpointed", {"gradient_checkpointing": True}, padded=True),
+        *(Variant(f"zero{stage}", {"zero_stage": stage}, max_tokens=2 * longest) for stage in range(4)),
+    ]
+    two_ranks = [
+        Variant("two_ranks", num_ranks=2),
+        # A budget of one pair: ranks have unequal numbers of rows, and dummies fill up the shorter plan.
+        Variant("two_ranks_small_budget", max_tokens=longest, num_ranks=2),
+        *(
+            Variant(f"two_ranks_zero{stage}", {"zero_stage": stage}, max_tokens=2 * longest, num_ranks=2)
+            for stage in range(4)
+        ),
+        Variant(
+            "two_ranks_zero3_checkpointed",
+            {"zero_stage": 3, "gradient_checkpointing": True},
+            num_ranks=2,
+        ),
+    ]
+    return one_rank + two_ranks
+
+
+REFERENCE = Variant("reference", padded=True)
+FROZEN = Variant("frozen", {"learning_rate": 0.0})
+DOUBLED = Variant("doubled", gradients_times=2.0)
+FORMS = [form.name for form in forms()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs, each in `<form>-<optimizer>`: trained once for the module."""
+    root = tmp_path_factory.mktemp("runs")
+    variants = []
+    for form in [REFERENCE, FROZEN, DOUBLED, *forms()]:
+        for optimizer, settings in {**OPTIMIZERS, "probe": PROBE}.items():
+            name = f"{form.name}-{optimizer}"
+            variants.append(replace(form, name=name, settings={**settings, **form.settings}))
+    run_variants(variants, root)
+    return root
+
+
+def differences(outcome: Outcome, reference: Outcome) -> list[str]:
+    """Where a trajectory is not the reference's, in words; empty where it is."""
+    found = []
+    loss = np.abs(outcome.losses - reference.losses).max()
+    if not loss <= TOLERANCE:
+        found.append(f"losses differ by {loss:.2e}")
+    norm = (np.abs(outcome.norms - reference.norms) / reference.norms).max()
+    if not norm <= TOLERANCE:
+        found.append(f"gradient norms differ by {norm:.2e} of themselves")
+    return found
+
+
+def gradients(outcome: Outcome) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient at step 1, from the weights that one step of SGD left."""
+    start = tiny_model(seed=1).state_dict()
+    return {name: (start[name].double() - after.double()) / HUGE for name, after in outcome.weights.items()}
+
+
+def gradient_differences(outcome: Outcome, reference: Outcome) -> list[str]:
+    """Which parameters' gradients are not the reference's, relative to each one's own norm."""
+    mine, theirs = gradients(outcome), gradients(reference)
+    assert mine.keys() == theirs.keys()
+    off = {name: float((mine[name] - theirs[name]).norm() / theirs[name].norm()) for name in mine}
+    return [f"{name} differs by {by:.2e}" for name, by in off.items() if not by <= TOLERANCE]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_run_has_the_reference_trajectory(runs: Path, form: str, optimizer: str) -> None:
+    outcome = outcome_of(runs / f"{form}-{optimizer}")
+    assert len(outcome.losses) == NUM_STEPS
+    assert differences(outcome, outcome_of(runs / f"reference-{optimizer}")) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_parameter_has_the_reference_gradient_at_the_first_step(runs: Path, form: str) -> None:
+    assert (
+        gradient_differences(outcome_of(runs / f"{form}-probe"), outcome_of(runs / "reference-probe")) == []
+    )
+
+
+def test_the_reference_learns(runs: Path) -> None:
+    for optimizer in OPTIMIZERS:
+        losses = outcome_of(runs / f"reference-{optimizer}").losses
+        assert losses[-5:].mean() < losses[:5].mean() - 0.01
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("wrong", ["frozen", "doubled"])
+def test_the_comparison_sees_a_wrong_run(runs: Path, wrong: str, optimizer: str) -> None:
+    reference = outcome_of(runs / f"reference-{optimizer}")
+    assert differences(outcome_of(runs / f"{wrong}-{optimizer}"), reference) != []
+
+
+@pytest.mark.parametrize("wrong", ["frozen", "doubled"])
+def test_the_comparison_of_gradients_sees_every_wrong_parameter(runs: Path, wrong: str) -> None:
+    reference = outcome_of(runs / "reference-probe")
+    found = gradient_differences(outcome_of(runs / f"{wrong}-probe"), reference)
+    assert len(found) == len(reference.weights)
