@@ -143,18 +143,20 @@ def ingest(
     max_rows: int | None = None,
     quarantine_path: str | Path | None = None,
     max_bad_row_fraction: float = 0.01,
+    max_tasks: int | None = None,
     name: str = "train",
 ) -> TokenizedSet:
     """All acceptable pairs of a source, tokenized.
 
     `source`: a path, glob or directory of jsonl, jsonl.gz, parquet; a hub name; a `datasets.Dataset` or
     `IterableDataset`; a `ray.data.Dataset`; a list of rows; a list of these. `max_rows`: the first rows only.
+    `max_tasks`: read and tokenize in so many tasks at once (None: the cluster's CPUs).
     Refused rows are appended to `quarantine_path`; more than `max_bad_row_fraction` of them (a pair above
     `max_length` is filtered, not bad) raise `DataError`, as do a missing, unreadable or empty source and one
     that mixes text forms. A missing chat template is a `ConfigError`.
     """
     ensure_ray()
-    names, tables = _read(source, ray_pickle(tokenizer), max_length, max_rows, name)
+    names, tables = _read(source, ray_pickle(tokenizer), max_length, max_rows, max_tasks, name)
     blocks: list[Any] = []
     indices: list[BlockIndex] = []
     with _progress(name) as show:
@@ -219,7 +221,12 @@ def _resolve(blocks: list[Any]) -> list[pa.Table]:
 
 
 def _read(
-    source: Any, tokenizer: bytes, max_length: int | None, max_rows: int | None, name: str
+    source: Any,
+    tokenizer: bytes,
+    max_length: int | None,
+    max_rows: int | None,
+    max_tasks: int | None,
+    name: str,
 ) -> tuple[list[str], Any]:
     """The sources' names and the (lazy) Ray dataset of their tokenized blocks."""
     import ray
@@ -229,16 +236,19 @@ def _read(
             run = functools.partial(_tokenize_table, name=name, tokenizer=tokenizer, max_length=max_length)
             # A batch size gathers tiny blocks into one task.
             return [name], _numbered(source, max_rows).map_batches(
-                run, batch_size=ROWS_PER_CHUNK, batch_format="pyarrow"
+                run, batch_size=ROWS_PER_CHUNK, batch_format="pyarrow", concurrency=max_tasks
             )
-        max_parts = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        max_parts = cpus if max_tasks is None else min(cpus, max_tasks)
         plan = plan_sources(source, max_parts=max_parts, max_rows=max_rows, name=name)
         if not plan.work:
             raise DataError(f"{name} has no rows; give a source that has some")
         items = [{"work": pickle.dumps(piece)} for piece in plan.work]
         run = functools.partial(_tokenize_work, tokenizer=tokenizer, max_length=max_length)
         work = ray.data.from_items(items, override_num_blocks=len(items))
-        return plan.names, work.map_batches(run, batch_size=None, batch_format="pyarrow")
+        return plan.names, work.map_batches(
+            run, batch_size=None, batch_format="pyarrow", concurrency=max_tasks
+        )
 
 
 def _tokenize_work(batch: pa.Table, *, tokenizer: bytes, max_length: int | None) -> Iterator[pa.Table]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from rayrm.data.packing import PackedBatch
 from rayrm.model.attention import Forest, enable_forest_attention, forest_of, restore_attention
@@ -54,8 +55,11 @@ class PackedScorer(torch.nn.Module):
     implementation is ours; `release()` gives it back as it was.
     """
 
-    def __init__(self, model: torch.nn.Module, layout: Layout) -> None:
+    def __init__(
+        self, model: torch.nn.Module, layout: Layout, *, pad_to_multiple_of: int | None = None
+    ) -> None:
         super().__init__()
+        self._multiple = pad_to_multiple_of or 1
         self.model = model
         self.layout = layout
         if layout.name != "padded":
@@ -92,6 +96,7 @@ class PackedScorer(torch.nn.Module):
         ids = torch.nn.utils.rnn.pad_sequence(
             list(rows), batch_first=True, padding_value=float(config.pad_token_id)
         ).to(batch.ids.dtype)
+        ids = F.pad(ids, (0, -ids.shape[1] % self._multiple), value=config.pad_token_id)
         lengths = torch.tensor(batch.forest.segment_lengths, device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         scores: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).logits

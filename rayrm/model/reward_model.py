@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,20 @@ logger = logging.getLogger("rayrm.model")
 FACTS = "rayrm.json"
 ADAPTER_CONFIG = "adapter_config.json"
 TextForm = Literal["standard", "conversational"]
+_SAVED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*config.json",
+    "token*.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    FACTS,
+    "README.md",
+)
 HEADS = ("score", "classifier", "classification_head")
 
 
@@ -243,6 +258,15 @@ def save_model(
         "pad_token_id": inner.config.get_text_config().pad_token_id,
     }
     (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def copy_saved(source: Path, target: Path) -> None:
+    """Copy the files that `save_model` wrote in `source`, and nothing else that lies beside them."""
+    if source.resolve() == target.resolve():
+        return
+    files = [file for pattern in _SAVED for file in source.glob(pattern)]
+    for file in files:
+        shutil.copy2(file, target / file.name)
 
 
 def load_saved(

@@ -28,6 +28,7 @@ class RunLog:
         self._dir = output_dir
         self._active = active
         self._board: Any = None
+        self._name = config.run_name or ""
         self._tensorboard = active and "tensorboard" in config.report_to
         self._shown = 0.0
         self._began = time.time()
@@ -39,14 +40,16 @@ class RunLog:
             return
         self._began_at_step = step
         self._dir.mkdir(parents=True, exist_ok=True)
-        kept = [
-            record for record in read_records(self._dir) if record["step"] <= step and not _is_summary(record)
-        ]
+        # A run that begins anew evaluates at step 0 again, so nothing is kept then.
+        before = read_records(self._dir) if step else []
+        kept = [record for record in before if record["step"] <= step and not _is_summary(record)]
         replace_text(self._dir / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self._dir / "tensorboard"), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(
+                str(self._dir / "tensorboard" / self._name), purge_step=step + 1 if step else None
+            )
 
     def write(self, record: Record) -> None:
         """Append one logging event; it must say its `step`."""

@@ -45,14 +45,23 @@ def identity_of(
 ) -> dict[str, Any]:
     """What must be equal for two starts to be one run."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
-    adapter_text = None if adapter is None else str(sorted(adapter.to_dict().items(), key=lambda kv: kv[0]))
     return {
         "model": model,
-        "adapter": adapter_text,
+        "adapter": None if adapter is None else _plain(adapter.to_dict()),
         "data": data,
         "rows_per_step": rows_per_step,
-        **json.loads(json.dumps(settings, default=str)),
+        **_plain(settings),
     }
+
+
+def _plain(table: dict[str, Any]) -> dict[str, Any]:
+    """A table as JSON holds it; sets, whose order is another in every process, become sorted lists."""
+
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+    made: dict[str, Any] = json.loads(json.dumps(table, default=plain))
+    return made
 
 
 def examine(

@@ -22,7 +22,7 @@ from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.errors import ClusterError, ConfigError, DataError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
-from rayrm.model.reward_model import TextForm, load_saved, load_tokenizer, save_model
+from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, load_tokenizer, save_model
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.display import Display
 from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET, score_model
@@ -192,6 +192,9 @@ class RewardTrainer:
         """Save model and tokenizer as transformers does, in `output_dir` or the run's directory."""
         directory = Path(output_dir).expanduser().absolute() if output_dir else self.output_dir
         directory.mkdir(parents=True, exist_ok=True)
+        if self.num_workers and (self.output_dir / FACTS).exists():
+            copy_saved(self.output_dir, directory)
+            return
         save_model(self.model, self.processing_class, directory, text_form=self.text_form)
 
     def _ingest(self, source: Any, name: str, max_rows: int | None) -> TokenizedSet:
@@ -204,6 +207,7 @@ class RewardTrainer:
             max_rows=max_rows,
             quarantine_path=self._quarantine(),
             max_bad_row_fraction=self.args.max_bad_row_fraction,
+            max_tasks=self.args.dataset_num_proc,
             name=name,
         )
 

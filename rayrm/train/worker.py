@@ -22,6 +22,7 @@ from rayrm.config import RewardConfig
 from rayrm.data.order import Order, StepRows
 from rayrm.data.packing import pack_pairs
 from rayrm.data.planning import plan_step
+from rayrm.errors import ConfigError
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import Layout, choose_layout, unwrapped
@@ -130,7 +131,10 @@ class _RankRun:
         longest = max(int(max(s.chosen_lengths.max(), s.rejected_lengths.max())) for s in sets)
         self.layout = choose_layout(model, share_prefix=self.config.share_prefix, longest=longest)
         self._say(_describe(self.layout))
-        self.module = PackedScorer(model, self.layout)
+        multiple = self.config.pad_to_multiple_of
+        self.module = PackedScorer(
+            model, self.layout, pad_to_multiple_of=multiple if isinstance(multiple, int) else None
+        )
         self.pad_token_id = unwrapped(model).config.get_text_config().pad_token_id
         self.order = Order(
             job.train_set.num_pairs,
@@ -221,6 +225,7 @@ class _RankRun:
 
     def _evaluate(self, state: TrainState) -> None:
         """Evaluate every set; note which checkpoint is the best."""
+        found: Record = {}
         for name, pairs in self.job.eval_sets.items():
             chosen, rejected = score_pairs(
                 self.engine.scores,
@@ -241,24 +246,27 @@ class _RankRun:
             prefix = f"eval_{name}_" if name else "eval_"
             record = {f"{prefix}{key}": value for key, value in metrics.items()}
             record |= {"step": state.step, "epoch": state.step / self.order.steps_per_epoch}
-            self._note_best(state, record)
+            found |= record
             self._log(record)
             self._report(record)
+        self._note_best(state, found)
 
-    def _note_best(self, state: TrainState, record: Record) -> None:
+    def _note_best(self, state: TrainState, found: Record) -> None:
         wanted = self.config.metric_for_best_model
-        if wanted is None:
+        # A better model that no checkpoint holds must not stand in the way of one that is kept.
+        if wanted is None or not self.schedule.saves(state.step):
             return
-        value = record.get(wanted if wanted.startswith("eval_") else f"eval_{wanted}")
+        name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+        value = found.get(name)
         if value is None:
-            return
+            metrics = ", ".join(sorted(key for key in found if key.startswith("eval_")))
+            raise ConfigError(f"`metric_for_best_model` ({wanted}) is not a metric of this run: {metrics}.")
         better = state.best_metric is None or (
             value > state.best_metric if self.config.greater_is_better else value < state.best_metric
         )
         if better:
             state.best_metric = value
-            if self.schedule.saves(state.step):
-                state.best_checkpoint = f"checkpoint-{state.step}"
+            state.best_checkpoint = f"checkpoint-{state.step}"
 
     def _save(self, state: TrainState) -> None:
         def write(directory: Path) -> None:
