@@ -18,18 +18,76 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = (
-    "the a my your red blue green small big old new cat dog bird tree house river stone bread water "
-    "runs sits sings falls opens closes is was will can how what why when where please thanks yes no "
-    "never always good bad true false one two three four five six"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "my",
+    "your",
+    "red",
+    "blue",
+    "green",
+    "small",
+    "big",
+    "old",
+    "new",
+    "cat",
+    "dog",
+    "bird",
+    "tree",
+    "house",
+    "river",
+    "stone",
+    "bread",
+    "water",
+    "runs",
+    "sits",
+    "sings",
+    "falls",
+    "opens",
+    "closes",
+    "is",
+    "was",
+    "will",
+    "can",
+    "how",
+    "what",
+    "why",
+    "when",
+    "where",
+    "please",
+    "thanks",
+    "yes",
+    "no",
+    "never",
+    "always",
+    "good",
+    "bad",
+    "true",
+    "false",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+]
 
 CHAT_TEMPLATE = (
     "{% if tools %}<|tools|>{{ tools | tojson }}<|end|>{% endif %}"
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|tools|>", "<|end|>"]
+SPECIAL = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+    "<|tools|>",
+    "<|end|>",
+]
 
 
 def tiny_tokenizer(*, bos: bool = False, chat: bool = True) -> PreTrainedTokenizerFast:
@@ -81,7 +139,9 @@ def tiny_model(seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return model.float()
 
 
-def save_tiny(directory: Path, *, seed: int = 0, bos: bool = False, chat: bool = True, **overrides: Any) -> Path:
+def save_tiny(
+    directory: Path, *, seed: int = 0, bos: bool = False, chat: bool = True, **overrides: Any
+) -> Path:
     """A tiny Llama reward model and its tokenizer in `directory`, as transformers saves them."""
     tiny_model(seed, **overrides).save_pretrained(directory)
     tiny_tokenizer(bos=bos, chat=chat).save_pretrained(directory)
@@ -89,7 +149,12 @@ def save_tiny(directory: Path, *, seed: int = 0, bos: bool = False, chat: bool =
 
 
 def tiny_rows(
-    count: int, *, seed: int = 0, conversational: bool = False, explicit_prompt: bool = True, margin: bool = False
+    count: int,
+    *,
+    seed: int = 0,
+    conversational: bool = False,
+    explicit_prompt: bool = True,
+    margin: bool = False,
 ) -> list[dict[str, Any]]:
     """`count` preference rows in one of TRL's four forms; prompts of 3-12 words, answers of 1-10 words."""
     rng = random.Random(seed)
