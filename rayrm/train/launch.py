@@ -19,7 +19,7 @@ import numpy as np
 
 from rayrm.config import ClusterConfig, LoraConfig, RewardConfig
 from rayrm.data.ingest import TokenizedSet, ensure_ray, ingest
-from rayrm.errors import ClusterError, DataError, MissingExtraError
+from rayrm.errors import ClusterError, DataError, MissingExtraError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import LoadedModel, load_saved
@@ -67,11 +67,25 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = ()) -> TrainSummary:
         auto_resume=True,
         run=run,
     )
-    trainer.train()
+    _train(trainer)
     metrics: dict[str, float] = {}
     for record in trainer.state.log_history:
         metrics |= record
     return TrainSummary(trainer.output_dir, trainer.state.global_step, metrics)
+
+
+def _train(trainer: RewardTrainer) -> None:
+    """Train; what ends the workers, and is no error of ours, ends with its last line and what to do."""
+    from ray.train import TrainingFailedError
+
+    try:
+        trainer.train()
+    except TrainingFailedError as failure:
+        said = [line for line in str(failure).splitlines() if line.strip()]
+        raise RayrmError(
+            f"training in {trainer.output_dir} failed: {said[-1]}. The workers' own messages stand above; type "
+            "the same again to go on from the last checkpoint."
+        ) from failure
 
 
 def ray_train_settings(cluster: ClusterConfig, callbacks: Sequence[Any] = ()) -> tuple[Any, Any]:

@@ -328,7 +328,7 @@ class RewardTrainer:
         ).fit()
 
     def _fit_on_workers(self, job: TrainJob) -> None:
-        from ray.train import LoggingConfig, RunConfig
+        from ray.train import LoggingConfig, RunConfig, TrainingFailedError
         from ray.train.torch import TorchTrainer
 
         given = self._run_config
@@ -348,7 +348,7 @@ class RewardTrainer:
         )
         try:
             trainer.fit()
-        except RuntimeError as failure:
+        except TrainingFailedError as failure:
             raise _cause_in_workers(failure) from failure
         self._model = None
 
@@ -368,7 +368,7 @@ def _run_rank(config: dict[str, Any]) -> None:
     train_rank(config["job"], report)
 
 
-def _cause_in_workers(failure: RuntimeError) -> Exception:
+def _cause_in_workers(failure: Exception) -> Exception:
     """The error that a worker raised, where it is one of ours; else Ray's, whole."""
     for cause in getattr(failure, "worker_failures", {}).values():
         inner = getattr(cause, "cause", None) or cause

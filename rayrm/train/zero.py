@@ -58,7 +58,7 @@ def deepspeed_config(config: RewardConfig, precision: Precision) -> dict[str, An
         chosen["zero_optimization"] = {**chosen["zero_optimization"], "overlap_comm": False}
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
-        chosen["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": None}
+        chosen["torch_autocast"] = {"enabled": True, "dtype": dtype}
         chosen["data_types"] = {"grad_accum_dtype": "fp32"}
     for key in ("bf16", "fp16"):
         chosen.pop(key, None)
