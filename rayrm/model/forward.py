@@ -93,10 +93,10 @@ class PackedScorer(torch.nn.Module):
         config = unwrapped(self.model).config.get_text_config()
         rows = torch.split(batch.ids[0], batch.forest.segment_lengths)
         assert len(rows) == len(batch.pooled), "the padded layout takes batches packed without sharing"
-        ids = torch.nn.utils.rnn.pad_sequence(
-            list(rows), batch_first=True, padding_value=float(config.pad_token_id)
-        ).to(batch.ids.dtype)
-        ids = F.pad(ids, (0, -ids.shape[1] % self._multiple), value=config.pad_token_id)
+        # Without a pad id transformers takes one row at a time, and that row needs no padding.
+        pad = 0 if config.pad_token_id is None else config.pad_token_id
+        ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad)
+        ids = F.pad(ids, (0, -ids.shape[1] % self._multiple), value=pad)
         lengths = torch.tensor(batch.forest.segment_lengths, device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         scores: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).logits

@@ -299,8 +299,18 @@ def load_saved(
     if "text_form" not in facts:
         logger.info("%s does not say its text form: taken as %s", name, text_form)
     model = model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))).eval()
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return LoadedModel(model, tokenizer, text_form, pad_token_id, limit)
+    return LoadedModel(model, tokenizer, text_form, pad_token_id, position_limit(model))
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The longest sequence in tokens that the model's positions allow; None where nothing says so."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if limit is not None and padding is not None and name.endswith("position_embeddings"):
+            # RoBERTa and its kin count positions from the pad id on.
+            return limit - int(padding) - 1
+    return limit
 
 
 def read_facts(directory: Path) -> dict[str, Any]:
