@@ -1,17 +1,17 @@
 """The exceptions a user can meet; each message names the thing, the rule it broke and what to type.
 
-    RayrmError
-    ├── ConfigError            (ValueError)    a setting of a run
-    ├── DataError              (ValueError)    a source, a file
-    │   └── RowError                           one row of a source, with a machine-readable reason
-    ├── ModelError             (ValueError)    a model, a tokenizer
-    ├── RunDirectoryError      (ValueError)    an output directory that holds something else
-    ├── CheckpointError        (ValueError)    a checkpoint that cannot be read or does not fit
-    ├── PublishError           (ValueError)    a model that cannot be published or opened
-    ├── ScoreError             (ValueError)    an input that cannot be scored
-    ├── RewardUnavailableError (RuntimeError)  the reward service gave no answer before the deadline
-    ├── ClusterError           (RuntimeError)  what was asked is more than the cluster has
-    └── MissingExtraError      (ImportError)   an optional package is not installed
+RayrmError
+├── ConfigError            (ValueError)    a setting of a run
+├── DataError              (ValueError)    a source, a file
+│   └── RowError                           one row of a source, with a machine-readable reason
+├── ModelError             (ValueError)    a model, a tokenizer
+├── RunDirectoryError      (ValueError)    an output directory that holds something else
+├── CheckpointError        (ValueError)    a checkpoint that cannot be read or does not fit
+├── PublishError           (ValueError)    a model that cannot be published or opened
+├── ScoreError             (ValueError)    an input that cannot be scored
+├── RewardUnavailableError (RuntimeError)  the reward service gave no answer before the deadline
+├── ClusterError           (RuntimeError)  what was asked is more than the cluster has
+└── MissingExtraError      (ImportError)   an optional package is not installed
 """
 
 from __future__ import annotations
