@@ -83,8 +83,8 @@ def _train(trainer: RewardTrainer) -> None:
     except TrainingFailedError as failure:
         said = [line for line in str(failure).splitlines() if line.strip()]
         raise RayrmError(
-            f"training in {trainer.output_dir} failed: {said[-1]}. The workers' own messages stand above; type "
-            "the same again to go on from the last checkpoint."
+            f"training in {trainer.output_dir} failed: {said[-1]}. The workers' own messages stand above; "
+            "type the same again to go on from the last checkpoint."
         ) from failure
 
 
