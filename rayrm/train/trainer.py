@@ -115,6 +115,8 @@ class RewardTrainer:
             chat_template_path=self.args.chat_template_path,
         )
         self._max_eval_pairs = max_eval_pairs
+        # Left by a trainer whose run never began: rows are appended, and would be kept twice.
+        self._quarantine().unlink(missing_ok=True)
         self._quarantine().unlink(missing_ok=True)
         self.train_set = self._ingest(train_dataset, "train", max_pairs)
         self.eval_sets = self._ingest_eval(eval_dataset)
@@ -279,7 +281,8 @@ class RewardTrainer:
         longest = int((whole - pairs.prefix_lengths).max() if self.args.share_prefix else whole.max())
         budget = self.args.max_tokens_per_microbatch or start.max_tokens
         if budget is None:
-            budget = max(DEFAULT_TOKEN_BUDGET, longest)
+            # The whole pair: a model that cannot share prefixes must fit its rows too.
+            budget = max(DEFAULT_TOKEN_BUDGET, int(whole.max()))
             logger.info("max_tokens_per_microbatch: %d tokens (the longest pair has %d)", budget, longest)
         elif budget < longest:
             raise ConfigError(

@@ -7,6 +7,7 @@ A step of SGD with a huge learning rate gives each parameter's gradient back fro
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def forms() -> list[Variant]:
 REFERENCE = Variant("reference", padded=True)
 FROZEN = Variant("frozen", {"learning_rate": 0.0})
 DOUBLED = Variant("doubled", gradients_times=2.0)
+# Run a second time: law 4.
+AGAIN = [Variant("shared_again"), Variant("two_ranks_again", num_ranks=2)]
 FORMS = [form.name for form in forms()]
 
 
@@ -81,7 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, each in `<form>-<optimizer>`: trained once for the module."""
     root = tmp_path_factory.mktemp("runs")
     variants = []
-    for form in [REFERENCE, FROZEN, DOUBLED, *forms()]:
+    for form in [REFERENCE, FROZEN, DOUBLED, *AGAIN, *forms()]:
         for optimizer, settings in {**OPTIMIZERS, "probe": PROBE}.items():
             name = f"{form.name}-{optimizer}"
             variants.append(replace(form, name=name, settings={**settings, **form.settings}))
@@ -148,3 +151,19 @@ def test_the_comparison_of_gradients_sees_every_wrong_parameter(runs: Path, wron
     reference = outcome_of(runs / "reference-probe")
     found = gradient_differences(outcome_of(runs / f"{wrong}-probe"), reference)
     assert len(found) == len(reference.weights)
+
+
+@pytest.mark.parametrize("form", ["shared", "two_ranks"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_same_run_twice_gives_the_same_bits(runs: Path, form: str, optimizer: str) -> None:
+    first, second = runs / f"{form}-{optimizer}", runs / f"{form}_again-{optimizer}"
+    assert untimed(first) == untimed(second)
+    one, two = outcome_of(first).weights, outcome_of(second).weights
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def untimed(directory: Path) -> list[dict[str, float]]:
+    """Every record of a run, without what a clock measured."""
+    records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    clocked = ("per_second", "runtime", "_s")
+    return [{key: value for key, value in record.items() if not key.endswith(clocked)} for record in records]
