@@ -169,7 +169,8 @@ def ingest(
     num_rows = sum(index.num_rows for index in indices)
     if quarantine_path is not None:
         write_quarantine(Path(quarantine_path), names, refusals)
-    check_refusals(name, num_rows, refusals, max_bad_row_fraction, quarantine_path)
+    said = name if name in names else f"{name} ({', '.join(names[:3])}{' ...' if names[3:] else ''})"
+    check_refusals(said, num_rows, refusals, max_bad_row_fraction, quarantine_path)
     _check_one_form(names, indices)
     tokenized = _assemble(name, blocks, indices)
     _log.info("%s", one_line(name, num_rows, refusals))

@@ -6,6 +6,7 @@ A saved directory loads in stock transformers and gives the same scores there. B
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -138,8 +140,10 @@ def load_model(name: str, **init: Any) -> PreTrainedModel:
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True, **init
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model `{name}` could not be loaded: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"model `{name}` could not be loaded: {error}. If its files are damaged, copy or save them again."
+        ) from error
     missing = sorted(key for key in found["missing_keys"] if not _is_head(key))
     if missing:
         raise ModelError(
@@ -207,6 +211,7 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
     from peft import get_peft_model
 
     head = head_name(model)
+    peft_config = copy.deepcopy(peft_config)  # PEFT writes the modules it finds into it
     saved = list(getattr(peft_config, "modules_to_save", None) or [])
     if head not in saved:
         peft_config.modules_to_save = [*saved, head]
