@@ -299,7 +299,8 @@ def _indexed(tables: Any) -> Iterator[tuple[Any, BlockIndex]]:
     import ray
 
     # One CPU a task, though it is short: a task of none would start a process for each block at once.
-    index_remotely = ray.remote(num_cpus=1)(index_of)
+    # DEFAULT: not within the placement group of a caller that is itself a Tune trial.
+    index_remotely = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(index_of)
     waiting: dict[Any, Any] = {}
     for bundle in tables.iter_internal_ref_bundles():
         for block in bundle.block_refs:
@@ -315,11 +316,11 @@ def _numbered(dataset: Any, max_rows: int | None) -> Any:
     """The dataset's blocks in its own order, each row with its number in a column."""
     import ray
 
-    @ray.remote  # type: ignore[untyped-decorator]
+    @ray.remote(scheduling_strategy="DEFAULT")  # type: ignore[untyped-decorator]
     def count(table: pa.Table) -> int:
         return len(table)
 
-    @ray.remote  # type: ignore[untyped-decorator]
+    @ray.remote(scheduling_strategy="DEFAULT")  # type: ignore[untyped-decorator]
     def number(table: pa.Table, start: int) -> pa.Table:
         return table.append_column(_ROW_NUMBER, pa.array(range(start, start + len(table)), pa.int64()))
 

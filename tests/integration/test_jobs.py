@@ -1,0 +1,98 @@
+"""The scripts in jobs/ as Ray jobs run them, and the examples, on a tiny model.
+
+A job is a process whose RAY_ADDRESS names the cluster: the fast test gives it the tests' own. The slow one
+starts a cluster by `ray start --head` and submits by `ray job submit`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from examples import quickstart, trl_migration
+from tests.integration.test_cli import write_rows
+from tests.tiny import save_tiny, tiny_rows
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    save_tiny(tmp_path / "base")
+    write_rows(tmp_path / "pairs.jsonl", tiny_rows(24, conversational=True))
+    answers = [{"completion": [{"role": "assistant", "content": text}]} for text in ("yes", "never")]
+    write_rows(tmp_path / "answers.jsonl", answers)
+    return tmp_path
+
+
+def job(home: Path, script: str, *words: str) -> str:
+    """Run jobs/<script> in `home` as a job of the tests' cluster; returns its stdout."""
+    address = ray.get_runtime_context().gcs_address
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / script), *words],
+        cwd=home,
+        env={**os.environ, "RAY_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_jobs_train_evaluate_publish_and_score_on_the_cluster_they_are_given(
+    ray_cluster: None, home: Path
+) -> None:
+    out = job(
+        home,
+        "train.py",
+        str(ROOT / "jobs" / "first.toml"),
+        "model.name=base",
+        "data.train=pairs.jsonl",
+        "data.eval=pairs.jsonl",
+        "bf16=false",
+        "max_steps=2",
+    )
+    assert "trained 2 steps" in out
+    assert (home / "runs/first/model.safetensors").is_file()
+    assert "pairs.jsonl" in job(home, "evaluate.py", "runs/first", "pairs.jsonl")
+    assert "reward" in job(home, "publish.py", "runs/first")
+    scores = [
+        json.loads(line)["score"] for line in job(home, "score.py", "reward", "answers.jsonl").splitlines()
+    ]
+    assert len(set(scores)) == 2
+
+
+def test_a_job_that_fails_ends_with_a_status_that_says_so(ray_cluster: None, home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "train.py"), "absent.toml"],
+        cwd=home,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "absent.toml" in done.stderr
+
+
+def test_the_quickstart_serves_the_scores_it_computes(
+    ray_cluster: None, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = quickstart.main(["--model", str(home / "base"), "--out", str(home / "out"), "--pairs", "80"])
+    assert len(served) == len(quickstart.ANSWERS)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("+", "-"))]
+    assert [line[0] for line in lines] == [line[1] for line in lines]
+
+
+def test_a_trl_script_runs_with_its_import_line_changed(ray_cluster: None, home: Path) -> None:
+    words = ["--model", str(home / "base"), "--data", str(home / "pairs.jsonl"), "--max-steps", "2"]
+    trainer = trl_migration.main([*words, "--output-dir", str(home / "out")])
+    assert trainer.state.global_step == 2
+    assert {"eval_loss", "eval_accuracy"} <= set(trainer.state.log_history[-1])
+    assert (home / "out" / "adapter_config.json").is_file()
