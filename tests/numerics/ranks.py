@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from rayrm.data.ingest import TokenizedSet
 from rayrm.data.preference import parse_row
 from rayrm.data.tokenize import TokenizedPair, tokenize_pairs
 from rayrm.train.build import ModelSource
+from rayrm.train.checkpoint import checkpoints
 from rayrm.train.worker import TrainJob, train_rank
 from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer
 
@@ -45,6 +47,26 @@ class Variant:
     max_tokens: int = PLENTY
     num_ranks: int = 1
     gradients_times: float = 1.0
+    # Stop in the middle of this step, then train again in the same directory.
+    stop_in: int | None = None
+
+
+class Stopped(Exception):
+    """Raised by `StoppingAdamW`."""
+
+
+class StoppingAdamW(torch.optim.AdamW):
+    """AdamW that raises in its `stop_in`-th step."""
+
+    def __init__(self, params: Any, *, lr: float, stop_in: int) -> None:
+        super().__init__(params, lr=lr)
+        self.steps_left = stop_in
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            raise Stopped
+        return super().step(closure)
 
 
 @dataclass(frozen=True)
@@ -102,11 +124,23 @@ def run_variants(variants: Sequence[Variant], root: Path) -> None:
     pairs = tokenized()
     for variant in variants:
         if variant.num_ranks == 1:
-            train_rank(job_of(variant, root / variant.name, pairs), lambda record: None)
+            train(variant, root, pairs)
     for num_ranks in sorted({v.num_ranks for v in variants} - {1}):
         chosen = [variant for variant in variants if variant.num_ranks == num_ranks]
         store = root / f"store-{num_ranks}"
         torch.multiprocessing.spawn(_rank_main, (num_ranks, store, chosen, root), nprocs=num_ranks)
+
+
+def train(variant: Variant, root: Path, pairs: Sequence[TokenizedPair]) -> None:
+    """Train on this rank, from the start to the end, stopping between where the variant says so."""
+    directory = root / variant.name
+    if variant.stop_in is not None:
+        job = job_of(variant, directory, pairs)
+        stopping = (StoppingAdamW, {"lr": job.config.learning_rate, "stop_in": variant.stop_in})
+        with pytest.raises(Stopped):
+            train_rank(replace(job, optimizer=stopping), lambda record: None)
+        assert checkpoints(directory)
+    train_rank(job_of(variant, directory, pairs), lambda record: None)
 
 
 def _rank_main(rank: int, num_ranks: int, store: Path, variants: Sequence[Variant], root: Path) -> None:
@@ -117,7 +151,7 @@ def _rank_main(rank: int, num_ranks: int, store: Path, variants: Sequence[Varian
     )
     try:
         for variant in variants:
-            train_rank(job_of(variant, root / variant.name, tokenized()), lambda record: None)
+            train(variant, root, tokenized())
     finally:
         dist.destroy_process_group()
 

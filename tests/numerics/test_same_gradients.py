@@ -77,6 +77,25 @@ DOUBLED = Variant("doubled", gradients_times=2.0)
 # Run a second time: law 4.
 AGAIN = [Variant("shared_again"), Variant("two_ranks_again", num_ranks=2)]
 FORMS = [form.name for form in forms()]
+# Checkpoints after steps 6, 12 and 18, cut off in step 9: two steps are trained a second time. The first
+# checkpoint falls between two logs.
+SAVING = {**OPTIMIZERS["adamw"], "save_strategy": "steps", "save_steps": 6, "logging_steps": 4}
+
+
+def interrupted() -> list[Variant]:
+    """Runs that save checkpoints, and each once more, stopped and resumed."""
+    whole = [
+        Variant("saving", SAVING),
+        *(
+            Variant(f"saving_zero{stage}_{ranks}", {**SAVING, "zero_stage": stage}, num_ranks=ranks)
+            for stage, ranks in [(2, 1), (0, 2), (1, 2), (2, 2), (3, 2)]
+        ),
+        Variant("saving_two_ranks", SAVING, num_ranks=2),
+    ]
+    return whole + [replace(variant, name=f"{variant.name}_resumed", stop_in=9) for variant in whole]
+
+
+INTERRUPTED = [variant.name for variant in interrupted() if variant.stop_in is None]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +107,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for optimizer, settings in {**OPTIMIZERS, "probe": PROBE}.items():
             name = f"{form.name}-{optimizer}"
             variants.append(replace(form, name=name, settings={**settings, **form.settings}))
-    run_variants(variants, root)
+    run_variants([*variants, *interrupted()], root)
     return root
 
 
@@ -160,6 +179,13 @@ def test_the_same_run_twice_gives_the_same_bits(runs: Path, form: str, optimizer
     assert untimed(first) == untimed(second)
     one, two = outcome_of(first).weights, outcome_of(second).weights
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("form", INTERRUPTED)
+def test_a_resumed_run_gives_the_bits_of_one_that_was_not_interrupted(runs: Path, form: str) -> None:
+    assert untimed(runs / form) == untimed(runs / f"{form}_resumed")
+    whole, resumed = outcome_of(runs / form).weights, outcome_of(runs / f"{form}_resumed").weights
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def untimed(directory: Path) -> list[dict[str, float]]:
