@@ -8,6 +8,8 @@ GRPO run. It ends with a table. Ray is imported where it is used; nothing is dow
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +27,22 @@ from rayrm.metrics.evaluation import wilson_interval
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 NUM_PAIRS = 2400
-SEED = 0
+# The kinds were written while looking at seed 0: its held-out templates would flatter the model.
+SEED = 3
 LAYERS = 12
+# Adapters on the upper half only: there is no backward pass below it.
+TARGETS = r".*layers\.([6-9]|1[01])\..*_proj"
 GRPO_STEPS = 3
-FRESH_PROMPT = "What is the capital city of Portugal?"
+FRESH_PROMPT = "Please note: tennis with Hannah on Sunday."
 FRESH_ANSWERS = (
-    "The capital city of Portugal is Lisbon.",
-    "Lisbon.",
-    "The capital city of Portugal is Madrid.",
-    "The capital city of Portugal is a banana.",
-    "Go to bed early and keep the room dark.",
+    "Noted: tennis with Hannah on Sunday.",
+    "Noted: tennis with Hannah on Monday.",
+    "Noted: tennis with Robert on Sunday.",
+    "Noted: dinner with Hannah on Sunday.",
+    "Noted. Noted. Noted. Noted. Noted.",
     "Get lost, I'm busy.",
-    "Lisbon. Lisbon. Lisbon. Lisbon. Lisbon.",
-    "I refuse to talk about Portugal.",
+    "Simmer the rice in two cups of water until soft.",
+    "I will note nothing.",
 )
 
 
@@ -63,6 +68,8 @@ def main(out: str | Path = "demo-out", *, steps: int | None = None) -> int:
     """Run the demo in a new directory below `out`; returns the exit status. `steps` cuts training short."""
     from rayrm.data.ingest import ensure_ray
 
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch warns at every collective
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     began = time.time()
     home = Path(out).expanduser().absolute()
     run = home / time.strftime("run-%Y%m%d-%H%M%S")
@@ -94,7 +101,8 @@ def describe_pairs(train: list[dict[str, Any]], heldout: list[dict[str, Any]]) -
     templates = {row["template"] for row in heldout}
     console.print(
         f"   {len(train)} to train on, {len(heldout)} held out ({len(templates)} whole templates that "
-        f"training never sees), {len({row['kind'] for row in train})} kinds"
+        f"training never sees; their fillings, such as names, are shared), "
+        f"{len({row['kind'] for row in train})} kinds"
     )
     row = heldout[0]
     for name in ("prompt", "chosen", "rejected"):
@@ -106,11 +114,10 @@ def recipe(output_dir: Path, steps: int | None) -> RewardConfig:
     return RewardConfig(
         str(output_dir),
         learning_rate=1e-3,
-        num_train_epochs=2,
+        num_train_epochs=1,
         max_steps=steps or -1,
-        per_device_train_batch_size=8,
-        warmup_steps=0.1,
-        lr_scheduler_type="cosine",
+        per_device_train_batch_size=4,
+        warmup_steps=0.05,
         zero_stage=2,
         bf16=False,
         gradient_checkpointing=False,
@@ -137,7 +144,7 @@ def train_model(
         recipe(output_dir, steps),
         train_dataset=str(train_file),
         eval_dataset=str(heldout_file),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS"),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="SEQ_CLS"),
         scaling_config=ScalingConfig(num_workers=2),
     )
     began = time.time()
@@ -229,7 +236,8 @@ def show(outcome: Outcome, run: Path, total_s: float) -> None:
     """The closing table, on stdout."""
     low, high = wilson_interval(round(outcome.after * outcome.num_pairs), outcome.num_pairs)
     before_low, before_high = wilson_interval(round(outcome.before * outcome.num_pairs), outcome.num_pairs)
-    table = Table(title="rayrm demo", show_header=False)
+    table = Table("what", "measured", title="rayrm demo", show_header=False)
+    table.columns[1].overflow = "fold"  # paths are there to be copied
     rows = [
         ("held-out accuracy before", f"{outcome.before:.3f}  [{before_low:.3f}, {before_high:.3f}]"),
         (

@@ -123,11 +123,11 @@ def check_name(name: str, init: Mapping[str, Any], *, trust_remote_code: bool = 
         ) from error
 
 
-def load_model(name: str, **init: Any) -> PreTrainedModel:
+def load_model(name: str, *, new_head: bool = True, **init: Any) -> PreTrainedModel:
     """Load `name` (a directory or `org/model`) as a reward model, in float32 unless `init` says otherwise.
 
     `init` goes to `from_pretrained`. A head that the checkpoint lacks is drawn at random: seed before
-    calling. Raises ModelError for anything that is not loadable, or loads with more than the head missing.
+    calling; `new_head=False` leaves that unsaid where another head replaces it. Raises ModelError for anything that is not loadable, or loads with more than the head missing.
     """
     init = {"dtype": "float32", **init}
     check_name(name, init, trust_remote_code=init.get("trust_remote_code", False))
@@ -150,7 +150,7 @@ def load_model(name: str, **init: Any) -> PreTrainedModel:
             f"model `{name}` lacks weights that are not the reward head: {', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}. Its files do not fit its `config.json`; save it again."
         )
-    if found["missing_keys"]:
+    if found["missing_keys"] and new_head:
         logger.info("the reward head of %s is new: drawn at random with the run's seed", name)
     unexpected = sorted(
         key
@@ -339,6 +339,6 @@ def _load_merged_adapter(directory: Path, dtype: torch.dtype | str) -> PreTraine
     base_name = adapter.base_model_name_or_path
     if not base_name:
         raise ModelError(f"adapter `{directory}` does not say its base model (`base_model_name_or_path`).")
-    base = load_model(base_name, dtype=dtype)
+    base = load_model(base_name, dtype=dtype, new_head=False)
     merged: PreTrainedModel = PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
     return merged
