@@ -127,7 +127,8 @@ def load_model(name: str, *, new_head: bool = True, **init: Any) -> PreTrainedMo
     """Load `name` (a directory or `org/model`) as a reward model, in float32 unless `init` says otherwise.
 
     `init` goes to `from_pretrained`. A head that the checkpoint lacks is drawn at random: seed before
-    calling; `new_head=False` leaves that unsaid where another head replaces it. Raises ModelError for anything that is not loadable, or loads with more than the head missing.
+    calling; `new_head=False` leaves that unsaid where another head replaces it. Raises ModelError for
+    anything that is not loadable, or loads with more than the head missing.
     """
     init = {"dtype": "float32", **init}
     check_name(name, init, trust_remote_code=init.get("trust_remote_code", False))
