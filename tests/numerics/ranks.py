@@ -52,21 +52,26 @@ class Variant:
 
 
 class Stopped(Exception):
-    """Raised by `StoppingAdamW`."""
+    """Raised by `StoppingSet`."""
 
 
-class StoppingAdamW(torch.optim.AdamW):
-    """AdamW that raises in its `stop_in`-th step."""
+class StoppingSet:
+    """A set of pairs whose `stop_in`-th fetch raises: that of step `stop_in`, on every rank."""
 
-    def __init__(self, params: Any, *, lr: float, stop_in: int) -> None:
-        super().__init__(params, lr=lr)
-        self.steps_left = stop_in
+    def __init__(self, whole: TokenizedSet, stop_in: int) -> None:
+        self._whole = whole
+        self._left = stop_in
+        self.num_pairs = whole.num_pairs
+        self.prefix_lengths = whole.prefix_lengths
+        self.chosen_lengths = whole.chosen_lengths
+        self.rejected_lengths = whole.rejected_lengths
+        self.margins = whole.margins
 
-    def step(self, closure: Any = None) -> Any:
-        self.steps_left -= 1
-        if self.steps_left == 0:
+    def fetch(self, rows: npt.ArrayLike) -> list[TokenizedPair]:
+        self._left -= 1
+        if self._left <= 0:
             raise Stopped
-        return super().step(closure)
+        return self._whole.fetch(rows)
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,9 @@ def train(variant: Variant, root: Path, pairs: Sequence[TokenizedPair]) -> None:
     """Train on this rank, from the start to the end, stopping between where the variant says so."""
     directory = root / variant.name
     if variant.stop_in is not None:
-        job = job_of(variant, directory, pairs)
-        stopping = (StoppingAdamW, {"lr": job.config.learning_rate, "stop_in": variant.stop_in})
+        stopping = StoppingSet(TokenizedSet.from_pairs(pairs), variant.stop_in)
         with pytest.raises(Stopped):
-            train_rank(replace(job, optimizer=stopping), lambda record: None)
+            train_rank(replace(job_of(variant, directory, pairs), train_set=stopping), lambda record: None)
         assert checkpoints(directory)
     train_rank(job_of(variant, directory, pairs), lambda record: None)
 

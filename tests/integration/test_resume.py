@@ -1,0 +1,197 @@
+"""What follows a crash is what would have followed without it: real kills, of a worker and of the driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from safetensors.torch import load_file
+
+from rayrm import RewardConfig, RewardTrainer
+from rayrm.data.ingest import TokenizedSet
+from rayrm.errors import CheckpointError, RunDirectoryError
+from rayrm.train.records import read_records
+from tests.numerics.ranks import tokenized
+from tests.tiny import save_tiny, tiny_tokenizer
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+TOLERANCE = 1e-4
+NUM_STEPS = 10
+SAVED = 4
+
+
+class KilledOnce(torch.optim.AdamW):
+    """AdamW whose process, on the last rank, is killed in the first step after checkpoint 4, once."""
+
+    def __init__(self, params: Any, *, lr: float, marker: str) -> None:
+        super().__init__(params, lr=lr)
+        self._marker = Path(marker)
+
+    def step(self, closure: Any = None) -> Any:
+        sealed = self._marker.parent / "run" / f"checkpoint-{SAVED}" / "manifest.json"
+        last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+        if last and sealed.exists() and not self._marker.exists():
+            self._marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(closure)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("base"), seed=1))
+
+
+def trainer_of(
+    root: Path, base: str, *, workers: int, killed: bool = False, max_failures: int = 0, **changes: Any
+) -> RewardTrainer:
+    """A run in `root/run`; unless it is to be `killed`, the mark of the kill stands there already."""
+    marker = root / "killed"
+    if not killed:
+        root.mkdir(exist_ok=True)
+        marker.touch()
+    settings = {
+        "max_steps": NUM_STEPS,
+        "per_device_train_batch_size": 8 // max(workers, 1),
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        # Checkpoints after steps 4 and 8 fall between two logs.
+        "logging_steps": 3,
+        "save_steps": SAVED,
+        **changes,
+    }
+    return RewardTrainer(
+        base,
+        RewardConfig(str(root / "run"), **settings),
+        train_dataset=TokenizedSet.from_pairs(tokenized(44)),
+        processing_class=tiny_tokenizer(),
+        optimizer_cls_and_kwargs=(KilledOnce, {"lr": 1e-3, "marker": str(marker)}),
+        scaling_config=ScalingConfig(num_workers=workers) if workers else None,
+        run_config=RunConfig(failure_config=FailureConfig(max_failures=max_failures)) if workers else None,
+    )
+
+
+def untimed(directory: Path) -> list[dict[str, float]]:
+    """The records of a run, without what a clock measured."""
+    clocked = ("per_second", "runtime", "_s")
+    return [
+        {key: value for key, value in record.items() if not key.endswith(clocked)}
+        for record in read_records(directory)
+    ]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert untimed(one) == untimed(two)
+    first, second = weights(one), weights(two)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def in_process(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("here")
+    trainer_of(root, base, workers=0).train()
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def on_workers(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    trainer_of(root, base, workers=2).train()
+    return root / "run"
+
+
+def test_two_workers_have_the_trajectory_of_one_process(in_process: Path, on_workers: Path) -> None:
+    for key in ("loss", "grad_norm", "accuracy", "num_tokens"):
+        here, there = ([r[key] for r in read_records(run) if key in r] for run in (in_process, on_workers))
+        assert len(here) == len(there) >= 3
+        np.testing.assert_allclose(there, here, rtol=TOLERANCE, atol=TOLERANCE, err_msg=key)
+
+
+def test_a_killed_worker_changes_nothing(on_workers: Path, base: str, tmp_path: Path) -> None:
+    trainer_of(tmp_path, base, workers=2, killed=True, max_failures=1).train()
+    assert (tmp_path / "killed").exists()
+    assert_same_run(tmp_path / "run", on_workers)
+
+
+def test_a_zero2_run_that_failed_goes_on_when_told_to(in_process: Path, base: str, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"(?i)worker|died|killed"):
+        trainer_of(tmp_path, base, workers=2, killed=True, zero_stage=2).train()
+    assert (tmp_path / "killed").exists()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    again = trainer_of(tmp_path, base, workers=2, zero_stage=2)
+    with pytest.raises(RunDirectoryError, match="Pass `resume_from_checkpoint=True`"):
+        again.train()
+    again.train(resume_from_checkpoint=True)
+    ours, whole = untimed(tmp_path / "run"), untimed(in_process)
+    assert [record["step"] for record in ours] == [record["step"] for record in whole]
+    for mine, other in zip(ours, whole, strict=True):
+        for key in mine.keys() & {"loss", "grad_norm", "train_loss", "num_tokens"}:
+            assert mine[key] == pytest.approx(other[key], rel=TOLERANCE, abs=TOLERANCE)
+
+
+DRIVER = """
+    import sys
+    from pathlib import Path
+    from tests.integration.test_resume import trainer_of
+    trainer_of(Path(sys.argv[1]), sys.argv[2], workers=0, killed=True).train()
+"""
+
+
+@pytest.fixture(scope="module")
+def cut_off(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run whose driver, a process of its own, was killed after checkpoint 4."""
+    root = tmp_path_factory.mktemp("driver")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(DRIVER), str(root), base],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return root
+
+
+def test_a_corrupt_checkpoint_is_refused_by_name(cut_off: Path, base: str) -> None:
+    file = cut_off / "run" / f"checkpoint-{SAVED}" / "engine" / "engine.pt"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    try:
+        with pytest.raises(CheckpointError, match=r"engine\.pt` is corrupt"):
+            trainer_of(cut_off, base, workers=0).train(resume_from_checkpoint=True)
+    finally:
+        file.write_bytes(whole)
+
+
+def test_another_run_may_not_go_on_from_it(cut_off: Path, base: str) -> None:
+    with pytest.raises(RunDirectoryError, match=r"holds another run.*seed: 42 there, 43 here"):
+        trainer_of(cut_off, base, workers=0, seed=43).train(resume_from_checkpoint=True)
+
+
+def test_a_killed_driver_s_run_goes_on_as_if_nothing_had_been(
+    cut_off: Path, in_process: Path, base: str
+) -> None:
+    progress = json.loads((cut_off / "run" / "progress.json").read_text())
+    assert not progress["finished"]
+    trainer_of(cut_off, base, workers=0).train(resume_from_checkpoint=True)
+    assert_same_run(cut_off / "run", in_process)
+
+
+def test_a_finished_run_is_refused(in_process: Path, base: str) -> None:
+    with pytest.raises(RunDirectoryError, match="is finished"):
+        trainer_of(in_process.parent, base, workers=0).train(resume_from_checkpoint=True)
