@@ -2,9 +2,9 @@
 
 The trials are planned here, before anything starts: a grid of listed values times seeded draws from ranges,
 each a list of `key=value` words and a valid `Run`. Each trial trains in a directory of its own,
-`<output_dir>/trial-<number>`, with the run's workers or, without workers, in its own process. A trial that
-fails ends itself only. `sweep.json` beside them holds the table. A sweep begins in an empty directory and
-does not resume; a single trial does, by `rayrm train` on its `run.toml`.
+`<output_dir>/trial-<number>`, with the run's workers or, without workers, in a process of its own. A trial
+that fails ends itself only. `sweep.json` beside them holds the table. A sweep begins in an empty directory
+and does not resume; a single trial does, by `rayrm train` on its `run.toml`.
 """
 
 from __future__ import annotations
@@ -183,11 +183,10 @@ def _fit(
     """Run the trials by Ray Tune; a trial's outcome comes back as its last report."""
     from ray import tune
 
-    # A trial with workers is a driver that waits: its workers reserve what they need (0 CPUs are refused).
-    resources = {"CPU": 0.01} if runs[0].cluster.num_workers else {"CPU": 1.0, **_a_gpu()}
     trainable = tune.with_parameters(_train_trial, runs=list(runs), metric=metric)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, resources),
+        # A trial only waits: what trains reserves its own CPUs (0 are refused).
+        tune.with_resources(trainable, {"CPU": 0.01}),
         param_space={"trial": tune.grid_search(list(range(len(runs))))},
         # The limit keeps drivers from taking the CPUs that other trials' workers wait for.
         tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent),
@@ -207,24 +206,35 @@ def _fit(
     return [trials[number] for number in range(len(runs))]
 
 
-def _a_gpu() -> dict[str, float]:
-    import ray
-
-    return {"GPU": 1.0} if ray.cluster_resources().get("GPU", 0.0) >= 1 else {}
-
-
 def _train_trial(config: dict[str, Any], runs: list[Run], metric: str) -> None:
     """What a Ray Tune trial runs. A refusal is reported as such, not as a stack trace."""
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     run = runs[config["trial"]]
-    callbacks = [TuneReportCallback()] if run.cluster.num_workers else []
     try:
-        summary = train_run(run, callbacks=callbacks)
+        if run.cluster.num_workers:
+            summary = train_run(run, callbacks=[TuneReportCallback()])
+        else:
+            summary = _train_in_a_task(run)
         tune.report({"value": _value(summary, metric)})
     except RayrmError as error:
         tune.report({"failure": str(error)})
+
+
+def _train_in_a_task(run: Run) -> TrainSummary:
+    """`train_run` in a process of its own: in a trial's process Ray Train answers as Ray Tune."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    gpu = 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1 else 0.0
+    # DEFAULT: not within the trial's own reservation, which is too small.
+    options = {"num_cpus": 1.0, "num_gpus": gpu, "max_retries": 0, "scheduling_strategy": "DEFAULT"}
+    try:
+        summary: TrainSummary = ray.get(ray.remote(**options)(train_run).remote(run))
+    except RayTaskError as error:
+        raise error.cause from None
+    return summary
 
 
 def _value(summary: TrainSummary, metric: str) -> float:
