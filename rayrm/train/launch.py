@@ -25,7 +25,8 @@ from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import LoadedModel, load_saved
 from rayrm.runfile import Run
 from rayrm.train.evaluation import Scores, score_model
-from rayrm.train.trainer import RewardTrainer, check_cluster
+from rayrm.train.trainer import RewardTrainer
+from rayrm.train.workers import check_cluster
 
 logger = logging.getLogger("rayrm.train")
 

@@ -1,4 +1,4 @@
-"""[RAY] `RewardTrainer`: TRL's signature, in this process or on Ray Train workers.
+"""`RewardTrainer`: TRL's signature, in this process or on Ray Train workers.
 
 Without a `scaling_config` training runs here, through Ray Train's local mode, and a model object is updated
 in place. With workers, every argument must pickle, and `trainer.model` loads the result when it is asked for.
@@ -17,9 +17,9 @@ from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from rayrm.config import ModelConfig, RewardConfig
-from rayrm.data.ingest import TokenizedSet, ensure_ray, ingest
+from rayrm.data.ingest import TokenizedSet, ingest
 from rayrm.data.tokenize import prepare_tokenizer
-from rayrm.errors import ClusterError, ConfigError, DataError, RayrmError
+from rayrm.errors import ConfigError, DataError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, load_tokenizer, save_model
@@ -28,7 +28,8 @@ from rayrm.train.display import Display
 from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET, score_model
 from rayrm.train.records import read_records
 from rayrm.train.rundir import RunStart, claim, examine, identity_of
-from rayrm.train.worker import TrainJob, train_rank
+from rayrm.train.worker import TrainJob
+from rayrm.train.workers import check_cluster, fit_here, fit_on_workers
 
 logger = logging.getLogger("rayrm.train")
 _NOT_YET = {
@@ -120,6 +121,11 @@ class RewardTrainer:
         self._quarantine().unlink(missing_ok=True)
         self.train_set = self._ingest(train_dataset, "train", max_pairs)
         self.eval_sets = self._ingest_eval(eval_dataset)
+        if self.args.eval_strategy != "no" and not self.eval_sets:
+            raise ConfigError(
+                f"`eval_strategy` ({self.args.eval_strategy}) needs an evaluation set. Pass `eval_dataset` (a "
+                'run file: `[data] eval`), or set `eval_strategy="no"`.'
+            )
         self.text_form: TextForm = self._text_form()
         if self.num_workers:
             check_cluster(scaling_config)
@@ -153,9 +159,10 @@ class RewardTrainer:
         show_bar = not self.args.disable_tqdm
         with Display(self.output_dir, bar=show_bar):
             if self.num_workers == 0:
-                self._fit_here(job)
+                fit_here(job)
             else:
-                self._fit_on_workers(job)
+                fit_on_workers(job, self._scaling, self._run_config)
+                self._model = None
         self.state.log_history = read_records(self.output_dir)
         summary = self.state.log_history[-1]
         self.state.global_step = int(summary["step"])
@@ -320,81 +327,3 @@ class RewardTrainer:
             resume=start.resume,
             optimizer=self._optimizer,
         )
-
-    def _fit_here(self, job: TrainJob) -> None:
-        from ray.train import ScalingConfig
-        from ray.train.torch import TorchTrainer
-
-        logging.getLogger("ray.train").setLevel(logging.WARNING)
-        TorchTrainer(
-            _run_rank, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)
-        ).fit()
-
-    def _fit_on_workers(self, job: TrainJob) -> None:
-        from ray.train import LoggingConfig, RunConfig, TrainingFailedError
-        from ray.train.torch import TorchTrainer
-
-        given = self._run_config
-        run_config = RunConfig(
-            name=self.output_dir.name,
-            storage_path=str(self.output_dir.parent),
-            failure_config=None if given is None else given.failure_config,
-            callbacks=None if given is None else given.callbacks,
-            # Ray Train would print every report; the records are shown by `Display`.
-            logging_config=LoggingConfig(log_level="WARNING"),
-        )
-        trainer = TorchTrainer(
-            _run_rank,
-            train_loop_config={"job": job},
-            scaling_config=self._scaling,
-            run_config=run_config,
-        )
-        try:
-            trainer.fit()
-        except TrainingFailedError as failure:
-            raise _cause_in_workers(failure) from failure
-        self._model = None
-
-
-def _run_rank(config: dict[str, Any]) -> None:
-    """What every Ray Train worker (or this process, in local mode) runs."""
-    import ray.train
-
-    # Every rank decides the same; one of them says so.
-    first = ray.train.get_context().get_world_rank() == 0
-    show_logs(logging.INFO if first else logging.WARNING)
-
-    def report(record: dict[str, float]) -> None:
-        # Only now and then: a report waits for the controller's next poll, about 2 s.
-        ray.train.report(dict(record))
-
-    train_rank(config["job"], report)
-
-
-def _cause_in_workers(failure: Exception) -> Exception:
-    """The error that a worker raised, where it is one of ours; else Ray's, whole."""
-    for cause in getattr(failure, "worker_failures", {}).values():
-        inner = getattr(cause, "cause", None) or cause
-        for error in (inner, getattr(inner, "__cause__", None)):
-            if isinstance(error, RayrmError):
-                return error
-    return failure
-
-
-def check_cluster(scaling_config: Any) -> None:
-    """Raise ClusterError where the cluster has less than the workers ask for."""
-    import ray
-
-    ensure_ray()
-    each = dict(scaling_config.resources_per_worker or {})
-    if not each:
-        each = {"GPU": 1.0} if scaling_config.use_gpu else {"CPU": 1.0}
-    have = ray.cluster_resources()
-    workers = int(scaling_config.num_workers)
-    for name, amount in each.items():
-        if amount * workers > have.get(name, 0.0):
-            raise ClusterError(
-                f"{workers} workers of {amount:g} {name} need {amount * workers:g} {name}, but the cluster "
-                f"has {have.get(name, 0.0):g}. Lower `cluster.num_workers` or "
-                "`cluster.resources_per_worker`, or join a larger cluster (`cluster.address`)."
-            )

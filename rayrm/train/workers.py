@@ -1,0 +1,92 @@
+"""[RAY] Start a training job's ranks: in this process, or as Ray Train workers.
+
+Both go through `TorchTrainer`; its local mode runs the same function here, so that a model is updated in
+place. What a worker raised comes back as the error it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from rayrm.data.ingest import ensure_ray
+from rayrm.errors import ClusterError, RayrmError
+from rayrm.logs import show_logs
+from rayrm.train.worker import TrainJob, train_rank
+
+
+def fit_here(job: TrainJob) -> None:
+    """Train in this process."""
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    TorchTrainer(_run_rank, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)).fit()
+
+
+def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -> None:
+    """Train on the workers of `scaling_config`; of `run_config` the failures and callbacks are used."""
+    from ray.train import LoggingConfig, RunConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _run_rank,
+        train_loop_config={"job": job},
+        scaling_config=scaling_config,
+        run_config=RunConfig(
+            name=job.output_dir.name,
+            storage_path=str(job.output_dir.parent),
+            failure_config=None if run_config is None else run_config.failure_config,
+            callbacks=None if run_config is None else run_config.callbacks,
+            # Ray Train would print every report; the records are shown by `Display`.
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as failure:
+        raise _cause_in_workers(failure) from failure
+
+
+def _run_rank(config: dict[str, Any]) -> None:
+    """What every Ray Train worker (or this process, in local mode) runs."""
+    import ray.train
+
+    # Every rank decides the same; one of them says so.
+    first = ray.train.get_context().get_world_rank() == 0
+    show_logs(logging.INFO if first else logging.WARNING)
+
+    def report(record: dict[str, float]) -> None:
+        # Only now and then: a report waits for the controller's next poll, about 2 s.
+        ray.train.report(dict(record))
+
+    train_rank(config["job"], report)
+
+
+def _cause_in_workers(failure: Exception) -> Exception:
+    """The error that a worker raised, where it is one of ours; else Ray's, whole."""
+    for cause in getattr(failure, "worker_failures", {}).values():
+        inner = getattr(cause, "cause", None) or cause
+        for error in (inner, getattr(inner, "__cause__", None)):
+            if isinstance(error, RayrmError):
+                return error
+    return failure
+
+
+def check_cluster(scaling_config: Any) -> None:
+    """Raise ClusterError where the cluster has less than the workers ask for."""
+    import ray
+
+    ensure_ray()
+    each = dict(scaling_config.resources_per_worker or {})
+    if not each:
+        each = {"GPU": 1.0} if scaling_config.use_gpu else {"CPU": 1.0}
+    have = ray.cluster_resources()
+    workers = int(scaling_config.num_workers)
+    for name, amount in each.items():
+        if amount * workers > have.get(name, 0.0):
+            raise ClusterError(
+                f"{workers} workers of {amount:g} {name} need {amount * workers:g} {name}, but the cluster "
+                f"has {have.get(name, 0.0):g}. Lower `cluster.num_workers` or "
+                "`cluster.resources_per_worker`, or join a larger cluster (`cluster.address`)."
+            )
