@@ -1,0 +1,176 @@
+"""What an output directory may be used for: begin, go on, or a refusal that says what to type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrm.config import RewardConfig
+from rayrm.errors import CheckpointError, RunDirectoryError
+from rayrm.train.checkpoint import TrainState, save_checkpoint
+from rayrm.train.records import RunLog, read_records
+from rayrm.train.rundir import RunStart, claim, examine, identity_of
+
+
+def identity(data: str = "abc", rows: int = 8, **settings: Any) -> dict[str, Any]:
+    return identity_of(
+        RewardConfig(**settings), model="org/base", adapter=None, data=data, rows_per_step=rows
+    )
+
+
+def save(root: Path, step: int) -> Path:
+    def write(directory: Path) -> None:
+        (directory / "weights").write_bytes(b"w" * 64)
+
+    return save_checkpoint(root, TrainState(step=step), rank=0, barrier=lambda: None, write=write)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A run that was cut off after its second checkpoint."""
+    directory = tmp_path / "run"
+    claim(directory, identity(), 4096, "# run\n")
+    save(directory, 10)
+    save(directory, 20)
+    return directory
+
+
+def finish(directory: Path) -> None:
+    (directory / "progress.json").write_text(json.dumps({"step": 30, "num_steps": 30, "finished": True}))
+
+
+def test_an_empty_or_absent_directory_begins_a_run(tmp_path: Path) -> None:
+    assert examine(tmp_path, identity(), resume=None) == RunStart(None, None)
+    assert examine(tmp_path / "absent", identity(), resume=None) == RunStart(None, None)
+
+
+def test_claiming_writes_who_owns_the_directory(begun: Path) -> None:
+    assert json.loads((begun / "identity.json").read_text())["identity"] == identity()
+    assert (begun / "run.toml").read_text() == "# run\n"
+
+
+@pytest.mark.parametrize("resume", [True, "true", "True"])
+def test_a_run_that_was_cut_off_goes_on_from_its_newest_checkpoint(begun: Path, resume: bool | str) -> None:
+    assert examine(begun, identity(), resume=resume) == RunStart(begun / "checkpoint-20", 4096)
+
+
+def test_the_newest_checkpoint_may_be_named(begun: Path) -> None:
+    start = examine(begun, identity(), resume=str(begun / "checkpoint-20"))
+    assert start == RunStart(begun / "checkpoint-20", 4096)
+
+
+def test_the_command_line_goes_on_by_itself(begun: Path) -> None:
+    assert examine(begun, identity(), resume=None, automatic=True).resume == begun / "checkpoint-20"
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_begins_again_with_its_budget(tmp_path: Path) -> None:
+    claim(tmp_path, identity(), 512, "")
+    assert examine(tmp_path, identity(), resume=True) == RunStart(None, 512)
+
+
+def test_without_being_asked_it_does_not_go_on(begun: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="Pass `resume_from_checkpoint=True`"):
+        examine(begun, identity(), resume=None)
+
+
+def test_an_older_checkpoint_is_refused(begun: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not the newest checkpoint of .*\(checkpoint-20\)"):
+        examine(begun, identity(), resume=str(begun / "checkpoint-10"))
+
+
+def test_a_finished_run_is_refused(begun: Path) -> None:
+    finish(begun)
+    for resume in (None, True):
+        with pytest.raises(RunDirectoryError, match=r"is finished.*choose another `output_dir`"):
+            examine(begun, identity(), resume=resume, automatic=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (identity(learning_rate=1.0), "learning_rate: 0.0001 there, 1.0 here"),
+        (identity(data="xyz"), "data: 'abc' there, 'xyz' here"),
+        (identity(rows=16), "rows_per_step: 8 there, 16 here"),
+        (identity(seed=1, zero_stage=2), "seed: 42 there, 1 here; zero_stage: None there, 2 here"),
+    ],
+)
+def test_another_run_is_refused_by_what_differs(begun: Path, other: dict[str, Any], difference: str) -> None:
+    with pytest.raises(RunDirectoryError, match="holds another run") as refusal:
+        examine(begun, other, resume=True)
+    assert difference in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logging_steps": 3},
+        {"save_steps": 7},
+        {"eval_strategy": "steps"},
+        {"output_dir": "elsewhere"},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"max_tokens_per_microbatch": 100},
+    ],
+    ids=str,
+)
+def test_what_does_not_shape_the_trajectory_may_change(begun: Path, settings: dict[str, Any]) -> None:
+    assert examine(begun, identity(**settings), resume=True).resume == begun / "checkpoint-20"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "model.safetensors", "checkpoint-5"])
+def test_a_directory_of_someone_else_is_never_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(RunDirectoryError, match="is not a run of rayrm") as refusal:
+        examine(tmp_path, identity(), resume=None)
+    assert name in str(refusal.value)
+
+
+def test_a_file_is_no_output_directory(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunDirectoryError, match="is a file"):
+        examine(tmp_path / "run", identity(), resume=None)
+
+
+def test_resuming_where_nothing_is_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no run"):
+        examine(tmp_path, identity(), resume=True)
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
+        examine(tmp_path, identity(), resume=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_new_run_may_begin_from_another_run_s_checkpoint(begun: Path, tmp_path: Path) -> None:
+    start = examine(tmp_path / "new", identity(seed=9), resume=str(begun / "checkpoint-10"))
+    assert start == RunStart(begun / "checkpoint-10", None)
+
+
+def test_a_corrupt_checkpoint_is_found_before_anything_starts(begun: Path) -> None:
+    (begun / "checkpoint-20" / "weights").write_bytes(b"x" * 64)
+    with pytest.raises(CheckpointError, match=r"is corrupt.*resume from `checkpoint-10`"):
+        examine(begun, identity(), resume=True)
+
+
+def test_records_beyond_the_checkpoint_are_dropped_and_each_step_stands_once(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, RewardConfig(), active=True)
+    log.begin(0)
+    for step in (1, 2, 3, 4):
+        log.write({"step": step, "loss": 1 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 5, "lo')
+    log = RunLog(tmp_path, RewardConfig(), active=True)
+    log.begin(2)
+    log.write({"step": 3, "loss": 0.5})
+    assert [(r["step"], r["loss"]) for r in read_records(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 0.5)]
+    log.begin(0)
+    assert read_records(tmp_path) == []
+
+
+def test_a_rank_that_is_not_first_writes_nothing(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "run", RewardConfig(), active=False)
+    log.begin(0)
+    log.write({"step": 1})
+    log.progress(1, 2)
+    log.finish(TrainState(step=2), 2, 1)
+    log.close()
+    assert not (tmp_path / "run").exists()
