@@ -123,8 +123,8 @@ class RewardTrainer:
         self.eval_sets = self._ingest_eval(eval_dataset)
         if self.args.eval_strategy != "no" and not self.eval_sets:
             raise ConfigError(
-                f"`eval_strategy` ({self.args.eval_strategy}) needs an evaluation set. Pass `eval_dataset` (a "
-                'run file: `[data] eval`), or set `eval_strategy="no"`.'
+                f"`eval_strategy` ({self.args.eval_strategy}) needs an evaluation set. Pass `eval_dataset` "
+                '(a run file: `[data] eval`), or set `eval_strategy="no"`.'
             )
         self.text_form: TextForm = self._text_form()
         if self.num_workers:
