@@ -30,12 +30,13 @@ _MODEL = "a directory (a run's, a checkpoint, registry/NAME), or a name publishe
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
+    _take_ray_token()
     try:
         status: int = options.command(options)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print("rayrm: interrupted", file=sys.stderr)
+        print("\nrayrm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (`| head`) has seen enough. Python must not flush into it again at exit.
@@ -46,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"rayrm: error: {_message(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+
+
+def _take_ray_token() -> None:
+    """Join clusters by this machine's token, if it has one: `ray start` does so itself, a client does not."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if token.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _message(error: Exception) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import glob
 import logging
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,14 +81,22 @@ def _train(trainer: RewardTrainer) -> None:
     """Train; what ends the workers, and is no error of ours, ends with its last line and what to do."""
     from ray.train import TrainingFailedError
 
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.train()
+    except SystemExit as ended:
+        # Ray Train's own answer to Ctrl-C: it has stopped the workers.
+        raise KeyboardInterrupt from ended
     except TrainingFailedError as failure:
         said = [line for line in str(failure).splitlines() if line.strip()]
         raise RayrmError(
             f"training in {trainer.output_dir} failed: {said[-1]}. The workers' own messages stand above; "
             "type the same again to go on from the last checkpoint."
         ) from failure
+    finally:
+        # Ray Train leaves its handler behind, which would end this process without a word.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
 
 
 def ray_train_settings(cluster: ClusterConfig, callbacks: Sequence[Any] = ()) -> tuple[Any, Any]:

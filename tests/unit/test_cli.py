@@ -132,7 +132,7 @@ def test_an_interrupt_ends_with_status_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_doctor", interrupted)
-    assert error_of(capsys, "doctor") == (130, "rayrm: interrupted\n")
+    assert error_of(capsys, "doctor") == (130, "\nrayrm: interrupted\n")
 
 
 def test_score_reads_stdin_and_writes_the_rows_with_their_scores_in_order(tmp_path: Path) -> None:
