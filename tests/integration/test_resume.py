@@ -53,7 +53,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def trainer_of(
-    root: Path, base: str, *, workers: int, killed: bool = False, max_failures: int = 0, **changes: Any
+    root: Path,
+    base: str,
+    *,
+    workers: int,
+    killed: bool = False,
+    max_failures: int = 0,
+    auto_resume: bool = False,
+    **changes: Any,
 ) -> RewardTrainer:
     """A run in `root/run`; unless it is to be `killed`, the mark of the kill stands there already."""
     marker = root / "killed"
@@ -78,6 +85,7 @@ def trainer_of(
         processing_class=tiny_tokenizer(),
         optimizer_cls_and_kwargs=(KilledOnce, {"lr": 1e-3, "marker": str(marker)}),
         scaling_config=ScalingConfig(num_workers=workers) if workers else None,
+        auto_resume=auto_resume,
         run_config=RunConfig(failure_config=FailureConfig(max_failures=max_failures)) if workers else None,
     )
 
@@ -188,7 +196,8 @@ def test_a_killed_driver_s_run_goes_on_as_if_nothing_had_been(
 ) -> None:
     progress = json.loads((cut_off / "run" / "progress.json").read_text())
     assert not progress["finished"]
-    trainer_of(cut_off, base, workers=0).train(resume_from_checkpoint=True)
+    # The command line's rule: it is not asked for.
+    trainer_of(cut_off, base, workers=0, auto_resume=True).train()
     assert_same_run(cut_off / "run", in_process)
 
 
