@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _take_ray_token() -> None:
     """Join clusters by this machine's token, if it has one: `ray start` does so itself, a client does not."""
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    if token.is_file():
+    if token.is_file() and "ray" not in sys.modules:  # ray reads the mode once, when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
