@@ -46,6 +46,10 @@ class Engine(Protocol):
         """The whole model's weights, on rank 0 (None elsewhere, or where the module itself holds them)."""
         ...
 
+    def release(self) -> None:
+        """End training: a single rank's module then holds whole weights, and no hooks of the engine."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Write everything `load` needs; all ranks call it on one shared directory."""
         ...
@@ -106,6 +110,9 @@ class TorchEngine:
 
     def model_state(self) -> dict[str, torch.Tensor] | None:
         return None
+
+    def release(self) -> None:
+        pass  # The module's parameters are the weights.
 
     def _is_first(self) -> bool:
         return self.world_size == 1 or dist.get_rank() == 0

@@ -98,18 +98,17 @@ class Rank:
 def train_rank(
     job: TrainJob, report: Callable[[Record], None], on_step: Callable[[int, int], None] | None = None
 ) -> torch.nn.Module:
-    """Run `job` on this rank to its end; returns the trained model (sharded under ZeRO-3).
+    """Run `job` on this rank to its end; returns the trained model (sharded under ZeRO-3 of several ranks).
 
     `report` is called on every rank with each evaluation's metrics and at the end; `on_step(step, num_steps)`
     on rank 0.
     """
-    if job.config.zero_stage is not None or job.config.deepspeed is not None:
-        from rayrm.train.zero import initialize_single_process
+    if job.config.zero_stage is None and job.config.deepspeed is None:
+        return _RankRun(job, Rank.here(use_cpu=job.config.use_cpu), report, on_step).train()
+    from rayrm.train.zero import process_group
 
-        initialize_single_process()
-    rank = Rank.here(use_cpu=job.config.use_cpu)
-    run = _RankRun(job, rank, report, on_step)
-    return run.train()
+    with process_group():
+        return _RankRun(job, Rank.here(use_cpu=job.config.use_cpu), report, on_step).train()
 
 
 class _RankRun:
@@ -177,6 +176,8 @@ class _RankRun:
             if self.rank.index == 0:
                 self.log.finish(state, self.schedule.num_steps, self.order.steps_per_epoch)
         self.rank.barrier()
+        if self.rank.count == 1:
+            self.engine.release()
         return self.module.release()
 
     def _restore(self) -> TrainState:

@@ -7,8 +7,10 @@ as long as every rank has as many. Mixed precision is autocast over float32 para
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,17 @@ class DeepSpeedEngine:
             return None
         return {name.removeprefix("model."): value for name, value in state.items()}
 
+    def release(self) -> None:
+        state = self.model_state()
+        self._engine.destroy()
+        if state is None:
+            return
+        with torch.no_grad():
+            for name, parameter in self.module.model.named_parameters():
+                # Partitioned parameters are empty; DeepSpeed's mark must not have them gathered again.
+                parameter.data = state[name].to(self.device)
+                parameter.ds_status = type(parameter.ds_status).AVAILABLE  # type: ignore[attr-defined]
+
     def save(self, directory: Path) -> None:
         self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
 
@@ -176,7 +189,22 @@ class DeepSpeedEngine:
             )
 
 
-def initialize_single_process() -> None:
-    """A process group of one, for DeepSpeed in this process."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """The process group that DeepSpeed needs: the one there is, or one of this process, closed at the end.
+
+    Closed by DeepSpeed, which keeps groups of its own: the next run in this process makes new ones.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        from deepspeed import comm
+
+        if comm.is_initialized():
+            comm.destroy_process_group()
+        else:
+            dist.destroy_process_group()
