@@ -172,9 +172,10 @@ class DeepSpeedEngine:
             return
         with torch.no_grad():
             for name, parameter in self.module.model.named_parameters():
-                # Partitioned parameters are empty; DeepSpeed's mark must not have them gathered again.
+                # Partitioned parameters are empty, and marked as DeepSpeed's, which would gather them again.
                 parameter.data = state[name].to(self.device)
-                parameter.ds_status = type(parameter.ds_status).AVAILABLE  # type: ignore[attr-defined]
+                for mark in [key for key in vars(parameter) if key.startswith("ds_")]:
+                    delattr(parameter, mark)
 
     def save(self, directory: Path) -> None:
         self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)

@@ -156,13 +156,23 @@ def test_a_finished_run_is_not_trained_over(fitted: Fitted) -> None:
     assert (fitted.directory / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_model_object_is_trained_in_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero_stage", [None, 0, 1, 2, 3])
+def test_a_model_object_is_trained_in_place_and_is_the_caller_s_again(
+    tmp_path: Path, zero_stage: int | None
+) -> None:
     model = tiny_model(seed=1)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    trainer = run(tmp_path / "run", model)
+    trainer = run(tmp_path / "run", model, zero_stage=zero_stage)
     assert trainer.model is model
-    assert all(not torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert model.config._attn_implementation == "sdpa"
+    saved = weights(tmp_path / "run")
+    for name, weight in model.state_dict().items():
+        assert not torch.equal(before[name], weight)
+        assert torch.equal(saved[name], weight)
+    # No hook of an engine is left: the model computes, and can be trained by another run in this process.
+    assert trainer.evaluate()["eval_near_num_pairs"] == 7
+    run(tmp_path / "again", model, zero_stage=zero_stage, max_steps=1)
+    assert not torch.equal(saved["score.weight"], model.score.weight)
 
 
 def test_the_best_model_need_not_be_the_last(base: str, tmp_path: Path) -> None:
