@@ -145,12 +145,17 @@ AttentionInterface.register(FOREST, forest_attention)
 AttentionMaskInterface.register(FOREST, sdpa_mask)
 
 
-def enable_forest_attention(model: PreTrainedModel) -> None:
-    """Let `model` take a `forest` keyword; without it the model computes what SDPA computes."""
+def enable_forest_attention(model: PreTrainedModel) -> str:
+    """Let `model` take a `forest` keyword, and give back the implementation it had.
+
+    Without the keyword the model computes what SDPA computes.
+    """
+    before: str = model.config._attn_implementation
     model.config._attn_implementation = FOREST
+    return "sdpa" if before == FOREST else before
 
 
-def restore_attention(model: PreTrainedModel) -> None:
+def restore_attention(model: PreTrainedModel, implementation: str = "sdpa") -> None:
     """Give the model back as transformers knows it."""
     if model.config._attn_implementation == FOREST:
-        model.config._attn_implementation = "sdpa"
+        model.config._attn_implementation = implementation

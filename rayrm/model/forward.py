@@ -62,12 +62,13 @@ class PackedScorer(torch.nn.Module):
         self._multiple = pad_to_multiple_of or 1
         self.model = model
         self.layout = layout
+        self._before = "sdpa"
         if layout.name != "padded":
-            enable_forest_attention(unwrapped(model))
+            self._before = enable_forest_attention(unwrapped(model))
 
     def release(self) -> torch.nn.Module:
-        """The model, with the attention implementation that transformers knows."""
-        restore_attention(unwrapped(self.model))
+        """The model, with the attention implementation it had."""
+        restore_attention(unwrapped(self.model), self._before)
         return self.model
 
     def forward(self, batch: DeviceBatch) -> torch.Tensor:

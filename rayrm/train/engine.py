@@ -25,6 +25,7 @@ class Engine(Protocol):
     device: torch.device
     world_size: int
     module: PackedScorer
+    scales_loss: bool
 
     def train(self, mode: bool) -> None: ...
 
@@ -80,6 +81,7 @@ class TorchEngine:
         self._scheduler = scheduler
         self._max_grad_norm = max_grad_norm
         self._precision = precision
+        self.scales_loss = precision == "fp16"
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._trainable = [p for p in module.parameters() if p.requires_grad]
 

@@ -180,7 +180,7 @@ def run_loop(
             events.log(
                 {
                     "step": state.step,
-                    **_checked(record, state.step),
+                    **_checked(record, state.step, engine),
                     "learning_rate": learning_rate,
                     "num_tokens": state.num_tokens,
                     "num_tokens_computed": state.num_tokens_computed,
@@ -200,8 +200,10 @@ def run_loop(
     return state
 
 
-def _checked(record: Record, step: int) -> Record:
-    if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+def _checked(record: Record, step: int, engine: Engine) -> Record:
+    # With loss scaling (fp16) a step whose gradients overflow is skipped, and the scale lowered.
+    norm_is_sound = engine.scales_loss or math.isfinite(record["grad_norm"])
+    if not math.isfinite(record["loss"]) or not norm_is_sound:
         raise RayrmError(
             f"the loss ({record['loss']}) or the gradient norm ({record['grad_norm']}) is not finite at step "
             f"{step}. Lower `learning_rate`, or train in fp32 (`bf16=false`); the last checkpoint is intact."

@@ -41,7 +41,13 @@ class RunStart:
 
 
 def identity_of(
-    config: RewardConfig, *, model: str, adapter: Any, data: str, rows_per_step: int
+    config: RewardConfig,
+    *,
+    model: str,
+    adapter: Any,
+    data: str,
+    rows_per_step: int,
+    optimizer: tuple[type, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """What must be equal for two starts to be one run."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
@@ -50,6 +56,7 @@ def identity_of(
         "adapter": None if adapter is None else _plain(adapter.to_dict()),
         "data": data,
         "rows_per_step": rows_per_step,
+        "optimizer": None if optimizer is None else f"{optimizer[0].__qualname__} {_plain(optimizer[1])}",
         **_plain(settings),
     }
 

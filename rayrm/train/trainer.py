@@ -271,6 +271,7 @@ class RewardTrainer:
             adapter=self._source.peft_config,
             data=self.train_set.report.fingerprint,
             rows_per_step=rows_per_step,
+            optimizer=self._optimizer,
         )
         wanted = resume if resume is not None else self.args.resume_from_checkpoint
         start = examine(self.output_dir, identity, resume=wanted, automatic=self._auto_resume)

@@ -187,6 +187,9 @@ class _RankRun:
             self.log.begin(0)
             return TrainState(num_workers=self.rank.count)
         state = read_state(source)
+        if source.parent != self.job.output_dir:
+            # The best checkpoint so far is the other directory's.
+            state.best_metric = state.best_checkpoint = None
         self.engine.load(source / "engine")
         restore_rng(source, self.rank.index)
         self.log.begin(state.step)

@@ -7,6 +7,7 @@ place. What a worker raised comes back as the error it was.
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 from rayrm.data.ingest import ensure_ray
@@ -55,6 +56,8 @@ def _run_rank(config: dict[str, Any]) -> None:
     # Every rank decides the same; one of them says so.
     first = ray.train.get_context().get_world_rank() == 0
     show_logs(logging.INFO if first else logging.WARNING)
+    # torch.distributed warns of its own renaming at every collective.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
     def report(record: dict[str, float]) -> None:
         # Only now and then: a report waits for the controller's next poll, about 2 s.

@@ -117,6 +117,7 @@ class DeepSpeedEngine:
         self.device = device
         self.world_size = world_size
         self.module = module
+        self.scales_loss = settings.get("torch_autocast", {}).get("dtype") == "float16"
         self._stage = int(settings["zero_optimization"]["stage"])
         self._max_grad_norm = max_grad_norm
         self._trainable = [p for p in module.parameters() if p.requires_grad]
