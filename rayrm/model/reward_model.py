@@ -113,14 +113,35 @@ def check_name(name: str, init: Mapping[str, Any], *, trust_remote_code: bool = 
     if (Path(name) / ADAPTER_CONFIG).exists():
         return
     try:
-        AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             name, trust_remote_code=trust_remote_code, revision=init.get("revision") or "main"
         )
     except (OSError, ValueError, KeyError) as error:
+        here = "" if Path(name).is_dir() else f"there is no directory `{name}` here, and as a hub name: "
         raise ModelError(
-            f"model `{name}` has no readable config: {error}. Pass a directory that `save_pretrained` wrote, "
-            "or a hub name that this machine can reach."
+            f"model `{name}` has no readable config: {here}{error}. Pass a directory that `save_pretrained` "
+            "wrote, or a hub name that this machine can reach."
         ) from error
+    _check_config(name, config)
+
+
+def _check_config(name: str, config: Any) -> None:
+    """Refuse a classifier of several labels, and special tokens outside the vocabulary."""
+    classifies = any("ForSequenceClassification" in kind for kind in config.architectures or ())
+    if classifies and config.num_labels != 1:
+        raise ModelError(
+            f"model `{name}` is a classifier with `num_labels={config.num_labels}`, but reward models "
+            "require `num_labels=1`. Start from its base model, or from a model with one label."
+        )
+    text = config.get_text_config()
+    for key in ("pad_token_id", "eos_token_id"):
+        token = getattr(text, key, None)
+        size = getattr(text, "vocab_size", None)
+        if isinstance(token, int) and size is not None and not -size <= token < size:
+            raise ModelError(
+                f"model `{name}`: `{key}` ({token}) of its `config.json` is outside the vocabulary ({size} "
+                "tokens). Correct it there, or set `eos_token` and `pad_token` and save the model again."
+            )
 
 
 def load_model(name: str, *, new_head: bool = True, **init: Any) -> PreTrainedModel:
@@ -219,7 +240,10 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
         logger.info("the reward head `%s` is trained and saved with the adapter", head)
     if getattr(peft_config, "task_type", None) is None:
         peft_config.task_type = "SEQ_CLS"
-    adapted: torch.nn.Module = get_peft_model(model, peft_config)
+    try:
+        adapted: torch.nn.Module = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ModelError(f"`peft_config` does not fit {type(model).__name__}: {error}") from error
     return adapted
 
 
@@ -284,17 +308,15 @@ def load_saved(
     """
     directory = Path(path)
     name = str(directory)
+    if not directory.is_dir():
+        raise ModelError(
+            f"there is no model directory `{name}`. Pass a run's or a published model's directory."
+        )
     tokenizer = load_tokenizer(name)
     facts = read_facts(directory)
     if (directory / ADAPTER_CONFIG).exists():
         model = _load_merged_adapter(directory, dtype)
     else:
-        config = AutoConfig.from_pretrained(name)
-        if config.num_labels != 1:
-            raise ModelError(
-                f"`{name}` has `num_labels={config.num_labels}`, but a reward model gives one score. "
-                "Pass a model trained with `num_labels=1`."
-            )
         model = load_model(name, dtype=dtype)
     pad_token_id = facts.get("pad_token_id", model.config.get_text_config().pad_token_id)
     if pad_token_id is not None:

@@ -25,6 +25,7 @@ from rayrm.errors import ScoreError
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import choose_layout
 from rayrm.model.reward_model import LoadedModel, load_saved
+from rayrm.serve.registry import CURRENT, MANIFEST, open_published
 from rayrm.serve.request import Truncation, check_truncation, text_inputs
 from rayrm.serve.scheduler import Layout, ScoreQueue
 
@@ -67,6 +68,8 @@ class RewardModel:
         `device` None: a GPU if there is one. `dtype` None: float32. `max_tokens_per_batch` bounds memory and
         cannot change a score. Raises ModelError for what is not a one-label model.
         """
+        if (Path(path) / MANIFEST).is_file() or (Path(path) / CURRENT).is_file():
+            path = open_published(path).path  # compares every file with its checksum
         loaded = load_saved(path, device=device, dtype="float32" if dtype is None else dtype)
         return cls(loaded, max_tokens_per_batch=max_tokens_per_batch)
 

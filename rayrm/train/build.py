@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rayrm.config import RewardConfig
-from rayrm.errors import MissingExtraError, ModelError
+from rayrm.errors import ConfigError, MissingExtraError, ModelError
 from rayrm.model.layout import disable_dropout, unwrapped
 from rayrm.model.reward_model import (
     add_adapter,
@@ -124,6 +124,12 @@ def check_peft(source: ModelSource) -> None:
         raise TypeError(
             f"`peft_config` must be a `peft.PeftConfig` (for example `peft.LoraConfig`), got "
             f"{type(source.peft_config).__name__}."
+        )
+    task = getattr(source.peft_config, "task_type", None)
+    if task is not None and getattr(task, "value", task) != "SEQ_CLS":
+        raise ConfigError(
+            f"`peft_config` has `task_type={getattr(task, 'value', task)!r}`, but a reward model is a "
+            'sequence classifier. Set `task_type="SEQ_CLS"`.'
         )
     if not isinstance(source.model, str) and is_adapted(source.model):
         raise ModelError(

@@ -5,7 +5,7 @@
         engine/                                          optimizer, scheduler, master weights
         rng-<rank>.pt                                    random states
         state.json                                       where training stands (`TrainState`)
-        manifest.json                                    every file's size and sha256; written last
+        checkpoint.json                                  every file's size and sha256; written last
 
 All ranks write into one directory, which therefore must lie on storage that they share.
 """
@@ -30,7 +30,7 @@ import torch
 from rayrm.data.order import Cursor
 from rayrm.errors import CheckpointError
 
-MANIFEST = "manifest.json"
+MANIFEST = "checkpoint.json"
 STATE = "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 

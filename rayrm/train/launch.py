@@ -26,6 +26,7 @@ from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import LoadedModel, load_saved
 from rayrm.runfile import Run
+from rayrm.train.build import ModelSource, check_source
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.trainer import RewardTrainer
 from rayrm.train.workers import check_cluster
@@ -53,6 +54,8 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = ()) -> TrainSummary:
     """
     show_logs()
     run = with_absolute_paths(run)
+    # What the model's files can tell is told before a cluster is started.
+    check_source(ModelSource(run.model.name), run.reward)
     join_cluster(run.cluster.address)
     scaling, run_config = ray_train_settings(run.cluster, callbacks)
     if scaling is not None:

@@ -7,17 +7,29 @@ often it logs, evaluates or saves may change between a start and a resume.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayrm.config import RewardConfig
-from rayrm.errors import CheckpointError, RunDirectoryError
+from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from rayrm.train.checkpoint import checkpoints, verify_checkpoint
-from rayrm.train.records import METRICS, read_progress, replace_text
+from rayrm.train.records import METRICS, PROGRESS, replace_text
 
 IDENTITY = "identity.json"
+# What a run writes into its directory: a file of one of these names that is not ours would be lost.
+_WRITTEN = (
+    METRICS, PROGRESS, IDENTITY, "run.toml", "quarantine.jsonl", "tensorboard", "checkpoint-*", "README.md",
+    "config.json", "adapter_*", "*.safetensors*", "rayrm.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "trainer_state.json",
+)  # fmt: skip
 _FREE = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "dataset_num_proc",
     "do_train", "do_eval", "do_predict", "remove_unused_columns", "max_bad_row_fraction",
@@ -92,9 +104,9 @@ def examine(
         if wanted is not None:
             verify_checkpoint(wanted)
         return RunStart(wanted, None)
-    before = json.loads(known.read_text())
-    _refuse_other(output_dir, before["identity"], identity)
-    if read_progress(output_dir).get("finished"):
+    before = _read(known)
+    _refuse_other(output_dir, before.get("identity", {}), identity)
+    if read_finished(output_dir):
         raise RunDirectoryError(
             f"the run in `{output_dir}` is finished: its model is saved there. To train again, choose "
             "another `output_dir`; to train on from this model, pass it as the model of a new run."
@@ -114,7 +126,64 @@ def examine(
         )
     if newest is not None:
         verify_checkpoint(newest)
-    return RunStart(newest, before["max_tokens_per_microbatch"])
+    return RunStart(newest, before.get("max_tokens_per_microbatch"))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunDirectoryError(
+            f"run record `{file}` is damaged ({error}), so this run cannot be told from another. Choose "
+            "another `output_dir`, with `resume_from_checkpoint` the newest `checkpoint-<step>` of this one."
+        ) from error
+    return dict(read)
+
+
+def read_finished(output_dir: Path) -> bool:
+    """Whether the run says that it came to its end."""
+    file = output_dir / PROGRESS
+    return file.exists() and bool(_read(file).get("finished"))
+
+
+@contextmanager
+def only_run(output_dir: Path) -> Iterator[None]:
+    """Hold the directory for this process; a second run that wants it is refused. A killed holder lets go."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = output_dir / ".lock"
+    with file.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise RunDirectoryError(
+                f"another process is training in `{output_dir}` ({lock.read().strip() or 'unknown'}). "
+                "Wait for it to end, or choose another `output_dir`."
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            if not any(output_dir.iterdir()):
+                output_dir.rmdir()  # refused before anything was written
+
+
+def check_writable(output_dir: Path) -> None:
+    """Raise ConfigError where nothing can be written to `output_dir`; makes nothing but its parents."""
+    nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"`output_dir` ({output_dir}): `{nearest}` is a file. Choose a directory.")
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir if output_dir.exists() else output_dir.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"`output_dir` ({output_dir}) cannot be written: {error.strerror}. Choose a directory that can."
+        ) from error
 
 
 def claim(output_dir: Path, identity: dict[str, Any], max_tokens: int, run_toml: str) -> None:
@@ -130,13 +199,11 @@ def _refuse_foreign(output_dir: Path) -> None:
         return
     if not output_dir.is_dir():
         raise RunDirectoryError(f"`output_dir` ({output_dir}) is a file. Choose a directory.")
-    signs = [METRICS, "config.json", "adapter_config.json", "model.safetensors", "trainer_state.json"]
-    present = [name for name in signs if (output_dir / name).exists()]
-    present += [path.name for path in output_dir.glob("checkpoint-*")]
+    present = sorted({path.name for pattern in _WRITTEN for path in output_dir.glob(pattern)})
     if present:
         raise RunDirectoryError(
-            f"`output_dir` ({output_dir}) holds something that is not a run of rayrm "
-            f"({', '.join(present[:3])}). It would be overwritten: choose another `output_dir`."
+            f"`output_dir` ({output_dir}) holds files that are not of a run of rayrm "
+            f"({', '.join(present[:3])}), and this run would overwrite them. Choose another `output_dir`."
         )
 
 

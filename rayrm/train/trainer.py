@@ -7,7 +7,10 @@ Everything that can be refused is refused in the constructor, before a worker st
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.display import Display
 from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET, score_model
 from rayrm.train.records import read_records
-from rayrm.train.rundir import RunStart, claim, examine, identity_of
+from rayrm.train.rundir import RunStart, check_writable, claim, examine, identity_of, only_run
 from rayrm.train.worker import TrainJob
 from rayrm.train.workers import check_cluster, fit_here, fit_on_workers
 
@@ -39,6 +42,26 @@ _NOT_YET = {
     "preprocess_logits_for_metrics": "use `predict`",
     "quantization_config": "load the model in bf16, or train a LoRA adapter",
 }
+
+
+def _absolute(name: Any) -> Any:
+    """A local path as every worker understands it, whatever its current directory; all else as it is."""
+    if isinstance(name, Path) or (isinstance(name, str) and Path(name).expanduser().exists()):
+        return str(Path(name).expanduser().absolute())
+    return name
+
+
+def _check_types(args: Any, scaling_config: Any) -> None:
+    if args is not None and not isinstance(args, RewardConfig):
+        raise ConfigError(
+            f"`args` is a {type(args).__module__}.{type(args).__qualname__}. Import it from here: "
+            "`from rayrm import RewardConfig`."
+        )
+    if scaling_config is not None and not hasattr(scaling_config, "num_workers"):
+        raise ConfigError(
+            f"`scaling_config` is a {type(scaling_config).__name__}. Pass "
+            "`ray.train.ScalingConfig(num_workers=2)`."
+        )
 
 
 @dataclass(slots=True)
@@ -96,8 +119,11 @@ class RewardTrainer:
             raise ConfigError("`optimizers` is not supported: use `optim`, or `optimizer_cls_and_kwargs`.")
         if train_dataset is None:
             raise DataError("`train_dataset` is required. Pass a dataset, a path, or a list of rows.")
-        self._source = ModelSource(model, peft_config)
+        self._source = ModelSource(_absolute(model), peft_config)
+        _check_types(args, scaling_config)
         self.args = args or RewardConfig(f"{self._source.name.rsplit('/', 1)[-1]}-Reward")
+        if isinstance(self.args.deepspeed, str):
+            self.args = dataclasses.replace(self.args, deepspeed=_absolute(self.args.deepspeed))
         self.output_dir = Path(self.args.output_dir or "trainer_output").expanduser().absolute()
         self._scaling, self._run_config, self._run = scaling_config, run_config, run
         self._auto_resume = auto_resume
@@ -116,9 +142,9 @@ class RewardTrainer:
             chat_template_path=self.args.chat_template_path,
         )
         self._max_eval_pairs = max_eval_pairs
-        # Left by a trainer whose run never began: rows are appended, and would be kept twice.
-        self._quarantine().unlink(missing_ok=True)
-        self._quarantine().unlink(missing_ok=True)
+        check_writable(self.output_dir)
+        # Aside until the output directory is this run's; see `_claim`.
+        self._quarantine = Path(tempfile.mkdtemp(prefix="rayrm-refused-")) / "quarantine.jsonl"
         self.train_set = self._ingest(train_dataset, "train", max_pairs)
         self.eval_sets = self._ingest_eval(eval_dataset)
         if self.args.eval_strategy != "no" and not self.eval_sets:
@@ -154,15 +180,14 @@ class RewardTrainer:
 
         `resume_from_checkpoint`: True for the newest checkpoint of `output_dir`, or a checkpoint's path.
         """
-        start = self._claim(resume_from_checkpoint)
-        job = self._job(start)
-        show_bar = not self.args.disable_tqdm
-        with Display(self.output_dir, bar=show_bar):
-            if self.num_workers == 0:
-                fit_here(job)
-            else:
-                fit_on_workers(job, self._scaling, self._run_config)
-                self._model = None
+        with only_run(self.output_dir):
+            job = self._job(self._claim(resume_from_checkpoint))
+            with Display(self.output_dir, bar=not self.args.disable_tqdm):
+                if self.num_workers == 0:
+                    fit_here(job)
+                else:
+                    fit_on_workers(job, self._scaling, self._run_config)
+                    self._model = None
         self.state.log_history = read_records(self.output_dir)
         summary = self.state.log_history[-1]
         self.state.global_step = int(summary["step"])
@@ -178,6 +203,7 @@ class RewardTrainer:
         metrics: dict[str, float] = {}
         for name, pairs in sets.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
+            self._check_form(pairs)
             chosen, rejected = score_model(self.model, pairs, self.args)
             for key, value in self._metrics(pairs, chosen, rejected).items():
                 metrics[f"{prefix}{key}"] = value
@@ -189,6 +215,7 @@ class RewardTrainer:
     ) -> PredictionOutput:
         """Scores of pairs, `predictions` `[P, 2]` (chosen, rejected), and their metrics."""
         pairs = self._ingest(test_dataset, metric_key_prefix, None)
+        self._check_form(pairs)
         chosen, rejected = score_model(self.model, pairs, self.args)
         metrics = {
             f"{metric_key_prefix}_{key}": value
@@ -214,15 +241,11 @@ class RewardTrainer:
             self.processing_class,
             max_length=self.args.max_length,
             max_rows=max_rows,
-            quarantine_path=self._quarantine(),
+            quarantine_path=self._quarantine,
             max_bad_row_fraction=self.args.max_bad_row_fraction,
             max_tasks=self.args.dataset_num_proc,
             name=name,
         )
-
-    def _quarantine(self) -> Path:
-        """Refused rows go beside the run directory's other records, once it is this run's; see `_claim`."""
-        return self.output_dir.with_name(f".{self.output_dir.name}.quarantine.jsonl")
 
     def _ingest_eval(self, source: Any) -> dict[str, TokenizedSet]:
         if source is None:
@@ -246,6 +269,14 @@ class RewardTrainer:
         form: TextForm = "conversational" if self.processing_class.chat_template else "standard"
         logger.info("the data is tokenized already: the model is saved as %s, by its tokenizer", form)
         return form
+
+    def _check_form(self, pairs: TokenizedSet) -> None:
+        form = pairs.report.text_form
+        if form not in ("tokenized", self.text_form):
+            raise DataError(
+                f"the rows of `{pairs.report.name}` are {form}, but the model is {self.text_form}: its "
+                "scores of them would mean nothing. Write them in the form of the training data."
+            )
 
     def _metrics(self, pairs: TokenizedSet, chosen: Any, rejected: Any) -> dict[str, float]:
         return evaluate_scores(
@@ -277,9 +308,11 @@ class RewardTrainer:
         start = examine(self.output_dir, identity, resume=wanted, automatic=self._auto_resume)
         budget = self._budget(start)
         claim(self.output_dir, identity, budget, self._run_toml(budget))
-        refused = self._quarantine()
-        if refused.exists():
-            refused.replace(self.output_dir / "quarantine.jsonl")
+        kept = self.output_dir / "quarantine.jsonl"
+        if self._quarantine != kept and self._quarantine.exists():
+            shutil.move(self._quarantine, kept)
+            self._quarantine.parent.rmdir()
+        self._quarantine = kept
         return RunStart(start.resume, budget)
 
     def _budget(self, start: RunStart) -> int:
@@ -300,8 +333,6 @@ class RewardTrainer:
         return budget
 
     def _run_toml(self, budget: int) -> str:
-        import dataclasses
-
         from rayrm.config import ClusterConfig, DataConfig
         from rayrm.runfile import Run, dump_run
 

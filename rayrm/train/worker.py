@@ -26,7 +26,7 @@ from rayrm.errors import ConfigError
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import Layout, choose_layout, unwrapped
-from rayrm.model.reward_model import TextForm, save_model
+from rayrm.model.reward_model import TextForm, position_limit, save_model
 from rayrm.train.build import ModelSource, build_model
 from rayrm.train.checkpoint import (
     TrainState,
@@ -128,6 +128,7 @@ class _RankRun:
         model = built.to(rank.device)
         sets = [job.train_set, *job.eval_sets.values()]
         longest = max(int(max(s.chosen_lengths.max(), s.rejected_lengths.max())) for s in sets)
+        _check_positions(unwrapped(model), longest, self._say)
         self.layout = choose_layout(model, share_prefix=self.config.share_prefix, longest=longest)
         self._say(_describe(self.layout))
         multiple = self.config.pad_to_multiple_of
@@ -297,6 +298,22 @@ class _RankRun:
                 text_form=self.job.text_form,
                 state_dict=state,
             )
+
+
+def _check_positions(model: Any, longest: int, say: Callable[[str], None]) -> None:
+    """Rotary positions go on beyond their limit, as in TRL, but scoring refuses such texts; tables end."""
+    limit = position_limit(model)
+    if limit is None or longest <= limit:
+        return
+    if not hasattr(model.config.get_text_config(), "rope_parameters"):
+        raise ConfigError(
+            f"the longest side has {longest} tokens, but the model has {limit} positions. Set "
+            f"`max_length={limit}` (longer pairs are left out and counted)."
+        )
+    say(
+        f"the longest side has {longest} tokens, above the model's {limit} positions: the trained model will "
+        f"refuse to score such texts. `max_length={limit}` leaves them out"
+    )
 
 
 def _describe(layout: Layout) -> str:

@@ -39,7 +39,7 @@ class KilledOnce(torch.optim.AdamW):
         self._marker = Path(marker)
 
     def step(self, closure: Any = None) -> Any:
-        sealed = self._marker.parent / "run" / f"checkpoint-{SAVED}" / "manifest.json"
+        sealed = self._marker.parent / "run" / f"checkpoint-{SAVED}" / "checkpoint.json"
         last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
         if last and sealed.exists() and not self._marker.exists():
             self._marker.touch()

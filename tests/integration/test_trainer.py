@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,9 @@ def fitted(request: pytest.FixtureRequest, base: str, tmp_path_factory: pytest.T
     """The same run on two Ray Train workers, with half the pairs on each."""
     directory = tmp_path_factory.mktemp("there") / "run"
     changes = {**CHECKPOINTED, "per_device_train_batch_size": 4, "zero_stage": request.param}
-    return Fitted(run(directory, base, 2, **changes), directory)
+    # By a relative path: the workers' current directory is another.
+    with contextlib.chdir(Path(base).parent):
+        return Fitted(run(directory, Path(base).name, 2, **changes), directory)
 
 
 def logged(trainer: RewardTrainer, key: str) -> np.ndarray:

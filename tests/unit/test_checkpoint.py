@@ -99,8 +99,8 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         verify_checkpoint(tmp_path)
     path = save(tmp_path, 5)
-    (path / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"manifest\.json` cannot be read"):
+    (path / "checkpoint.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json` cannot be read"):
         verify_checkpoint(path)
 
 
@@ -143,6 +143,6 @@ def test_a_rank_that_was_not_there_keeps_its_random_state(tmp_path: Path) -> Non
 
 def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    listed = json.loads((path / "manifest.json").read_text())["files"]
+    listed = json.loads((path / "checkpoint.json").read_text())["files"]
     there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
-    assert set(listed) == there - {"manifest.json"}
+    assert set(listed) == there - {"checkpoint.json"}

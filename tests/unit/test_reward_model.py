@@ -20,6 +20,7 @@ from rayrm.config import RewardConfig
 from rayrm.errors import ModelError
 from rayrm.model.reward_model import (
     add_adapter,
+    check_name,
     check_num_labels,
     head_name,
     load_model,
@@ -180,3 +181,25 @@ def test_an_adapter_on_an_adapter_is_refused() -> None:
     adapted = add_adapter(tiny_model(), lora)
     with pytest.raises(ModelError, match="Merge the adapter first"):
         check_source(ModelSource(adapted, lora), RewardConfig())
+
+
+def test_a_classifier_of_three_labels_is_refused_by_its_config(tmp_path: Path) -> None:
+    save_tiny(tmp_path, num_labels=3)
+    with pytest.raises(ModelError, match="num_labels=3"):
+        check_name(str(tmp_path), {})
+
+
+@pytest.mark.parametrize("key", ["pad_token_id", "eos_token_id"])
+def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path: Path, key: str) -> None:
+    save_tiny(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: 5000}))
+    with pytest.raises(ModelError, match=rf"{key}` \(5000\)"):
+        check_name(str(tmp_path), {})
+
+
+def test_a_name_that_is_no_directory_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model directory"):
+        load_saved(tmp_path / "none")
+    with pytest.raises(ModelError, match="there is no directory `models/none` here"):
+        check_name("models/none", {})

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rayrm.config import RewardConfig
-from rayrm.errors import CheckpointError, RunDirectoryError
+from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from rayrm.train.checkpoint import TrainState, save_checkpoint
 from rayrm.train.records import RunLog, read_records
-from rayrm.train.rundir import RunStart, claim, examine, identity_of
+from rayrm.train.rundir import RunStart, check_writable, claim, examine, identity_of, only_run
 
 
 def identity(data: str = "abc", rows: int = 8, **settings: Any) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def test_what_does_not_shape_the_trajectory_may_change(begun: Path, settings: di
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "model.safetensors", "checkpoint-5"])
 def test_a_directory_of_someone_else_is_never_written_over(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("precious")
-    with pytest.raises(RunDirectoryError, match="is not a run of rayrm") as refusal:
+    with pytest.raises(RunDirectoryError, match="not of a run of rayrm") as refusal:
         examine(tmp_path, identity(), resume=None)
     assert name in str(refusal.value)
 
@@ -174,3 +177,37 @@ def test_a_rank_that_is_not_first_writes_nothing(tmp_path: Path) -> None:
     log.finish(TrainState(step=2), 2, 1)
     log.close()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "adapter_model.safetensors", "run.toml"])
+def test_no_file_of_the_user_that_a_run_would_write_is_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(RunDirectoryError, match="would overwrite"):
+        examine(tmp_path, identity(), resume=None)
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_only_one_process_trains_in_a_directory(begun: Path) -> None:
+    other = "from rayrm.train.rundir import only_run; from pathlib import Path; import sys\n"
+    other += "with only_run(Path(sys.argv[1])): pass"
+    command = [sys.executable, "-c", other, str(begun)]
+    with only_run(begun):
+        refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert f"process {os.getpid()}" in refused.stderr
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["identity.json", "progress.json"])
+def test_a_damaged_record_is_named(begun: Path, name: str) -> None:
+    (begun / name).write_text("{")
+    with pytest.raises(RunDirectoryError, match=name):
+        examine(begun, identity(), resume=True)
+
+
+def test_an_output_directory_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output_dir"):
+        check_writable(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match="output_dir"):
+        check_writable(Path("/proc/run"))

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from rayrm.data.tokenize import TextInput, encode
-from rayrm.errors import ScoreError
+from rayrm.errors import PublishError, ScoreError
+from rayrm.serve.registry import publish
 from rayrm.serve.request import row_inputs
 from rayrm.serve.scorer import RewardModel
 from tests.tiny import WORDS, save_tiny, tiny_tokenizer
@@ -177,3 +178,14 @@ def test_a_score_is_a_finite_number_or_an_error(tmp_path: Path) -> None:
         model._scorer.model.score.weight.fill_(float("nan"))
     with pytest.raises(ScoreError, match="input 0 of 1 got the score nan"):
         model.score(["a"], [" b"])
+
+
+def test_a_published_model_with_a_changed_byte_does_not_score(standard: Path, tmp_path: Path) -> None:
+    published = publish(standard, tmp_path, "tampered")
+    weights = published.path / "model.safetensors"
+    weights.chmod(0o644)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(PublishError, match=r"model\.safetensors"):
+        RewardModel.from_pretrained(published.path)
