@@ -29,7 +29,15 @@ _MODEL = "a directory (a run's, a checkpoint, registry/NAME), or a name publishe
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no `key=value` word after an option once it has seen the first of them, or none.
+    words: list[str] | None = getattr(options, "settings", getattr(options, "run", None))
+    settings = all("=" in word and not word.startswith("-") for word in rest)
+    if rest and (words is None or not settings):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if words is not None:
+        words.extend(rest)
     _take_ray_token()
     try:
         status: int = options.command(options)
@@ -220,7 +228,7 @@ def _scorer(options: argparse.Namespace, model_word: str = "") -> Any:
         from rayrm.serve.client import RewardClient
         from rayrm.serve.deployment import connect
 
-        connect(options.address)
+        connect(options.address, start=False)
         client = RewardClient(options.served)
 
         def by_service(inputs: list[TextInput]) -> list[float]:
@@ -332,13 +340,13 @@ def _model_directory(word: str, registry: str) -> str:
 
 @contextmanager
 def _progress_line(what: str) -> Iterator[Any]:
-    """A function of (name, done, total) that rewrites one line of a terminal; elsewhere it says nothing."""
+    """A function of (name, done, total) that rewrites one line of a terminal; elsewhere it adds lines."""
     live = sys.stderr.isatty()
 
     def show(name: str, done: int, total: int) -> None:
-        if live:
-            end = "\n" if done == total else ""
-            print(f"\r{what} {name}: {done:,}/{total:,} pairs", end=end, file=sys.stderr, flush=True)
+        end = "" if live and done < total else "\n"
+        start = "\r" if live else ""
+        print(f"{start}{what} {name}: {done:,}/{total:,} pairs", end=end, file=sys.stderr, flush=True)
 
     yield show
 

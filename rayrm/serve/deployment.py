@@ -223,10 +223,11 @@ def serve_forever(
             ray.shutdown()
 
 
-def connect(address: str | None = None) -> bool:
+def connect(address: str | None = None, *, start: bool = True) -> bool:
     """Connect this process to Ray; True when that started a new cluster here, for the process's own life.
 
-    The cluster is `address`, else RAY_ADDRESS, else one that runs on this machine, else a new one.
+    The cluster is `address`, else RAY_ADDRESS, else one that runs on this machine, else a new one; not
+    that with `start=False`: who calls a service must not start an empty cluster.
     """
     if ray.is_initialized():
         return False
@@ -240,6 +241,11 @@ def connect(address: str | None = None) -> bool:
             raise ClusterError(
                 f"no Ray cluster lets us in at {wanted!r}: {error}. Start one with `ray start --head`, or "
                 "leave the address (and RAY_ADDRESS) out to start one in this process."
+            ) from error
+        if not start:
+            raise ClusterError(
+                f"no Ray cluster runs here that lets us in: {error}. Start the service with `rayrm serve "
+                "MODEL`, or give its cluster's address (`--address`, or RAY_ADDRESS)."
             ) from error
         ray.init(include_dashboard=False, log_to_driver=False)
         return True

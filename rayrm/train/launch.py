@@ -28,6 +28,7 @@ from rayrm.model.reward_model import LoadedModel, load_saved
 from rayrm.runfile import Run
 from rayrm.train.build import ModelSource, check_source
 from rayrm.train.evaluation import Scores, score_model
+from rayrm.train.rundir import finished, read_finished
 from rayrm.train.trainer import RewardTrainer
 from rayrm.train.workers import check_cluster
 
@@ -54,7 +55,10 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = ()) -> TrainSummary:
     """
     show_logs()
     run = with_absolute_paths(run)
-    # What the model's files can tell is told before a cluster is started.
+    # What the files can tell is told before a cluster is started.
+    output_dir = Path(run.reward.output_dir or "")
+    if read_finished(output_dir):
+        raise finished(output_dir)
     check_source(ModelSource(run.model.name), run.reward)
     join_cluster(run.cluster.address)
     scaling, run_config = ray_train_settings(run.cluster, callbacks)

@@ -107,10 +107,7 @@ def examine(
     before = _read(known)
     _refuse_other(output_dir, before.get("identity", {}), identity)
     if read_finished(output_dir):
-        raise RunDirectoryError(
-            f"the run in `{output_dir}` is finished: its model is saved there. To train again, choose "
-            "another `output_dir`; to train on from this model, pass it as the model of a new run."
-        )
+        raise finished(output_dir)
     if not asked and not automatic:
         raise RunDirectoryError(
             f"`{output_dir}` holds a run that did not finish. Pass `resume_from_checkpoint=True` to go on "
@@ -138,6 +135,14 @@ def _read(file: Path) -> dict[str, Any]:
             "another `output_dir`, with `resume_from_checkpoint` the newest `checkpoint-<step>` of this one."
         ) from error
     return dict(read)
+
+
+def finished(output_dir: Path) -> RunDirectoryError:
+    """The refusal to train a finished run again."""
+    return RunDirectoryError(
+        f"the run in `{output_dir}` is finished: its model is saved there. To train again, choose "
+        "another `output_dir`; to train on from this model, pass it as the model of a new run."
+    )
 
 
 def read_finished(output_dir: Path) -> bool:

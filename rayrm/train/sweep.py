@@ -185,8 +185,9 @@ def _fit(
 
     trainable = tune.with_parameters(_train_trial, runs=list(runs), metric=metric)
     tuner = tune.Tuner(
-        # A trial only waits: what trains reserves its own CPUs (0 are refused).
-        tune.with_resources(trainable, {"CPU": 0.01}),
+        # A trial only waits: what trains reserves its own CPUs. A share of one would keep the workers of a
+        # small cluster waiting, and nothing at all is refused: so a little memory.
+        tune.with_resources(trainable, {"memory": 2**20}),
         param_space={"trial": tune.grid_search(list(range(len(runs))))},
         # The limit keeps drivers from taking the CPUs that other trials' workers wait for.
         tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent),

@@ -7,6 +7,7 @@ place. What a worker raised comes back as the error it was.
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from typing import Any
 
@@ -57,7 +58,11 @@ def _run_rank(config: dict[str, Any]) -> None:
     first = ray.train.get_context().get_world_rank() == 0
     show_logs(logging.INFO if first else logging.WARNING)
     # torch.distributed warns of its own renaming at every collective.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # Ray Train prints every report, under a logger named after its file, which `logging_config` misses.
+    reporting = sys.modules.get("ray.train.v2._internal.execution.context")
+    if reporting is not None:
+        logging.getLogger(reporting.__file__).setLevel(logging.WARNING)
 
     def report(record: dict[str, float]) -> None:
         # Only now and then: a report waits for the controller's next poll, about 2 s.
