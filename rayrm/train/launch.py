@@ -25,7 +25,7 @@ from rayrm.errors import ClusterError, DataError, MissingExtraError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import LoadedModel, load_saved
-from rayrm.runfile import Run
+from rayrm.runfile import Run, read_run
 from rayrm.train.build import ModelSource, check_source
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.rundir import finished, read_finished
@@ -57,7 +57,7 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = ()) -> TrainSummary:
     run = with_absolute_paths(run)
     # What the files can tell is told before a cluster is started.
     output_dir = Path(run.reward.output_dir or "")
-    if read_finished(output_dir):
+    if read_finished(output_dir) and _is_run_of(output_dir, run):
         raise finished(output_dir)
     check_source(ModelSource(run.model.name), run.reward)
     join_cluster(run.cluster.address)
@@ -82,6 +82,18 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = ()) -> TrainSummary:
     for record in trainer.state.log_history:
         metrics |= record
     return TrainSummary(trainer.output_dir, trainer.state.global_step, metrics)
+
+
+def _is_run_of(output_dir: Path, run: Run) -> bool:
+    """Whether the directory's `run.toml` says the same; its token budget was decided at its start."""
+    file = output_dir / "run.toml"
+    if not file.is_file():
+        return False
+    before = read_run(file)
+    reward = dataclasses.replace(
+        before.reward, max_tokens_per_microbatch=run.reward.max_tokens_per_microbatch
+    )
+    return (before.model, before.data, reward) == (run.model, run.data, run.reward)
 
 
 def _train(trainer: RewardTrainer) -> None:

@@ -201,9 +201,13 @@ def process_group() -> Iterator[None]:
         yield
         return
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    launched = "LOCAL_RANK" in os.environ
     try:
         yield
     finally:
+        if not launched:
+            # Left behind, it would tell accelerate that a launcher runs many processes.
+            os.environ.pop("LOCAL_RANK", None)
         from deepspeed import comm
 
         if comm.is_initialized():

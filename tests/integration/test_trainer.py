@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,3 +292,16 @@ def test_what_the_cluster_cannot_give_is_refused_before_training(base: str, tmp_
 def test_a_run_without_data_is_refused(base: str) -> None:
     with pytest.raises(DataError, match="`train_dataset` is required"):
         RewardTrainer(base)
+
+
+def test_a_run_in_this_process_leaves_no_launcher_s_variables(base: str, tmp_path: Path) -> None:
+    before = dict(os.environ)
+    run(tmp_path / "run", base, zero_stage=1, max_steps=1)
+    left = {name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR") if name in os.environ}
+    assert left <= set(before)
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", "from accelerate import PartialState; PartialState()"], capture_output=True
+        ).returncode
+        == 0
+    )
