@@ -1,4 +1,4 @@
-"""[RAY] The demonstration: the whole way, once, on one machine, with real parts only.
+"""The demonstration: the whole way, once, on one machine, with real parts only.
 
 A packaged base model learns the project's own preferences on two Ray workers with ZeRO-2; the result is
 evaluated on held-out templates, published, served, asked to rank answers, and used as the reward of a short
