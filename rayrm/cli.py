@@ -184,12 +184,16 @@ def _evaluate(options: argparse.Namespace) -> int:
             max_bad_row_fraction=options.max_bad_row_fraction,
             on_progress=show,
         )
+    # A ranking makes several pairs of one row; of pairs alone the two counts are the same.
+    counts = {"rows": "num_rows", "pairs": "num_pairs"}
+    if all(found["num_rows"] == found["num_pairs"] for found in metrics.values()):
+        del counts["rows"]
     _print_table(
-        ("source", "pairs", "accuracy", "95% interval", "longer wins", "loss", "margin"),
+        ("source", *counts, "accuracy", "95% interval", "longer wins", "loss", "margin"),
         [
             (
                 name,
-                f"{found['num_pairs']:.0f}",
+                *(f"{found[count]:.0f}" for count in counts.values()),
                 f"{found['accuracy']:.3f}",
                 f"{found['accuracy_low']:.3f} .. {found['accuracy_high']:.3f}",
                 f"{found['length_baseline_accuracy']:.3f}",

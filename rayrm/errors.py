@@ -30,7 +30,7 @@ class DataError(RayrmError, ValueError):
 
 
 class RowError(DataError):
-    """One row that cannot become a pair.
+    """One row that cannot be trained on.
 
     `reason` is a short kebab-case name under which refusals are counted (`missing-chosen`, `too-long`).
     """

@@ -58,6 +58,7 @@ NO_TORCH_ON_IMPORT = [
     "errors",
     "data.packing",
     "data.planning",
+    "data.prefix_keys",
     "data.order",
     "data.preference",
     "data.tokenize",

@@ -179,3 +179,22 @@ def tiny_rows(
             row["margin"] = round(rng.random(), 3)
         rows.append(row)
     return rows
+
+
+def tiny_rankings(count: int, *, seed: int = 0, conversational: bool = False) -> list[dict[str, Any]]:
+    """`count` rankings: each a prompt with 3 to 5 completions, ranked from 1, some of them tied."""
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        prompt: Any = " ".join(rng.choices(WORDS, k=rng.randint(3, 12))) + f" {number}?"
+        completions: list[Any] = [
+            " " + " ".join(rng.choices(WORDS, k=rng.randint(1, 10))) + f" {place}"
+            for place in range(rng.randint(3, 5))
+        ]
+        if conversational:
+            prompt = [{"role": "user", "content": prompt}]
+            completions = [[{"role": "assistant", "content": text}] for text in completions]
+        ranks = [1, 2, *(rng.randint(1, 3) for _ in completions[2:])]
+        rng.shuffle(ranks)
+        rows.append({"prompt": prompt, "completions": completions, "ranks": ranks})
+    return rows

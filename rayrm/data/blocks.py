@@ -1,7 +1,7 @@
-"""Rows -> Arrow tables of tokenized pairs, and what is read back from such a table.
+"""Rows -> Arrow tables of tokenized rows, and what is read back from such a table.
 
 A table holds accepted and refused rows alike, each with its place in the data, so that nothing gets lost
-between reading and counting. Its index (lengths, places, digests) is small; the ids stay in the table.
+between reading and counting. Its index (lengths, ranks, places, digests) is small; the ids stay in the table.
 Pure: numpy and pyarrow, no ray.
 """
 
@@ -18,23 +18,27 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rayrm.data.preference import PairForm, PreferencePair, form_of, parse_row
+from rayrm.data.preference import PairForm, PreferenceRow, form_of, parse_row
+from rayrm.data.prefix_keys import BOUNDARIES, prefix_keys
+from rayrm.data.row_index import Places, RowIndex
 from rayrm.data.sources import SourceRow
-from rayrm.data.tokenize import TokenizedPair, tokenize_pairs
+from rayrm.data.tokenize import TokenizedRow, tokenize_rows
 from rayrm.errors import RowError
 
-PAIRS_PER_TABLE = 512
+ROWS_PER_TABLE = 512
 RAW_LIMIT = 4096
 DIGEST_SIZE = 16
+_KEYS_SIZE = 4 * len(BOUNDARIES)
 SCHEMA = pa.schema(
     [
         ("source", pa.int32()),
         ("row", pa.int64()),
         ("ids", pa.list_(pa.int32())),
         ("prefix_length", pa.int32()),
-        ("chosen_length", pa.int32()),
-        ("rejected_length", pa.int32()),
+        ("lengths", pa.list_(pa.int32())),
+        ("ranks", pa.list_(pa.int32())),
         ("margin", pa.float64()),
+        ("prefix_keys", pa.binary(_KEYS_SIZE)),
         ("digest", pa.binary(DIGEST_SIZE)),
         ("form", pa.string()),
         ("reason", pa.string()),  # null: accepted
@@ -42,13 +46,11 @@ SCHEMA = pa.schema(
         ("raw", pa.string()),
     ]
 )
-Counts = npt.NDArray[np.int32]
-Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Refusal:
-    """A row that became no pair: its place, why, and its text (cut at 4 kB); ordered by place."""
+    """A row that was not accepted: its place, why, and its text (cut at 4 kB); ordered by place."""
 
     source: int
     row: int
@@ -61,17 +63,14 @@ class Refusal:
 class BlockIndex:
     """What the driver keeps of a table with P accepted rows; `offset` is their position in the table.
 
-    `source`, `row`, `offset`, the three lengths, `margin`: `[P]`; `digest`: uint8 `[P, 16]`. `forms`: the
-    first row (source, row) of each text form seen, refused after parsing or not.
+    `source`, `row`, `offset`: `[P]`; `digest`: uint8 `[P, 16]`; `rows`: their index. `forms`: the first row
+    (source, row) of each text form seen, refused after parsing or not.
     """
 
     source: Places
     row: Places
     offset: Places
-    prefix_length: Counts
-    chosen_length: Counts
-    rejected_length: Counts
-    margin: npt.NDArray[np.float64]
+    rows: RowIndex
     digest: npt.NDArray[np.uint8]
     forms: dict[PairForm, tuple[int, int]]
     refusals: list[Refusal]
@@ -79,29 +78,29 @@ class BlockIndex:
 
 
 def tokenized_tables(
-    rows: Iterable[SourceRow], tokenizer: Any, max_length: int | None, num_rows: int = PAIRS_PER_TABLE
+    rows: Iterable[SourceRow], tokenizer: Any, max_length: int | None, num_rows: int = ROWS_PER_TABLE
 ) -> Iterator[pa.Table]:
-    """The rows' tables of at most `num_rows` rows each; every row is in one of them, as a pair or refused."""
+    """The rows' tables of at most `num_rows` rows each; every row is in one of them, accepted or refused."""
     reader = iter(rows)
     while batch := list(islice(reader, num_rows)):
         parsed = [_parsed(row) for row in batch]
-        places = [index for index, pair in enumerate(parsed) if isinstance(pair, PreferencePair)]
-        pairs = [pair for pair in parsed if isinstance(pair, PreferencePair)]
-        outcomes: list[TokenizedPair | RowError | None] = [
+        places = [index for index, entry in enumerate(parsed) if isinstance(entry, PreferenceRow)]
+        accepted = [entry for entry in parsed if isinstance(entry, PreferenceRow)]
+        outcomes: list[TokenizedRow | RowError | None] = [
             entry if isinstance(entry, RowError) else None for entry in parsed
         ]
-        for index, outcome in zip(places, tokenize_pairs(tokenizer, pairs, max_length), strict=True):
+        for index, outcome in zip(places, tokenize_rows(tokenizer, accepted, max_length), strict=True):
             outcomes[index] = outcome
-        forms = [form_of(entry) if isinstance(entry, PreferencePair) else None for entry in parsed]
+        forms = [form_of(entry) if isinstance(entry, PreferenceRow) else None for entry in parsed]
         yield pa.Table.from_pylist(
             [_record(*parts) for parts in zip(batch, outcomes, forms, strict=True)], SCHEMA
         )
 
 
-def table_of_pairs(pairs: Sequence[TokenizedPair]) -> pa.Table:
-    """Pairs made elsewhere, as a table: row i of source 0 is pair i."""
-    places = [SourceRow(0, number, f"pairs[{number}]", None) for number in range(len(pairs))]
-    records = [_record(place, pair, "tokenized") for place, pair in zip(places, pairs, strict=True)]
+def table_of_rows(rows: Sequence[TokenizedRow]) -> pa.Table:
+    """Rows made elsewhere, as a table: row i of source 0 is `rows[i]`."""
+    places = [SourceRow(0, number, f"rows[{number}]", None) for number in range(len(rows))]
+    records = [_record(place, row, "tokenized") for place, row in zip(places, rows, strict=True)]
     return pa.Table.from_pylist(records, SCHEMA)
 
 
@@ -109,51 +108,69 @@ def index_of(table: pa.Table) -> BlockIndex:
     """The index of a table, without its ids."""
     if not len(table):
         table = SCHEMA.empty_table()  # Ray Data's empty blocks have no columns
-    accepted = np.flatnonzero(table.column("reason").is_null().to_numpy())
-    column = {name: table.column(name).to_numpy() for name in SCHEMA.names[:2] + SCHEMA.names[3:6]}
-    digests = b"".join(table.column("digest").take(pa.array(accepted)).to_pylist())
+    column = {name: table.column(name).to_numpy() for name in ("source", "row")}
     places = list(zip(column["source"].tolist(), column["row"].tolist(), strict=True))
     forms: dict[PairForm, tuple[int, int]] = {}
     for form, place in zip(table.column("form").to_pylist(), places, strict=True):
         if form is not None:
             forms[form] = min(place, forms.get(form, place))
-    refused = table.filter(pa.compute.is_valid(table.column("reason")))
+    is_accepted = table.column("reason").is_null()
+    accepted = np.flatnonzero(is_accepted.to_numpy())
+    kept = table.filter(is_accepted)
+    refused = table.filter(pa.compute.invert(is_accepted))
     refusals = refused.select(["source", "row", "reason", "message", "raw"]).to_pylist()
     return BlockIndex(
         column["source"][accepted].astype(np.int64),
         column["row"][accepted],
         accepted,
-        column["prefix_length"][accepted],
-        column["chosen_length"][accepted],
-        column["rejected_length"][accepted],
-        table.column("margin").to_numpy()[accepted].astype(np.float64),
-        np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_SIZE),
+        RowIndex.of(
+            kept.column("prefix_length").to_numpy(),
+            kept.column("margin").to_numpy(),
+            np.frombuffer(b"".join(kept.column("prefix_keys").to_pylist()), np.uint32),
+            pa.compute.list_value_length(kept.column("lengths")).to_numpy(),
+            pa.compute.list_flatten(kept.column("lengths")).to_numpy(),
+            pa.compute.list_flatten(kept.column("ranks")).to_numpy(),
+        ),
+        np.frombuffer(b"".join(kept.column("digest").to_pylist()), np.uint8).reshape(-1, DIGEST_SIZE),
         forms,
         [Refusal(**refusal) for refusal in refusals],
         len(table),
     )
 
 
-class PairBlock:
-    """A table opened for taking pairs out of it; the arrays are views of the table, the pairs are copies."""
+class RowBlock:
+    """A table opened for taking rows out of it; the arrays are views of the table, the rows are copies."""
 
     def __init__(self, table: pa.Table) -> None:
-        ids = table.column("ids").combine_chunks()
-        self._values: npt.NDArray[np.int32] = ids.values.to_numpy()
-        self._starts: Counts = ids.offsets.to_numpy()
-        self._columns = [
-            table.column(name).to_numpy()
-            for name in ("prefix_length", "chosen_length", "rejected_length", "margin")
-        ]
+        self._prefix_lengths = table.column("prefix_length").to_numpy()
+        self._margins = table.column("margin").to_numpy()
+        self._ids, self._lengths, self._ranks = (
+            _Lists(table.column(name).combine_chunks()) for name in ("ids", "lengths", "ranks")
+        )
 
-    def pair(self, offset: int) -> TokenizedPair:
-        """The pair at a position of the table."""
-        prefix, chosen, rejected, margin = (column[offset] for column in self._columns)
-        ids = self._values[self._starts[offset] : self._starts[offset + 1]].copy()
-        return TokenizedPair(ids, int(prefix), int(chosen), int(rejected), float(margin))
+    def row(self, offset: int) -> TokenizedRow:
+        """The row at a position of the table."""
+        return TokenizedRow(
+            self._ids.at(offset).copy(),
+            int(self._prefix_lengths[offset]),
+            tuple(self._lengths.at(offset).tolist()),
+            tuple(self._ranks.at(offset).tolist()),
+            float(self._margins[offset]),
+        )
 
 
-def _parsed(row: SourceRow) -> PreferencePair | RowError:
+class _Lists:
+    """A column of int32 lists, as views."""
+
+    def __init__(self, column: pa.ListArray) -> None:
+        self._values: npt.NDArray[np.int32] = column.values.to_numpy()
+        self._starts: npt.NDArray[np.int32] = column.offsets.to_numpy()
+
+    def at(self, position: int) -> npt.NDArray[np.int32]:
+        return self._values[self._starts[position] : self._starts[position + 1]]
+
+
+def _parsed(row: SourceRow) -> PreferenceRow | RowError:
     if isinstance(row.content, RowError):
         return row.content
     try:
@@ -162,26 +179,28 @@ def _parsed(row: SourceRow) -> PreferencePair | RowError:
         return error
 
 
-def _record(row: SourceRow, outcome: TokenizedPair | RowError | None, form: str | None) -> dict[str, Any]:
+def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str | None) -> dict[str, Any]:
     assert outcome is not None
     place = {"source": row.source, "row": row.number, "form": form}
-    if isinstance(outcome, TokenizedPair):
+    if isinstance(outcome, TokenizedRow):
         return {
             **place,
             "ids": outcome.ids,
             "prefix_length": outcome.prefix_length,
-            "chosen_length": outcome.chosen_length,
-            "rejected_length": outcome.rejected_length,
+            "lengths": outcome.lengths,
+            "ranks": outcome.ranks,
             "margin": outcome.margin,
+            "prefix_keys": prefix_keys(outcome.ids, outcome.prefix_length).tobytes(),
             "digest": _digest(outcome),
         }
     return {
         **place,
         "ids": [],
         "prefix_length": 0,
-        "chosen_length": 0,
-        "rejected_length": 0,
+        "lengths": [],
+        "ranks": [],
         "margin": 0.0,
+        "prefix_keys": bytes(_KEYS_SIZE),
         "digest": bytes(DIGEST_SIZE),
         "reason": outcome.reason,
         "message": f"{row.where}: {outcome}",
@@ -189,11 +208,9 @@ def _record(row: SourceRow, outcome: TokenizedPair | RowError | None, form: str 
     }
 
 
-def _digest(pair: TokenizedPair) -> bytes:
-    content = hashlib.blake2b(pair.ids.tobytes(), digest_size=DIGEST_SIZE)
-    content.update(
-        f"{pair.prefix_length},{pair.chosen_length},{pair.rejected_length},{pair.margin!r}".encode()
-    )
+def _digest(row: TokenizedRow) -> bytes:
+    content = hashlib.blake2b(row.ids.tobytes(), digest_size=DIGEST_SIZE)
+    content.update(f"{row.prefix_length},{row.lengths},{row.ranks},{row.margin!r}".encode())
     return content.digest()
 
 

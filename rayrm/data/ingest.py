@@ -1,7 +1,7 @@
-"""[RAY] A source of preference pairs -> a `TokenizedSet`, read and tokenized in parallel by Ray Data.
+"""[RAY] A source of preference rows -> a `TokenizedSet`, read and tokenized in parallel by Ray Data.
 
-The tokenized blocks stay in Ray's object store; the driver keeps an index of about 60 bytes a pair. Pairs
-stand in the data's own order whatever the number of tasks. Every row is counted: as a pair, or refused with a
+The tokenized blocks stay in Ray's object store; the driver keeps an index of about 80 bytes a pair. Rows
+stand in the data's own order whatever the number of tasks. Every row is counted: accepted, or refused with a
 reason and written to the quarantine file. A bad source raises `DataError` here, before any worker starts.
 Cost: the ids, 4 bytes a token with the shared prefix once, in the object store (which spills to disk).
 """
@@ -26,19 +26,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rayrm.data.blocks import (
-    SCHEMA,
-    BlockIndex,
-    Counts,
-    PairBlock,
-    index_of,
-    table_of_pairs,
-    tokenized_tables,
-)
+from rayrm.data.blocks import SCHEMA, BlockIndex, RowBlock, index_of, table_of_rows, tokenized_tables
 from rayrm.data.preference import PairForm
 from rayrm.data.quarantine import check_refusals, one_line, write_quarantine
+from rayrm.data.row_index import Counts, RowIndex
 from rayrm.data.sources import ROWS_PER_CHUNK, SourceRow, plan_sources, read_work, row_name
-from rayrm.data.tokenize import TokenizedPair
+from rayrm.data.tokenize import TokenizedRow
 from rayrm.errors import ConfigError, DataError
 
 _log = logging.getLogger("rayrm.data")
@@ -54,13 +47,15 @@ _ROW_NUMBER = "__rayrm_row__"
 class IngestReport:
     """What became of a source's rows.
 
-    `num_tokens` counts both sides whole; `num_shared_tokens` of them are prefixes counted a second time.
-    `fingerprint` is a hash of the pairs in order: the same for the same pairs, however they were read.
+    Of `num_rows` read, `num_accepted` are in the set, with `num_completions` completions; a pair has two.
+    `num_tokens` counts every completion whole; `num_shared_tokens` of them are prefixes counted again.
+    `fingerprint` is a hash of the rows in order: the same for the same rows, however they were read.
     """
 
     name: str
     num_rows: int
-    num_pairs: int
+    num_accepted: int
+    num_completions: int
     refused: dict[str, int]
     text_form: PairForm
     fingerprint: str
@@ -70,52 +65,46 @@ class IngestReport:
 
 @dataclass(slots=True)
 class TokenizedSet:
-    """Tokenized pairs in the data's own order, wherever they lie; pickles small, for Ray Train's workers.
+    """Tokenized rows in the data's own order, wherever they lie; pickles small, for Ray Train's workers.
 
-    `prefix_lengths`, `chosen_lengths`, `rejected_lengths`: int32 `[num_pairs]`; `margins`: float64. `fetch`
-    gets the blocks it needs and keeps the last few open; the pairs it gives are copies.
+    `index` holds what is known of them without their ids. `fetch` gets the blocks it needs and keeps the last
+    few open; the rows it gives are copies.
     """
 
-    prefix_lengths: Counts
-    chosen_lengths: Counts
-    rejected_lengths: Counts
-    margins: npt.NDArray[np.float64]
+    index: RowIndex
     report: IngestReport
     _blocks: list[Any]  # ObjectRefs of tables, or tables
     _block_of: Counts
     _offset: Counts
-    _open: OrderedDict[int, PairBlock] = field(default_factory=OrderedDict, repr=False)
+    _open: OrderedDict[int, RowBlock] = field(default_factory=OrderedDict, repr=False)
 
     @property
-    def num_pairs(self) -> int:
+    def num_rows(self) -> int:
         return len(self._block_of)
 
     @classmethod
-    def from_pairs(cls, pairs: Sequence[TokenizedPair], name: str = "pairs") -> TokenizedSet:
-        """A set of pairs in this process's memory; needs and starts no Ray."""
-        table = table_of_pairs(pairs)
+    def from_rows(cls, rows: Sequence[TokenizedRow], name: str = "rows") -> TokenizedSet:
+        """A set of rows in this process's memory; needs and starts no Ray."""
+        table = table_of_rows(rows)
         return _assemble(name, [table], [index_of(table)])
 
-    def fetch(self, rows: npt.ArrayLike) -> list[TokenizedPair]:
-        """The pairs at these positions (0 .. num_pairs-1), in the order asked."""
+    def fetch(self, rows: npt.ArrayLike) -> list[TokenizedRow]:
+        """The rows at these positions (0 .. num_rows-1), in the order asked."""
         wanted = np.asarray(rows, dtype=np.int64)
         needed = self._block_of[wanted].tolist()
         absent = [block for block in dict.fromkeys(needed) if block not in self._open]
         opened = {block: self._open[block] for block in dict.fromkeys(needed) if block in self._open}
-        opened |= zip(
-            absent, map(PairBlock, _resolve([self._blocks[block] for block in absent])), strict=True
-        )
-        for block, pairs in opened.items():
-            self._open[block] = pairs
+        opened |= zip(absent, map(RowBlock, _resolve([self._blocks[block] for block in absent])), strict=True)
+        for block, content in opened.items():
+            self._open[block] = content
             self._open.move_to_end(block)
         while len(self._open) > _OPEN_BLOCKS:
             self._open.popitem(last=False)
         offsets = self._offset[wanted].tolist()
-        return [opened[block].pair(offset) for block, offset in zip(needed, offsets, strict=True)]
+        return [opened[block].row(offset) for block, offset in zip(needed, offsets, strict=True)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        index = (self.prefix_lengths, self.chosen_lengths, self.rejected_lengths, self.margins)
-        return TokenizedSet, (*index, self.report, self._blocks, self._block_of, self._offset)
+        return TokenizedSet, (self.index, self.report, self._blocks, self._block_of, self._offset)
 
 
 def ensure_ray(address: str | None = None) -> None:
@@ -146,12 +135,12 @@ def ingest(
     max_tasks: int | None = None,
     name: str = "train",
 ) -> TokenizedSet:
-    """All acceptable pairs of a source, tokenized.
+    """All acceptable rows of a source, tokenized.
 
     `source`: a path, glob or directory of jsonl, jsonl.gz, parquet; a hub name; a `datasets.Dataset` or
     `IterableDataset`; a `ray.data.Dataset`; a list of rows; a list of these. `max_rows`: the first rows only.
     `max_tasks`: read and tokenize in so many tasks at once (None: the cluster's CPUs).
-    Refused rows are appended to `quarantine_path`; more than `max_bad_row_fraction` of them (a pair above
+    Refused rows are appended to `quarantine_path`; more than `max_bad_row_fraction` of them (a row above
     `max_length` is filtered, not bad) raise `DataError`, as do a missing, unreadable or empty source and one
     that mixes text forms. A missing chat template is a `ConfigError`.
     """
@@ -185,31 +174,29 @@ def ray_pickle(tokenizer: Any) -> bytes:
 
 
 def _assemble(name: str, blocks: list[Any], indices: list[BlockIndex]) -> TokenizedSet:
-    """The set of all blocks' pairs, ordered by (source, row)."""
+    """The set of all blocks' rows, ordered by (source, row)."""
 
     def joined(field_name: str) -> npt.NDArray[Any]:
         return np.concatenate([getattr(index, field_name) for index in indices])
 
     order = np.lexsort((joined("row"), joined("source")))
-    prefix, chosen, rejected, margin, offset, digest = (
-        joined(field_name)[order]
-        for field_name in ("prefix_length", "chosen_length", "rejected_length", "margin", "offset", "digest")
-    )
+    rows = RowIndex.joined([index.rows for index in indices]).take(order)
     block_of = np.repeat(np.arange(len(blocks), dtype=np.int32), [len(index.row) for index in indices])
+    num_tokens = int(rows.tokens(share=False).sum())
     report = IngestReport(
         name=name,
         num_rows=sum(index.num_rows for index in indices),
-        num_pairs=len(order),
+        num_accepted=len(order),
+        num_completions=len(rows.lengths),
         refused=dict(
             Counter(refusal.reason for index in indices for refusal in index.refusals).most_common()
         ),
         text_form=next((form for index in indices for form in index.forms), "tokenized"),
-        fingerprint=hashlib.sha256(digest.tobytes()).hexdigest(),
-        num_tokens=int(chosen.sum(dtype=np.int64) + rejected.sum(dtype=np.int64)),
-        num_shared_tokens=int(prefix.sum(dtype=np.int64)),
+        fingerprint=hashlib.sha256(joined("digest")[order].tobytes()).hexdigest(),
+        num_tokens=num_tokens,
+        num_shared_tokens=num_tokens - int(rows.tokens(share=True).sum()),
     )
-    places = block_of[order], offset.astype(np.int32)
-    return TokenizedSet(prefix, chosen, rejected, margin, report, blocks, *places)
+    return TokenizedSet(rows, report, blocks, block_of[order], joined("offset")[order].astype(np.int32))
 
 
 def _resolve(blocks: list[Any]) -> list[pa.Table]:

@@ -2,12 +2,15 @@
 
 A `PackedBatch` is a list of segments in depth-first order. A token attends to its segment's ancestors and,
 causally, to its own segment. A preference pair is the three-segment case: the longest common token prefix,
-the chosen tail, the rejected tail. Pure numpy: no torch, no ray. Invariants, each a test:
+the chosen tail, the rejected tail; rows of one prompt grow in one tree. Pure numpy: no torch, no ray.
+Invariants, each a test:
 
 1. Walking a sequence's segments from its root gives exactly its ids, at positions 0, 1, 2, ...
-2. Within a group of sequences no two segments with the same parent begin with the same token.
+2. With sharing, no two segments with the same parent begin with the same token: so each distinct prefix of
+   the batch's sequences stands there once, whichever rows they belong to.
 3. A parent comes before its children; segments tile `[0, num_tokens)` without gap or overlap.
 4. `pooled[n]` is the packed index of sequence n's rightmost token that is not the pad token.
+5. A row's comparisons are those of its ranks, and their weights add up to the row's weight.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from rayrm.data.tokenize import TokenizedPair
+    from rayrm.data.tokenize import TokenizedRow
 
 Ids = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.int64]
@@ -32,8 +35,10 @@ class PackedBatch:
     """T tokens in S segments, N scores and C comparisons between them.
 
     Tokens: `ids`, `positions` `[T]`. Segments: `parent` (-1 for a root), `start`, `length` `[S]`.
-    Scores: `pooled` `[N]`, packed token indices. Comparisons: `better`, `worse` `[C]` index into the scores;
-    `margin`, `weight` `[C]`. `num_unshared_tokens` counts what would be computed without sharing.
+    Scores: `pooled` `[N]`, packed token indices, one for each sequence in the order given (a row's
+    completions, row after row); equal sequences are read at the same token. Comparisons: `better`, `worse`
+    `[C]` index into the scores; `margin`, `weight` `[C]`. `num_unshared_tokens` counts what would be computed
+    without sharing.
     """
 
     ids: Indices
@@ -142,17 +147,52 @@ def build_forest(
     return forest, pooled
 
 
-def _batch(
-    sequences: Sequence[Ids],
-    groups: Sequence[Sequence[int]],
+def pack_rows(
+    rows: Sequence[TokenizedRow],
     pad_token_id: int | None,
     *,
-    better: Sequence[int],
-    worse: Sequence[int],
-    margin: Sequence[float],
-    weight: Sequence[float],
+    share: bool = True,
+    weights: Sequence[float] | None = None,
 ) -> PackedBatch:
-    forest, pooled = build_forest(sequences, groups, pad_token_id)
+    """Lay out rows, all in one forest; a row of weight w (1 unless given) with n comparisons weighs w/n each.
+
+    `share=False` gives every completion its own root segment (padding-free, nothing shared).
+    """
+    sequences = [ids for row in rows for ids in row.sequences]
+    better: list[int] = []
+    worse: list[int] = []
+    margin: list[float] = []
+    weight: list[float] = []
+    first = 0
+    for row, row_weight in zip(rows, weights or [1.0] * len(rows), strict=True):
+        comparisons = row.comparisons
+        better.extend(first + above for above, _ in comparisons)
+        worse.extend(first + below for _, below in comparisons)
+        margin.extend([row.margin] * len(comparisons))
+        weight.extend([row_weight / len(comparisons)] * len(comparisons))
+        first += len(row.lengths)
+    return _batch(sequences, pad_token_id, share, better, worse, margin, weight)
+
+
+def pack_texts(sequences: Sequence[Ids], pad_token_id: int | None, *, share: bool = True) -> PackedBatch:
+    """Lay out texts to be scored: score n belongs to sequence n; there is no comparison."""
+    return _batch(sequences, pad_token_id, share)
+
+
+def _batch(
+    sequences: Sequence[Ids],
+    pad_token_id: int | None,
+    share: bool,
+    better: Sequence[int] = (),
+    worse: Sequence[int] = (),
+    margin: Sequence[float] = (),
+    weight: Sequence[float] = (),
+) -> PackedBatch:
+    # What begins with another token shares nothing.
+    groups: dict[int, list[int]] = {}
+    for n, ids in enumerate(sequences):
+        groups.setdefault(int(ids[0]) if share else n, []).append(n)
+    forest, pooled = build_forest(sequences, list(groups.values()), pad_token_id)
     lengths = [len(part) for part in forest.parts]
     positions = [
         np.arange(first, first + length) for first, length in zip(forest.first_position, lengths, strict=True)
@@ -170,41 +210,6 @@ def _batch(
         weight=np.asarray(weight, np.float32),
         num_unshared_tokens=sum(len(ids) for ids in sequences),
     )
-
-
-def pack_pairs(
-    pairs: Sequence[TokenizedPair],
-    pad_token_id: int | None,
-    *,
-    share: bool = True,
-    weights: Sequence[float] | None = None,
-) -> PackedBatch:
-    """Lay out pairs: score 2i is pair i's chosen side, 2i+1 its rejected side, comparison i sets them apart.
-
-    `share=False` gives every side its own root segment (padding-free, nothing shared).
-    """
-    sequences = [side for pair in pairs for side in (pair.chosen_ids, pair.rejected_ids)]
-    together = [(2 * i, 2 * i + 1) for i in range(len(pairs))]
-    return _batch(
-        sequences,
-        together if share else [(n,) for n in range(len(sequences))],
-        pad_token_id,
-        better=[chosen for chosen, _ in together],
-        worse=[rejected for _, rejected in together],
-        margin=[pair.margin for pair in pairs],
-        weight=[1.0] * len(pairs) if weights is None else weights,
-    )
-
-
-def pack_texts(sequences: Sequence[Ids], pad_token_id: int | None, *, share: bool = True) -> PackedBatch:
-    """Lay out texts to be scored: score n belongs to sequence n; there is no comparison.
-
-    With `share`, texts that begin with the same token share every token they have in common.
-    """
-    groups: dict[int, list[int]] = {}
-    for n, ids in enumerate(sequences):
-        groups.setdefault(int(ids[0]) if share else n, []).append(n)
-    return _batch(sequences, list(groups.values()), pad_token_id, better=(), worse=(), margin=(), weight=())
 
 
 def ancestors_of(parent: Indices, segment: int) -> tuple[int, ...]:

@@ -1,9 +1,11 @@
-"""One row of a preference source -> `PreferencePair`, or a `RowError` with a named reason.
+"""One row of a preference source -> `PreferenceRow`, or a `RowError` with a named reason.
 
-Accepted: implicit or explicit prompt x plain strings or message lists, and rows tokenized beforehand
-(`chosen_ids`, `rejected_ids`); with `margin`, `tools`, `chat_template_kwargs`. Other columns are ignored.
-A field that is None counts as absent, since Arrow fills absent fields with None, inside messages too.
-Pure: no tokenizer, no torch, no ray. Whether a pair fits the model's limits is decided in `tokenize`.
+A pair: implicit or explicit prompt x plain strings or message lists as `chosen` and `rejected`, or whole
+sides tokenized beforehand (`chosen_ids`, `rejected_ids`). A ranking: `completions` (a list of two or more
+strings or message lists), or `completions_ids`, with `ranks`. With `margin`, `tools`, `chat_template_kwargs`;
+other columns are ignored. A field that is None counts as absent, since Arrow fills absent fields with None,
+inside messages too. Pure: no tokenizer, no torch, no ray. Whether a row fits the model's limits is decided in
+`tokenize`; what a text or a message may be, in `messages`.
 """
 
 from __future__ import annotations
@@ -12,18 +14,17 @@ import functools
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from rayrm.data.messages import Text, check_completion, check_one_form, is_list, parse_text, shown
 from rayrm.errors import RowError
 
-Message = dict[str, Any]
-Text = str | list[Message]
 PairForm = Literal["standard", "conversational", "tokenized"]
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_PAIR = ("chosen", "rejected")
 # Arguments of `apply_chat_template` that decide what it returns, not what the template says.
 _NOT_FOR_TEMPLATE = (
     "conversation",
@@ -39,219 +40,155 @@ _NOT_FOR_TEMPLATE = (
 
 
 @dataclass(frozen=True, slots=True)
-class PreferencePair:
-    """Two completions of one prompt, the first preferred.
+class PreferenceRow:
+    """K >= 2 completions of one prompt, ranked: lower is better, equal ranks are not compared.
 
-    `prompt` is None when `chosen` and `rejected` hold the whole dialogue. All texts of a pair are of one
-    form. A pair tokenized beforehand has `chosen_ids` and `rejected_ids` (whole sides) and no text.
+    A pair is K = 2 with ranks (0, 1). `prompt` is None when the completions hold the whole dialogue. All
+    texts of a row are of one form. A row tokenized beforehand has `ids`, whole sequences, and no text.
+    `names` are what the source calls the completions. `margin` is that of each comparison.
     """
 
-    chosen: Text | None
-    rejected: Text | None
+    completions: tuple[Text, ...]
+    ranks: tuple[int, ...] = (0, 1)
     prompt: Text | None = None
     margin: float = 0.0
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    chosen_ids: list[int] | None = None
-    rejected_ids: list[int] | None = None
+    ids: tuple[list[int], ...] | None = None
+    names: tuple[str, ...] = _PAIR
 
 
-def form_of(pair: PreferencePair) -> PairForm:
-    """Whether the pair is plain text, messages, or token ids."""
-    if pair.chosen_ids is not None:
+def form_of(row: PreferenceRow) -> PairForm:
+    """Whether the row is plain text, messages, or token ids."""
+    if row.ids is not None:
         return "tokenized"
-    return "standard" if isinstance(pair.chosen, str) else "conversational"
+    return "standard" if isinstance(row.completions[0], str) else "conversational"
 
 
-def parse_row(row: Mapping[str, Any]) -> PreferencePair:
-    """The pair that a row holds.
+def parse_row(row: Mapping[str, Any]) -> PreferenceRow:
+    """The preference that a row holds.
 
-    Raises `RowError` whose `reason` is one of: not-an-object, missing-chosen, missing-rejected, wrong-type,
-    mixed-forms, empty-completion, bad-roles, bad-margin, bad-tools, bad-template-kwargs, not-utf8.
+    Raises `RowError` whose `reason` is one of: not-an-object, missing-chosen, missing-rejected,
+    missing-completions, missing-ranks, wrong-type, mixed-forms, empty-completion, too-few-completions,
+    bad-ranks, all-tied, bad-roles, bad-margin, bad-tools, bad-template-kwargs, not-utf8.
     """
     if not isinstance(row, Mapping):
         raise RowError(
             "not-an-object",
-            f"the row ({_short(row)}) is not an object; write {{'prompt': .., 'chosen': .., 'rejected': ..}}",
+            f"the row ({shown(row)}) is not an object; write {{'prompt': .., 'chosen': .., 'rejected': ..}}",
         )
     margin = _margin(row.get("margin"))
-    ids = _ids_of(row)
-    if ids is not None:
-        return PreferencePair(None, None, margin=margin, chosen_ids=ids[0], rejected_ids=ids[1])
-    for side in ("chosen", "rejected"):
-        if row.get(side) is None:
-            raise RowError(
-                f"missing-{side}",
-                f"`{side}` is missing (the row has {sorted(map(str, row))}); a pair needs `chosen` and "
-                f"`rejected` as text or message lists, or `chosen_ids` and `rejected_ids`; rename or add it",
-            )
-    prompt = None if row.get("prompt") is None else _text("prompt", row["prompt"])
-    chosen, rejected = _text("chosen", row["chosen"]), _text("rejected", row["rejected"])
-    _check_one_form(prompt, chosen, rejected)
-    for side, completion in (("chosen", chosen), ("rejected", rejected)):
-        _check_completion(side, completion, explicit_prompt=bool(prompt))
-    return PreferencePair(
-        chosen,
-        rejected,
+    names, ranks, values, tokenized = _ranking_of(row) or _pair_of(row)
+    if tokenized:
+        ids = tuple(_ids(name, value) for name, value in zip(names, values, strict=True))
+        return PreferenceRow((), ranks, margin=margin, ids=ids, names=names)
+    prompt = None if row.get("prompt") is None else parse_text("prompt", row["prompt"])
+    completions = tuple(parse_text(name, value) for name, value in zip(names, values, strict=True))
+    check_one_form({"prompt": prompt, **dict(zip(names, completions, strict=True))})
+    for name, completion in zip(names, completions, strict=True):
+        check_completion(name, completion, explicit_prompt=bool(prompt))
+    return PreferenceRow(
+        completions,
+        ranks,
         prompt,
         margin,
         _tools(row.get("tools")),
         _template_kwargs(row.get("chat_template_kwargs")),
+        names=names,
     )
 
 
-def check_text(name: str, text: str) -> str:
-    """`text` itself; `RowError` (not-utf8) if it holds lone surrogates, which no tokenizer accepts."""
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError(
-                "not-utf8",
-                f"`{name}` holds {text[error.start]!r} at character {error.start}, half of a surrogate pair, "
-                "which UTF-8 cannot express; write the whole character, or remove the escape",
-            ) from None
-    return text
+# The completions' names, their ranks, their values, and whether these are token ids.
+_Given = tuple[tuple[str, ...], tuple[int, ...], list[Any], bool]
 
 
-def check_messages(name: str, value: Sequence[Any]) -> list[Message]:
-    """Messages with known roles and contents, without the None fields that Arrow adds; else `RowError`."""
-    return [_message(f"{name}[{index}]", message) for index, message in enumerate(value)]
-
-
-def _text(name: str, value: Any) -> Text:
-    if isinstance(value, str):
-        return check_text(name, value)
-    if _is_list(value):
-        return check_messages(name, list(value))
-    raise RowError(
-        "wrong-type",
-        f"`{name}` ({_short(value)}) is {type(value).__name__}; it must be a string or a list of messages "
-        "[{'role': ..., 'content': ...}]; convert the column",
-    )
-
-
-def _message(name: str, value: Any) -> Message:
-    if not isinstance(value, Mapping):
-        raise RowError(
-            "wrong-type",
-            f"`{name}` ({_short(value)}) is {type(value).__name__}; a message is an object "
-            "{'role': ..., 'content': ...}; convert the column",
-        )
-    role, content = value.get("role"), value.get("content")
-    if role not in ROLES:
-        raise RowError(
-            "bad-roles",
-            f"`{name}.role` ({_short(role)}) is not one of {', '.join(ROLES)}; "
-            + ("add the role" if role is None else "rename it")
-            + (" (ShareGPT: `from` -> `role`, `value` -> `content`)" if "from" in value else ""),
-        )
-    if content is None and not value.get("tool_calls"):
-        raise RowError(
-            "bad-roles",
-            f"`{name}` ({_short(dict(value))}) has neither `content` nor `tool_calls`; add its `content`",
-        )
-    # A tool call without content has content None, as Arrow makes it: a row is the same from any source.
-    message = {key: entry for key, entry in value.items() if entry is not None}
-    return {**message, "content": None if content is None else _content(f"{name}.content", content)}
-
-
-def _content(name: str, content: Any) -> str | list[dict[str, Any]]:
-    if isinstance(content, str):
-        return check_text(name, content)
-    if not _is_list(content):
-        raise RowError(
-            "wrong-type",
-            f"`{name}` ({_short(content)}) is {type(content).__name__}; it must be a string, or a list of "
-            "{'type': 'text', 'text': ...}; convert it",
-        )
-    parts = []
-    for index, part in enumerate(content):
-        if (
-            not isinstance(part, Mapping)
-            or part.get("type") != "text"
-            or not isinstance(part.get("text"), str)
-        ):
-            raise RowError(
-                "wrong-type",
-                f"`{name}[{index}]` ({_short(part)}) is not {{'type': 'text', 'text': ...}}; only text can "
-                "be scored; remove the part or the row",
-            )
-        check_text(f"{name}[{index}].text", part["text"])
-        parts.append({key: entry for key, entry in part.items() if entry is not None})
-    return parts
-
-
-def _check_one_form(prompt: Text | None, chosen: Text, rejected: Text) -> None:
-    texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    forms = {name: _form_word(text) for name, text in texts.items() if text is not None}
-    if len(set(forms.values())) > 1:
-        said = ", ".join(f"`{name}` is {word}" for name, word in forms.items())
-        raise RowError(
-            "mixed-forms",
-            f"{said}; a row is all strings or all message lists; write the strings as messages "
-            "[{'role': 'user' or 'assistant', 'content': ...}]",
-        )
-
-
-def _check_completion(side: str, completion: Text, *, explicit_prompt: bool) -> None:
-    if isinstance(completion, str):
-        if not completion.strip():
-            raise RowError(
-                "empty-completion",
-                f"`{side}` ({completion!r}) is empty; a completion needs text; drop the row",
-            )
-        return
-    if not completion:
-        raise RowError(
-            "empty-completion", f"`{side}` ([]) has no message; add the assistant's; or drop the row"
-        )
-    first, last = completion[0]["role"], completion[-1]["role"]
-    if last != "assistant":
-        raise RowError(
-            "bad-roles",
-            f"`{side}` ends with a message of role {last!r}; the last message is what is judged and must be "
-            "the assistant's; cut the dialogue there or drop the row",
-        )
-    if explicit_prompt and first != "assistant":
-        raise RowError(
-            "bad-roles",
-            f"`{side}` starts with a message of role {first!r}; with a `prompt`, a completion starts with "
-            "the assistant's message; move what comes before it to `prompt`",
-        )
-    if not completion[-1].get("tool_calls") and not _content_text(completion[-1]["content"]).strip():
-        raise RowError(
-            "empty-completion",
-            f"`{side}[{len(completion) - 1}].content` is empty; the judged message needs text or "
-            "`tool_calls`; drop the row",
-        )
-
-
-def _content_text(content: Any) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _ids_of(row: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
+def _pair_of(row: Mapping[str, Any]) -> _Given:
     for chosen, rejected in (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids")):
         present = [name for name in (chosen, rejected) if row.get(name) is not None]
         if len(present) == 2:
             if chosen == "chosen_input_ids":
                 _warn_legacy_columns()
-            return _ids(chosen, row[chosen]), _ids(rejected, row[rejected])
+            return (chosen, rejected), (0, 1), [row[chosen], row[rejected]], True
         if present and row.get("chosen") is None and row.get("rejected") is None:
             absent = rejected if present == [chosen] else chosen
             raise RowError(
                 f"missing-{absent.partition('_')[0]}",
                 f"`{absent}` is missing beside `{present[0]}`; a tokenized pair needs both; add it",
             )
-    return None
+    for side in _PAIR:
+        if row.get(side) is None:
+            raise RowError(
+                f"missing-{side}",
+                f"`{side}` is missing (the row has {sorted(map(str, row))}); a row needs `chosen` and "
+                "`rejected` as text or message lists, or `chosen_ids` and `rejected_ids`, or `completions` "
+                "and `ranks`; rename or add it",
+            )
+    return _PAIR, (0, 1), [row[side] for side in _PAIR], False
+
+
+def _ranking_of(row: Mapping[str, Any]) -> _Given | None:
+    """What a row gives as completions with ranks; None for a row that is a pair, or nothing."""
+    column = "completions_ids" if row.get("completions_ids") is not None else "completions"
+    has = {name for name in (column, "ranks") if row.get(name) is not None}
+    sides = [name for name in (*_PAIR, "chosen_ids", "rejected_ids") if row.get(name) is not None]
+    if not has or (sides and len(has) < 2):
+        return None
+    if sides:
+        raise RowError(
+            "mixed-forms",
+            f"the row has `{sides[0]}` and also `{column}` with `ranks`; a row is a pair or a ranking; "
+            "remove the columns of one",
+        )
+    if absent := {column, "ranks"} - has:
+        name = absent.pop()
+        raise RowError(
+            f"missing-{name}",
+            f"`{name}` is missing beside `{has.pop()}`; a ranking needs a list of completions and a rank for "
+            "each (lower is better); add it",
+        )
+    completions = row[column]
+    if not is_list(completions):
+        raise RowError(
+            "wrong-type",
+            f"`{column}` ({shown(completions)}) is {type(completions).__name__}; it must be a list of two or "
+            "more; convert the column",
+        )
+    if len(completions) < 2:
+        raise RowError(
+            "too-few-completions",
+            f"`{column}` has {len(completions)}; a comparison needs two; drop the row",
+        )
+    names = tuple(f"{column}[{place}]" for place in range(len(completions)))
+    return names, _ranks(row["ranks"], len(completions)), list(completions), column == "completions_ids"
+
+
+def _ranks(value: Any, count: int) -> tuple[int, ...]:
+    """The ranks as 0, 1, 2, ... without gaps, ties kept."""
+    numbers = list(value) if is_list(value) else None
+    if numbers is None or len(numbers) != count:
+        raise RowError(
+            "bad-ranks",
+            f"`ranks` ({shown(value)}) must be a list of {count} numbers, one a completion; correct it",
+        )
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+            raise RowError(
+                "bad-ranks",
+                f"`ranks` holds {shown(number)}; a rank is a finite number, lower is better; correct it",
+            )
+    distinct = sorted(set(numbers))
+    if len(distinct) == 1:
+        raise RowError(
+            "all-tied", f"`ranks` ({shown(value)}) are all equal, so nothing is compared; drop the row"
+        )
+    return tuple(distinct.index(number) for number in numbers)
 
 
 def _ids(name: str, value: Any) -> list[int]:
-    if not _is_list(value) or any(isinstance(i, bool) or not isinstance(i, Integral) or i < 0 for i in value):
+    if not is_list(value) or any(isinstance(i, bool) or not isinstance(i, Integral) or i < 0 for i in value):
         raise RowError(
             "wrong-type",
-            f"`{name}` ({_short(value)}) must be a list of token ids, integers from 0; convert the column",
+            f"`{name}` ({shown(value)}) must be a list of token ids, integers from 0; convert the column",
         )
     if not len(value):
         raise RowError(
@@ -276,7 +213,7 @@ def _margin(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise RowError(
             "bad-margin",
-            f"`margin` ({_short(value)}) must be a finite number; correct it, or remove it for no margin",
+            f"`margin` ({shown(value)}) must be a finite number; correct it, or remove it for no margin",
         )
     return float(value)
 
@@ -288,14 +225,14 @@ def _tools(value: Any) -> list[Any] | None:
             tools = json.loads(value)
         except ValueError as error:
             raise RowError(
-                "bad-tools", f"`tools` ({_short(value)}) is not JSON: {error}; correct it"
+                "bad-tools", f"`tools` ({shown(value)}) is not JSON: {error}; correct it"
             ) from None
     if tools is None:
         return None
-    if not _is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):
+    if not is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError(
             "bad-tools",
-            f"`tools` ({_short(value)}) must be a list of tool schemas (objects), or that list as a JSON "
+            f"`tools` ({shown(value)}) must be a list of tool schemas (objects), or that list as a JSON "
             "string; wrap a single tool in a list",
         )
     return list(tools)
@@ -307,30 +244,14 @@ def _template_kwargs(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise RowError(
             "bad-template-kwargs",
-            f"`chat_template_kwargs` ({_short(value)}) must be an object of template variables, such as "
+            f"`chat_template_kwargs` ({shown(value)}) must be an object of template variables, such as "
             "{'enable_thinking': false}; convert the column",
         )
     reserved = sorted(set(value) & set(_NOT_FOR_TEMPLATE))
     if reserved:
         raise RowError(
             "bad-template-kwargs",
-            f"`chat_template_kwargs.{reserved[0]}` ({_short(value[reserved[0]])}) is no template variable: "
+            f"`chat_template_kwargs.{reserved[0]}` ({shown(value[reserved[0]])}) is no template variable: "
             "it would change how the text becomes ids; remove it",
         )
     return {str(key): entry for key, entry in value.items() if entry is not None}
-
-
-def _is_list(value: Any) -> bool:
-    """Lists, tuples and the arrays that Arrow and numpy hand out; not strings, bytes or objects."""
-    if isinstance(value, (str, bytes, bytearray, Mapping)):
-        return False
-    return isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
-
-
-def _form_word(text: Text) -> str:
-    return "a string" if isinstance(text, str) else "a message list"
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    shown = repr(value[:limit] if isinstance(value, str) else value)
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -1,6 +1,6 @@
 """Refused rows: kept in a file, counted by reason, and the decision whether they are too many.
 
-A pair above `max_length` is filtered, as TRL does, and is not held against the source; every other reason
+A row above `max_length` is filtered, as TRL does, and is not held against the source; every other reason
 counts as a bad row. Pure: no ray.
 """
 
@@ -43,12 +43,12 @@ def check_refusals(
     max_bad_row_fraction: float,
     quarantine_path: str | Path | None,
 ) -> None:
-    """Raises `DataError`, with the most common reasons and a row of each, if no pair or too few are left."""
+    """Raises `DataError`, with the most common reasons and a row of each, if no row or too few are left."""
     if num_rows == 0:
         raise DataError(f"{name} has no rows; give a source that has some")
     bad = sum(refusal.reason not in FILTERED for refusal in refusals)
     if len(refusals) == num_rows:
-        verdict = f"all {num_rows:,} rows of {name} were refused; no pair is left to use"
+        verdict = f"all {num_rows:,} rows of {name} were refused; no row is left to use"
     elif bad > max_bad_row_fraction * num_rows:
         verdict = (
             f"{bad:,} of {num_rows:,} rows of {name} ({bad / num_rows:.1%}) were refused, above "
@@ -65,7 +65,7 @@ def check_refusals(
 
 
 def one_line(name: str, num_rows: int, refusals: Sequence[Refusal]) -> str:
-    """The counts as people read them: rows, pairs, refusals by reason."""
+    """The counts as people read them: rows read, rows kept, refusals by reason."""
     counts = Counter(refusal.reason for refusal in refusals).most_common()
     refused = ", ".join(f"{reason} {count:,}" for reason, count in counts) or "none"
-    return f"{name}: {num_rows:,} rows, {num_rows - len(refusals):,} pairs; refused: {refused}"
+    return f"{name}: {num_rows:,} rows, {num_rows - len(refusals):,} kept; refused: {refused}"

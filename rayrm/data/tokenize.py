@@ -3,8 +3,8 @@
 Conversational text goes through the chat template, without generation prompt, and gets no token added.
 Standard text gets EOS where the completion lacks it, and the tokenizer's own special tokens around it; a
 BOS that the text already begins with is not put there twice. Rendered text (a prompt already templated by
-the caller) takes no template. `tokenize_pairs` encodes both sides of a pair and cuts them at their longest
-common token prefix. Texts are tokenized in one call per batch: pass hundreds, not one.
+the caller) takes no template. `tokenize_rows` encodes all completions of a row and cuts them at their
+longest common token prefix. Texts are tokenized in one call per batch: pass hundreds, not one.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from jinja2 import TemplateError
 
-from rayrm.data.preference import PreferencePair, Text, check_messages, check_text, form_of
+from rayrm.data.messages import Text, check_messages, check_text
+from rayrm.data.packing import Ids, common_prefix_length
+from rayrm.data.preference import PreferenceRow, form_of
 from rayrm.errors import ConfigError, RowError, ScoreError
 
 TextForm = Literal["standard", "conversational"]
-Ids = npt.NDArray[np.int32]
 # What a chat template can raise on messages it was not written for: jinja's own errors, and Python's from
 # the expressions inside the template.
 _TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -45,28 +46,48 @@ class TextInput:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedPair:
-    """A pair cut at the longest common token prefix of its sides.
+class TokenizedRow:
+    """K >= 2 completions of one prompt, ranked, cut at the longest token prefix that all of them share.
 
-    `ids` is int32 `[prefix_length + chosen tail + rejected tail]`; the lengths of the sides include the
-    prefix. A tail may be empty, never both.
+    `ids` is int32 `[prefix_length + the K tails]`, the tails in the row's own order; `lengths` are whole, the
+    prefix included. A tail may be empty. `ranks`: lower is better, equal ones are not compared. `margin` is
+    that of each comparison. A pair is K = 2 with ranks (0, 1): chosen, rejected.
     """
 
     ids: Ids
     prefix_length: int
-    chosen_length: int
-    rejected_length: int
+    lengths: tuple[int, ...]
+    ranks: tuple[int, ...]
     margin: float
 
-    @property
-    def chosen_ids(self) -> Ids:
-        """The whole chosen side, int32 `[chosen_length]` (a view)."""
-        return self.ids[: self.chosen_length]
+    @classmethod
+    def of(cls, sequences: Sequence[Ids], ranks: Sequence[int], margin: float = 0.0) -> TokenizedRow:
+        """The row of these whole sequences, int32 `[length]` each, not empty."""
+        assert len(sequences) == len(ranks) >= 2
+        prefix = common_prefix_length(sequences)
+        ids = np.concatenate([sequences[0], *(ids[prefix:] for ids in sequences[1:])])
+        return cls(ids, prefix, tuple(len(ids) for ids in sequences), tuple(ranks), margin)
+
+    @classmethod
+    def pair(cls, chosen_ids: Ids, rejected_ids: Ids, margin: float = 0.0) -> TokenizedRow:
+        """A preference pair, from its whole sides."""
+        return cls.of([chosen_ids, rejected_ids], (0, 1), margin)
 
     @property
-    def rejected_ids(self) -> Ids:
-        """The whole rejected side, int32 `[rejected_length]` (a copy)."""
-        return np.concatenate([self.ids[: self.prefix_length], self.ids[self.chosen_length :]])
+    def sequences(self) -> list[Ids]:
+        """The K whole sequences, prompt and completion, int32 `[length]` (the first is a view)."""
+        whole, begin = [self.ids[: self.lengths[0]]], self.lengths[0]
+        for length in self.lengths[1:]:
+            end = begin + length - self.prefix_length
+            whole.append(np.concatenate([self.ids[: self.prefix_length], self.ids[begin:end]]))
+            begin = end
+        return whole
+
+    @property
+    def comparisons(self) -> list[tuple[int, int]]:
+        """Which completion is better than which, as (better, worse) places in the row; a tie is none."""
+        places = range(len(self.ranks))
+        return [(i, j) for i in places for j in places if self.ranks[i] < self.ranks[j]]
 
 
 def encode(tokenizer: Any, text_form: TextForm, inputs: Sequence[TextInput]) -> list[Ids]:
@@ -97,24 +118,25 @@ def encode(tokenizer: Any, text_form: TextForm, inputs: Sequence[TextInput]) -> 
     return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
 
-def tokenize_pairs(
-    tokenizer: Any, pairs: Sequence[PreferencePair], max_length: int | None
-) -> list[TokenizedPair | RowError]:
-    """Each pair tokenized, or the reason why not, in its place.
+def tokenize_rows(
+    tokenizer: Any, rows: Sequence[PreferenceRow], max_length: int | None
+) -> list[TokenizedRow | RowError]:
+    """Each row tokenized, or the reason why not, in its place.
 
-    Reasons: too-long (a side exceeds `max_length` tokens), identical (the sides are the same ids),
-    bad-ids (a given id outside the vocabulary), template-refused.
+    Reasons: too-long (a completion with its prompt exceeds `max_length` tokens: the whole row is left out),
+    identical (completions of different ranks are the same ids), bad-ids (a given id outside the vocabulary),
+    template-refused.
     """
-    sides: list[tuple[Ids, Ids] | RowError | None] = [None] * len(pairs)
+    encoded: list[list[Ids] | RowError | None] = [None] * len(rows)
     for form in ("standard", "conversational"):
-        places = [index for index, pair in enumerate(pairs) if form_of(pair) == form]
-        found = _encode_sides(tokenizer, form, [pairs[index] for index in places])
-        for index, side in zip(places, found, strict=True):
-            sides[index] = side
+        places = [index for index, row in enumerate(rows) if form_of(row) == form]
+        found = _encode_rows(tokenizer, form, [rows[index] for index in places])
+        for index, sequences in zip(places, found, strict=True):
+            encoded[index] = sequences
     vocabulary_size = len(tokenizer)
     return [
-        _cut(_given_ids(pair, vocabulary_size) if side is None else side, pair.margin, max_length)
-        for pair, side in zip(pairs, sides, strict=True)
+        _cut(row, _given_ids(row, vocabulary_size) if sequences is None else sequences, max_length)
+        for row, sequences in zip(rows, encoded, strict=True)
     ]
 
 
@@ -242,64 +264,57 @@ def _open_once(text: str, opening: str | None, *, in_text: bool) -> str:
     return opening + bare if in_text else bare
 
 
-def _encode_sides(
-    tokenizer: Any, form: TextForm, pairs: Sequence[PreferencePair]
-) -> list[tuple[Ids, Ids] | RowError]:
-    """Both sides of every pair; a batch that holds a refused pair is halved until that pair stands alone."""
-    if not pairs:
-        return []
+def _encode_rows(tokenizer: Any, form: TextForm, rows: Sequence[PreferenceRow]) -> list[list[Ids] | RowError]:
+    """All completions of every row; a batch that holds a refused row is halved until it stands alone."""
+    inputs = [
+        TextInput(row.prompt, completion, row.tools, row.chat_template_kwargs)
+        for row in rows
+        for completion in row.completions
+    ]
     try:
-        chosen = encode(tokenizer, form, [_side(pair, pair.chosen) for pair in pairs])
-        rejected = encode(tokenizer, form, [_side(pair, pair.rejected) for pair in pairs])
+        encoded = iter(encode(tokenizer, form, inputs))
     except ScoreError as error:
-        if len(pairs) == 1:
+        if len(rows) == 1:
             return [RowError("template-refused", str(error))]
-        half = len(pairs) // 2
-        return _encode_sides(tokenizer, form, pairs[:half]) + _encode_sides(tokenizer, form, pairs[half:])
-    return list(zip(chosen, rejected, strict=True))
+        half = len(rows) // 2
+        return _encode_rows(tokenizer, form, rows[:half]) + _encode_rows(tokenizer, form, rows[half:])
+    return [list(islice(encoded, len(row.completions))) for row in rows]
 
 
-def _side(pair: PreferencePair, completion: Text | None) -> TextInput:
-    assert completion is not None
-    return TextInput(pair.prompt, completion, pair.tools, pair.chat_template_kwargs)
-
-
-def _given_ids(pair: PreferencePair, vocabulary_size: int) -> tuple[Ids, Ids] | RowError:
-    assert pair.chosen_ids is not None
-    assert pair.rejected_ids is not None
-    for name, ids in (("chosen_ids", pair.chosen_ids), ("rejected_ids", pair.rejected_ids)):
+def _given_ids(row: PreferenceRow, vocabulary_size: int) -> list[Ids] | RowError:
+    assert row.ids is not None
+    for name, ids in zip(row.names, row.ids, strict=True):
         if max(ids) >= vocabulary_size:
             return RowError(
                 "bad-ids",
                 f"`{name}` holds id {max(ids)}, the vocabulary has {vocabulary_size}; tokenize the rows with "
                 "this model's tokenizer",
             )
-    return np.asarray(pair.chosen_ids, dtype=np.int32), np.asarray(pair.rejected_ids, dtype=np.int32)
+    return [np.asarray(ids, dtype=np.int32) for ids in row.ids]
 
 
 def _cut(
-    sides: tuple[Ids, Ids] | RowError, margin: float, max_length: int | None
-) -> TokenizedPair | RowError:
-    if isinstance(sides, RowError):
-        return sides
-    chosen, rejected = sides
-    longest = max(len(chosen), len(rejected))
-    if max_length is not None and longest > max_length:
+    row: PreferenceRow, sequences: list[Ids] | RowError, max_length: int | None
+) -> TokenizedRow | RowError:
+    if isinstance(sequences, RowError):
+        return sequences
+    lengths = [len(ids) for ids in sequences]
+    if max_length is not None and max(lengths) > max_length:
         return RowError(
             "too-long",
-            f"the {'chosen' if longest == len(chosen) else 'rejected'} side has {longest} tokens, "
-            f"`max_length` allows {max_length}; raise `max_length` to keep the pair",
+            f"`{row.names[lengths.index(max(lengths))]}` has {max(lengths)} tokens with its prompt, "
+            f"`max_length` allows {max_length}; raise `max_length` to keep the row",
         )
-    shortest = min(len(chosen), len(rejected))
-    differ = np.flatnonzero(chosen[:shortest] != rejected[:shortest])
-    prefix = int(differ[0]) if len(differ) else shortest
-    if prefix == longest:
-        return RowError(
-            "identical",
-            f"`chosen` and `rejected` are the same {longest} tokens; a pair must differ; drop the row",
-        )
-    ids = np.concatenate([chosen, rejected[prefix:]])
-    return TokenizedPair(ids, prefix, len(chosen), len(rejected), margin)
+    seen: dict[bytes, int] = {}
+    for place, ids in enumerate(sequences):
+        first = seen.setdefault(ids.tobytes(), place)
+        if row.ranks[first] != row.ranks[place]:
+            return RowError(
+                "identical",
+                f"`{row.names[first]}` and `{row.names[place]}` are the same {len(ids)} tokens, yet one is "
+                "preferred; what is compared must differ; drop the row",
+            )
+    return TokenizedRow.of(sequences, row.ranks, row.margin)
 
 
 def _take_template(tokenizer: Any, path: Path, *, keep_eos: bool) -> None:

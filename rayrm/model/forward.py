@@ -6,19 +6,32 @@ same scores; the head's product is in float32 whatever the autocast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from rayrm.data.packing import PackedBatch
-from rayrm.model.attention import Forest, enable_forest_attention, forest_of, restore_attention
+from rayrm.model.attention import (
+    Attention,
+    AttentionPath,
+    Dense,
+    attention_of,
+    dense_mask,
+    enable_forest_attention,
+    restore_attention,
+)
+from rayrm.model.last_layer import PooledAttention, pool_last_layer
 from rayrm.model.layout import Layout, unwrapped
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceBatch:
-    """A `PackedBatch` as tensors. `ids`, `positions` `[1, T]`; `pooled` `[N]`; comparisons `[C]`."""
+    """A `PackedBatch` as tensors. `ids`, `positions` `[1, T]`; `pooled` `[N]`; comparisons `[C]`.
+
+    `attention` is None for the padded layout, which splits `ids` into rows by `segment_lengths`.
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -27,24 +40,31 @@ class DeviceBatch:
     worse: torch.Tensor
     margin: torch.Tensor
     weight: torch.Tensor
-    forest: Forest
+    segment_lengths: list[int]
+    attention: Attention | None
 
 
-def to_device(batch: PackedBatch, device: torch.device, *, dense: bool = False) -> DeviceBatch:
-    """Move a batch to `device`; `dense=True` attends by the T x T definition: the reference in tests."""
+def to_device(batch: PackedBatch, device: torch.device, path: AttentionPath | None) -> DeviceBatch:
+    """Move a batch to `device` and plan its attention on a path (None: the padded layout has no plan)."""
 
     def tensor(array: object) -> torch.Tensor:
         return torch.as_tensor(array).to(device, non_blocking=True)
 
+    pooled = tensor(batch.pooled)
+    attention: Attention | None = None
+    if path is not None:
+        at_pooled = Dense(tensor(dense_mask(batch, batch.pooled)))
+        attention = PooledAttention(attention_of(batch, path, device), pooled, at_pooled)
     return DeviceBatch(
         ids=tensor(batch.ids)[None],
         positions=tensor(batch.positions)[None],
-        pooled=tensor(batch.pooled),
+        pooled=pooled,
         better=tensor(batch.better),
         worse=tensor(batch.worse),
         margin=tensor(batch.margin),
         weight=tensor(batch.weight),
-        forest=forest_of(batch, dense=dense).to(device),
+        segment_lengths=batch.length.tolist(),
+        attention=attention,
     )
 
 
@@ -52,23 +72,37 @@ class PackedScorer(torch.nn.Module):
     """A sequence-classification model with one label that takes packed batches.
 
     `model` is a transformers model or a PEFT wrapper around one. While it is wrapped its attention
-    implementation is ours; `release()` gives it back as it was.
+    implementation is ours; `release()` gives it back as it was. `path` computes the attention of packed
+    batches (None with the padded layout). `pooled_last_layer=False` computes the last layer for every token.
     """
 
     def __init__(
-        self, model: torch.nn.Module, layout: Layout, *, pad_to_multiple_of: int | None = None
+        self,
+        model: torch.nn.Module,
+        layout: Layout,
+        *,
+        path: AttentionPath = "loop",
+        pooled_last_layer: bool = True,
+        pad_to_multiple_of: int | None = None,
     ) -> None:
         super().__init__()
         self._multiple = pad_to_multiple_of or 1
         self.model = model
         self.layout = layout
+        self.path: AttentionPath | None = None if layout.name == "padded" else path
         self._before = "sdpa"
-        if layout.name != "padded":
+        self._unpool: Callable[[], None] | None = None
+        if self.path is not None:
             self._before = enable_forest_attention(unwrapped(model))
+            if pooled_last_layer:
+                self._unpool = pool_last_layer(unwrapped(model).base_model)
 
     def release(self) -> torch.nn.Module:
         """The model, with the attention implementation it had."""
         restore_attention(unwrapped(self.model), self._before)
+        if self._unpool is not None:
+            self._unpool()
+            self._unpool = None
         return self.model
 
     def forward(self, batch: DeviceBatch) -> torch.Tensor:
@@ -83,22 +117,24 @@ class PackedScorer(torch.nn.Module):
             attention_mask=stand_in,
             position_ids=batch.positions,
             use_cache=False,
-            forest=batch.forest,
-        ).last_hidden_state
+            forest=batch.attention,
+        ).last_hidden_state[0]
+        if self._unpool is None:
+            hidden = hidden[batch.pooled]
         with torch.autocast(hidden.device.type, enabled=False):
-            scores: torch.Tensor = inner.score(hidden[0, batch.pooled].to(inner.score.weight.dtype))
+            scores: torch.Tensor = inner.score(hidden.to(inner.score.weight.dtype))
         return scores[:, 0].float()
 
     def _forward_padded(self, batch: DeviceBatch) -> torch.Tensor:
         """Right-padded rows through the model's own forward, which pools by its own rule."""
         config = unwrapped(self.model).config.get_text_config()
-        rows = torch.split(batch.ids[0], batch.forest.segment_lengths)
+        rows = torch.split(batch.ids[0], batch.segment_lengths)
         assert len(rows) == len(batch.pooled), "the padded layout takes batches packed without sharing"
         # Without a pad id transformers takes one row at a time, and that row needs no padding.
         pad = 0 if config.pad_token_id is None else config.pad_token_id
         ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad)
         ids = F.pad(ids, (0, -ids.shape[1] % self._multiple), value=pad)
-        lengths = torch.tensor(batch.forest.segment_lengths, device=ids.device)
+        lengths = torch.tensor(batch.segment_lengths, device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         scores: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).logits
         return scores[:, 0].float()

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from rayrm.data.preference import Text
+from rayrm.data.messages import Text
 from rayrm.errors import ConfigError, MissingExtraError, RayrmError
 
 Reward = Callable[..., list[float]]

@@ -25,7 +25,7 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from rayrm.data.preference import Text
+from rayrm.data.messages import Text
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import RayrmError, RewardUnavailableError
 from rayrm.serve.request import Truncation, check_truncation, row_inputs, text_inputs

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from rayrm.data.preference import Text
+from rayrm.data.messages import Text
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import ScoreError
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayrm.data.messages import Text
 from rayrm.data.packing import Ids, pack_texts
-from rayrm.data.preference import Text
 from rayrm.data.tokenize import TextForm, TextInput, encode
 from rayrm.errors import ScoreError
 from rayrm.model.forward import PackedScorer, to_device
@@ -135,7 +135,9 @@ class RewardModel:
         """One forward pass over `sequences` as one batch; scores as the model gives them, NaN included."""
         batch = pack_texts(sequences, self._pad_token_id, share=self.layout == "shared")
         with torch.inference_mode():
-            scores: list[float] = self._scorer(to_device(batch, self._device)).cpu().tolist()
+            scores: list[float] = (
+                self._scorer(to_device(batch, self._device, self._scorer.path)).cpu().tolist()
+            )
         return scores
 
     def _named(self, inputs: Sequence[TextInput], error: ScoreError) -> ScoreError:

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from rayrm.model.forward import DeviceBatch, PackedScorer
+from rayrm.model.layout import unwrapped
 from rayrm.train.precision import Precision, in_precision
+from rayrm.train.row_gradient import RowGradient
 
 _BUCKET_ELEMENTS = 16_000_000
 
@@ -83,7 +85,9 @@ class TorchEngine:
         self._precision = precision
         self.scales_loss = precision == "fp16"
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self._trainable = [p for p in module.parameters() if p.requires_grad]
+        self._embedding = RowGradient.of(unwrapped(module.model), device)
+        apart = None if self._embedding is None else self._embedding.weight
+        self._dense = [p for p in module.parameters() if p.requires_grad and p is not apart]
 
     def train(self, mode: bool) -> None:
         self.module.train(mode)
@@ -95,17 +99,35 @@ class TorchEngine:
         torch.autograd.backward(self._scaler.scale(loss))
 
     def step(self) -> torch.Tensor:
-        if self.world_size > 1:
-            _average_gradients(self._trainable, self.world_size)
+        gradients = self._gradients()
         self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(gradients)
         if self._max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self._trainable, self._max_grad_norm, norm)
+            # As torch.nn.utils.clip_grads_with_norm_, which takes parameters.
+            torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        if self._embedding is not None:
+            self._embedding.give(gradients[-1])
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._scheduler.step()
+        if self._embedding is not None:
+            self._embedding.clear()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """This step's gradients, averaged over ranks; the embedding's touched rows come last."""
+        if self.world_size > 1:
+            for parameter in self._dense:
+                # A rank without a gradient takes part with zeros.
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in self._dense if p.grad is not None]
+        if self._embedding is not None:
+            gradients.append(self._embedding.take(self.world_size))
+        if self.world_size > 1:
+            _average_in_buckets(gradients, self.world_size)
+        return gradients
 
     def learning_rate(self) -> float:
         return float(self._scheduler.get_last_lr()[0])
@@ -114,7 +136,8 @@ class TorchEngine:
         return None
 
     def release(self) -> None:
-        pass  # The module's parameters are the weights.
+        if self._embedding is not None:
+            self._embedding.close()
 
     def _is_first(self) -> bool:
         return self.world_size == 1 or dist.get_rank() == 0
@@ -143,15 +166,13 @@ class TorchEngine:
         self._scaler.load_state_dict(state["scaler"])
 
 
-def _average_gradients(parameters: list[torch.nn.Parameter], world_size: int) -> None:
-    """All-reduce gradients in flat buckets. A rank without a gradient takes part with zeros."""
+def _average_in_buckets(gradients: list[torch.Tensor], world_size: int) -> None:
+    """All-reduce in flat buckets, in place."""
     bucket: list[torch.Tensor] = []
     size = 0
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        bucket.append(parameter.grad)
-        size += parameter.grad.numel()
+    for gradient in gradients:
+        bucket.append(gradient)
+        size += gradient.numel()
         if size >= _BUCKET_ELEMENTS:
             _average(bucket, world_size)
             bucket, size = [], 0

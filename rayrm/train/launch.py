@@ -21,6 +21,7 @@ import numpy as np
 
 from rayrm.config import ClusterConfig, LoraConfig, RewardConfig
 from rayrm.data.ingest import TokenizedSet, ensure_ray, ingest
+from rayrm.data.row_index import RowIndex
 from rayrm.errors import ClusterError, DataError, MissingExtraError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
@@ -208,7 +209,7 @@ def evaluate_model(
     Args:
         max_pairs: read only the first rows of each source, this many. A pair beyond the model's position
             limit is left out and counted, as in training.
-        on_progress: called with (source, pairs done, pairs in all).
+        on_progress: called with (source, rows done, rows in all).
 
     Raises:
         ModelError: no saved reward model. DataError: a source that is missing, bad, or of the other text
@@ -222,8 +223,8 @@ def evaluate_model(
     parts: list[_ScoredSet] = []
     for source in sources:
         name = str(source)
-        pairs = _ingest_for(loaded, source, name, max_pairs, max_bad_row_fraction)
-        scored = _score(loaded, pairs, name, on_progress)
+        rows = _ingest_for(loaded, source, name, max_pairs, max_bad_row_fraction)
+        scored = _score(loaded, rows, name, on_progress)
         metrics[name] = _metrics([scored])
         parts.append(scored)
     if len(parts) > 1:
@@ -233,15 +234,14 @@ def evaluate_model(
 
 @dataclass(frozen=True, slots=True)
 class _ScoredSet:
-    pairs: TokenizedSet
-    chosen: Scores
-    rejected: Scores
+    index: RowIndex
+    scores: Scores
 
 
 def _ingest_for(
     loaded: LoadedModel, source: Any, name: str, max_pairs: int | None, max_bad_row_fraction: float
 ) -> TokenizedSet:
-    pairs = ingest(
+    rows = ingest(
         source,
         loaded.tokenizer,
         max_length=loaded.max_positions,
@@ -249,34 +249,28 @@ def _ingest_for(
         max_bad_row_fraction=max_bad_row_fraction,
         name=name,
     )
-    form = pairs.report.text_form
+    form = rows.report.text_form
     if form not in (loaded.text_form, "tokenized"):
         raise DataError(
             f"{name} is {form} and the model was trained on {loaded.text_form} text: its scores would mean "
             "nothing. Evaluate on rows of "
             + ("message lists." if loaded.text_form == "conversational" else "plain strings.")
         )
-    return pairs
+    return rows
 
 
 def _score(
-    loaded: LoadedModel, pairs: TokenizedSet, name: str, on_progress: Callable[[str, int, int], None] | None
+    loaded: LoadedModel, rows: TokenizedSet, name: str, on_progress: Callable[[str, int, int], None] | None
 ) -> _ScoredSet:
     def progress(done: int) -> None:
         if on_progress is not None:
-            on_progress(name, done, pairs.num_pairs)
+            on_progress(name, done, rows.num_rows)
 
     # Scores are float32's, as those of `RewardModel` and of the service are.
     config = RewardConfig(bf16=False)
-    return _ScoredSet(pairs, *score_model(loaded.model, pairs, config, on_progress=progress))
+    return _ScoredSet(rows.index, score_model(loaded.model, rows, config, on_progress=progress))
 
 
 def _metrics(parts: Sequence[_ScoredSet]) -> dict[str, float]:
-    margins = np.concatenate([part.pairs.margins for part in parts])
-    return evaluate_scores(
-        np.concatenate([part.chosen for part in parts]),
-        np.concatenate([part.rejected for part in parts]),
-        np.concatenate([part.pairs.chosen_lengths for part in parts]),
-        np.concatenate([part.pairs.rejected_lengths for part in parts]),
-        margins=margins,
-    )
+    scores = np.concatenate([part.scores for part in parts])
+    return evaluate_scores(scores, RowIndex.joined([part.index for part in parts]))

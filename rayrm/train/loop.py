@@ -29,13 +29,17 @@ Record = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class RankStep:
-    """One rank's share of a step. Token counts are of the whole step, over all ranks."""
+    """One rank's share of a step. `num_rows` and `num_tokens` are the whole step's, over all ranks."""
 
     microbatches: Sequence[PackedBatch]
     num_rows: int
     num_tokens: int
-    num_tokens_computed: int
     after: Cursor
+
+    @property
+    def num_tokens_computed(self) -> int:
+        """What goes through this rank's model: dummies count, padding does not."""
+        return sum(batch.num_tokens for batch in self.microbatches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,31 +106,40 @@ class Events:
 class Interval:
     """The steps since the last log: as each rank counted them, and as all ranks together."""
 
-    center_rewards_coefficient: float | None = None
     local: list[StepTotals] = field(default_factory=list)
+    local_tokens: list[int] = field(default_factory=list)
     reduced: list[list[float]] = field(default_factory=list)
 
-    def add(self, totals: StepTotals) -> None:
+    def add(self, totals: StepTotals, num_tokens_computed: int) -> None:
         self.local.append(totals)
+        self.local_tokens.append(num_tokens_computed)
 
     def reduce(self) -> list[list[float]]:
-        """Add up over ranks what is still local: one row of 8 numbers per step. The only host sync."""
+        """Add up over ranks what is still local: one row of 9 numbers per step. The only host sync."""
         if self.local:
             sums = torch.stack([totals.sums for totals in self.local])
+            tokens = torch.tensor(self.local_tokens, dtype=sums.dtype, device=sums.device)
+            sums = torch.cat([tokens[:, None], sums], dim=1)
             extremes = torch.stack([totals.extremes for totals in self.local])
             norms = torch.stack([totals.grad_norm for totals in self.local]).double()
             if dist.is_initialized() and dist.get_world_size() > 1:
                 dist.all_reduce(sums)
                 dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
             self.reduced += torch.cat([sums, extremes, norms[:, None]], dim=1).tolist()
-            self.local = []
+            self.local, self.local_tokens = [], []
         return self.reduced
 
-    def take(self) -> tuple[Record, float]:
-        """The interval's means by TRL's names, with the last step's grad_norm; and the sum of its losses."""
+    def add_to(self, state: TrainState) -> None:
+        """Count the interval's losses and computed tokens into `state`."""
+        for tokens, loss, *_ in self.reduce():
+            state.num_tokens_computed += int(tokens)
+            state.loss_sum += loss
+
+    def take(self) -> Record:
+        """The interval's means by TRL's names, with the last step's grad_norm; starts the next interval."""
         mean = IntervalMean()
         rows = self.reduce()
-        for loss, won, margin, reward, weight, low, minus_high, _ in rows:
+        for _, loss, won, margin, reward, weight, low, minus_high, _ in rows:
             step = StepMetrics(
                 pairs=weight,
                 loss=loss * weight,
@@ -137,10 +150,8 @@ class Interval:
                 max_reward=-minus_high,
             )
             mean.add(step.means())
-        record = {**mean.take(), "grad_norm": rows[-1][-1]}
-        total = sum(row[0] for row in rows)
         self.reduced = []
-        return record, total
+        return {**mean.take(), "grad_norm": rows[-1][-1]}
 
 
 def run_loop(
@@ -167,16 +178,16 @@ def run_loop(
                 step.microbatches,
                 step.num_rows,
                 center_rewards_coefficient=center_rewards_coefficient,
-            )
+            ),
+            step.num_tokens_computed,
         )
         state.step += 1
         state.cursor = step.after
         state.num_tokens += step.num_tokens
-        state.num_tokens_computed += step.num_tokens_computed
         events.progress(state.step)
         if schedule.logs(state.step):
-            record, loss_sum = interval.take()
-            state.loss_sum += loss_sum
+            interval.add_to(state)
+            record = interval.take()
             events.log(
                 {
                     "step": state.step,
@@ -196,7 +207,7 @@ def run_loop(
         if saves:
             state.interval = interval.reduce()
             events.save(state)
-    state.loss_sum += sum(row[0] for row in interval.reduce())
+    interval.add_to(state)
     return state
 
 

@@ -44,7 +44,7 @@ def train_step(
     sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
     extremes = torch.full((2,), torch.inf, dtype=torch.float64, device=engine.device)
     for microbatch in microbatches:
-        batch = to_device(microbatch, engine.device)
+        batch = to_device(microbatch, engine.device, engine.module.path)
         scores = engine.scores(batch)
         loss = bradley_terry_loss(
             scores,

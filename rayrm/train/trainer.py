@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
@@ -28,7 +29,7 @@ from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, load_tokenizer, save_model
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.display import Display
-from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET, score_model
+from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET, Scores, score_model
 from rayrm.train.records import read_records
 from rayrm.train.rundir import RunStart, check_writable, claim, examine, identity_of, only_run
 from rayrm.train.worker import TrainJob
@@ -201,28 +202,27 @@ class RewardTrainer:
         if not sets:
             raise DataError("`eval_dataset` is required: pass it here or to the trainer.")
         metrics: dict[str, float] = {}
-        for name, pairs in sets.items():
+        for name, rows in sets.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
-            self._check_form(pairs)
-            chosen, rejected = score_model(self.model, pairs, self.args)
-            for key, value in self._metrics(pairs, chosen, rejected).items():
-                metrics[f"{prefix}{key}"] = value
+            metrics |= {f"{prefix}{key}": value for key, value in self._scored(rows)[1].items()}
         self.state.log_history.append({**metrics, "step": self.state.global_step})
         return metrics
 
     def predict(
         self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """Scores of pairs, `predictions` `[P, 2]` (chosen, rejected), and their metrics."""
-        pairs = self._ingest(test_dataset, metric_key_prefix, None)
-        self._check_form(pairs)
-        chosen, rejected = score_model(self.model, pairs, self.args)
-        metrics = {
-            f"{metric_key_prefix}_{key}": value
-            for key, value in self._metrics(pairs, chosen, rejected).items()
-        }
-        both = torch.stack([torch.from_numpy(chosen), torch.from_numpy(rejected)], dim=1).numpy()
-        return PredictionOutput(predictions=both, label_ids=None, metrics=metrics)
+        """Scores of rows, `predictions` `[R, K]`, and their metrics.
+
+        A row's scores stand in its own order, a pair's as (chosen, rejected). Where rows have different
+        numbers of completions, the shorter ones end in NaN.
+        """
+        rows = self._ingest(test_dataset, metric_key_prefix, None)
+        scores, found = self._scored(rows)
+        counts = rows.index.num_completions
+        predictions = np.full((rows.num_rows, counts.max()), np.nan)
+        predictions[np.arange(counts.max()) < counts[:, None]] = scores
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
+        return PredictionOutput(predictions=predictions, label_ids=None, metrics=metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and tokenizer as transformers does, in `output_dir` or the run's directory."""
@@ -278,23 +278,19 @@ class RewardTrainer:
                 "scores of them would mean nothing. Write them in the form of the training data."
             )
 
-    def _metrics(self, pairs: TokenizedSet, chosen: Any, rejected: Any) -> dict[str, float]:
-        return evaluate_scores(
-            chosen,
-            rejected,
-            pairs.chosen_lengths,
-            pairs.rejected_lengths,
-            margins=pairs.margins,
-            center=self.args.center_rewards_coefficient,
-        )
+    def _scored(self, rows: TokenizedSet) -> tuple[Scores, dict[str, float]]:
+        """The scores of all completions, and their metrics."""
+        self._check_form(rows)
+        scores = score_model(self.model, rows, self.args)
+        return scores, evaluate_scores(scores, rows.index, center=self.args.center_rewards_coefficient)
 
     def _claim(self, resume: bool | str | None) -> RunStart:
         """Check the output directory and the token budget, and make the directory this run's."""
         rows_per_step = self.args.train_batch_rows(self.num_workers)
-        if self.args.dataloader_drop_last and rows_per_step > self.train_set.num_pairs:
+        if self.args.dataloader_drop_last and rows_per_step > self.train_set.num_rows:
             raise ConfigError(
-                f"`dataloader_drop_last` (True) leaves no step: a step takes {rows_per_step} pairs and there "
-                f"are {self.train_set.num_pairs}. Lower `per_device_train_batch_size`, or set it to False."
+                f"`dataloader_drop_last` (True) leaves no step: a step takes {rows_per_step} rows and there "
+                f"are {self.train_set.num_rows}. Lower `per_device_train_batch_size`, or set it to False."
             )
         identity = identity_of(
             self.args,
@@ -317,13 +313,12 @@ class RewardTrainer:
 
     def _budget(self, start: RunStart) -> int:
         """The token budget of a micro-batch: as set, as chosen when the run began, or the default."""
-        pairs = self.train_set
-        whole = pairs.chosen_lengths.astype("int64") + pairs.rejected_lengths
-        longest = int((whole - pairs.prefix_lengths).max() if self.args.share_prefix else whole.max())
+        index = self.train_set.index
+        longest = int(index.tokens(share=self.args.share_prefix).max())
         budget = self.args.max_tokens_per_microbatch or start.max_tokens
         if budget is None:
-            # The whole pair: a model that cannot share prefixes must fit its rows too.
-            budget = max(DEFAULT_TOKEN_BUDGET, int(whole.max()))
+            # The whole row: a model that cannot share prefixes must fit its rows too.
+            budget = max(DEFAULT_TOKEN_BUDGET, int(index.tokens(share=False).max()))
             logger.info("max_tokens_per_microbatch: %d tokens (the longest pair has %d)", budget, longest)
         elif budget < longest:
             raise ConfigError(

@@ -20,13 +20,15 @@ from transformers import set_seed
 
 from rayrm.config import RewardConfig
 from rayrm.data.order import Order, StepRows
-from rayrm.data.packing import pack_pairs
+from rayrm.data.packing import pack_rows
 from rayrm.data.planning import plan_step
 from rayrm.errors import ConfigError
 from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.model.cost import attention_weight_of
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import Layout, choose_layout, unwrapped
 from rayrm.model.reward_model import TextForm, position_limit, save_model
+from rayrm.train.allocator import keep_freed_memory
 from rayrm.train.build import ModelSource, build_model
 from rayrm.train.checkpoint import (
     TrainState,
@@ -37,7 +39,7 @@ from rayrm.train.checkpoint import (
     save_checkpoint,
 )
 from rayrm.train.engine import Engine, TorchEngine
-from rayrm.train.evaluation import PairSet, computed_tokens, score_pairs
+from rayrm.train.evaluation import RowSet, score_rows
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from rayrm.train.optimizer import OptimizerSpec, make_optimizer, make_scheduler
 from rayrm.train.precision import resolve_precision
@@ -59,8 +61,8 @@ class TrainJob:
     source: ModelSource
     tokenizer: Any
     text_form: TextForm
-    train_set: PairSet
-    eval_sets: dict[str, PairSet]
+    train_set: RowSet
+    eval_sets: dict[str, RowSet]
     output_dir: Path
     max_tokens: int
     resume: Path | None = None
@@ -95,49 +97,43 @@ class Rank:
             dist.barrier()
 
 
-def train_rank(
-    job: TrainJob, report: Callable[[Record], None], on_step: Callable[[int, int], None] | None = None
-) -> torch.nn.Module:
+def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Module:
     """Run `job` on this rank to its end; returns the trained model (sharded under ZeRO-3 of several ranks).
 
-    `report` is called on every rank with each evaluation's metrics and at the end; `on_step(step, num_steps)`
-    on rank 0.
+    `report` is called on every rank with each evaluation's metrics and at the end.
     """
-    if job.config.zero_stage is None and job.config.deepspeed is None:
-        return _RankRun(job, Rank.here(use_cpu=job.config.use_cpu), report, on_step).train()
-    from rayrm.train.zero import process_group
+    with contextlib.ExitStack() as around:
+        if job.config.zero_stage is not None or job.config.deepspeed is not None:
+            from rayrm.train.zero import process_group
 
-    with process_group():
-        return _RankRun(job, Rank.here(use_cpu=job.config.use_cpu), report, on_step).train()
+            around.enter_context(process_group())
+        rank = Rank.here(use_cpu=job.config.use_cpu)
+        around.enter_context(keep_freed_memory(rank.device))
+        return _RankRun(job, rank, report).train()
 
 
 class _RankRun:
     """The parts of a run that its steps share."""
 
-    def __init__(
-        self,
-        job: TrainJob,
-        rank: Rank,
-        report: Callable[[Record], None],
-        on_step: Callable[[int, int], None] | None,
-    ) -> None:
-        self.job, self.rank, self._report, self._on_step = job, rank, report, on_step
+    def __init__(self, job: TrainJob, rank: Rank, report: Callable[[Record], None]) -> None:
+        self.job, self.rank, self._report = job, rank, report
         self.config = job.config
         set_seed(self.config.seed)
         built = job.built if job.built is not None else build_model(job.source, job.config, job.tokenizer)
         model = built.to(rank.device)
         sets = [job.train_set, *job.eval_sets.values()]
-        longest = max(int(max(s.chosen_lengths.max(), s.rejected_lengths.max())) for s in sets)
+        longest = max(int(s.index.lengths.max()) for s in sets)
         _check_positions(unwrapped(model), longest, self._say)
         self.layout = choose_layout(model, share_prefix=self.config.share_prefix, longest=longest)
         self._say(_describe(self.layout))
+        self.attention_weight = attention_weight_of(model)
         multiple = self.config.pad_to_multiple_of
         self.module = PackedScorer(
             model, self.layout, pad_to_multiple_of=multiple if isinstance(multiple, int) else None
         )
         self.pad_token_id = unwrapped(model).config.get_text_config().pad_token_id
         self.order = Order(
-            job.train_set.num_pairs,
+            job.train_set.num_rows,
             self.config.train_batch_rows(rank.count),
             seed=self.config.seed if self.config.data_seed is None else self.config.data_seed,
             shuffle=self.config.shuffle,
@@ -204,26 +200,28 @@ class _RankRun:
 
     def _prepare(self, step: StepRows) -> RankStep:
         """Plan the step over all ranks, fetch and pack this rank's share."""
-        pairs = self.job.train_set
-        costs = computed_tokens(pairs, step.rows, self.layout)
-        plan = plan_step(costs, num_ranks=self.rank.count, max_tokens=self.job.max_tokens)
+        index = self.job.train_set.index.take(step.rows)
+        shares = self.layout.name == "shared"
+        plan = plan_step(
+            index.costs(share=shares),
+            num_ranks=self.rank.count,
+            max_tokens=self.job.max_tokens,
+            attention_weight=self.attention_weight,
+        )
         packed = [
-            pack_pairs(
-                pairs.fetch(step.rows[list(microbatch.rows)]),
+            pack_rows(
+                self.job.train_set.fetch(step.rows[list(microbatch.rows)]),
                 self.pad_token_id,
-                share=self.layout.name == "shared",
+                share=shares,
                 weights=microbatch.weights,
             )
             for microbatch in plan[self.rank.index]
         ]
-        both = pairs.chosen_lengths[step.rows].sum() + pairs.rejected_lengths[step.rows].sum()
-        return RankStep(packed, len(step.rows), int(both), int(costs.sum()), step.after)
+        return RankStep(packed, len(step.rows), int(index.lengths.sum()), step.after)
 
     def _progress(self, step: int) -> None:
         if self.rank.index == 0:
             self.log.progress(step, self.schedule.num_steps)
-            if self._on_step is not None:
-                self._on_step(step, self.schedule.num_steps)
 
     def _log(self, record: Record) -> None:
         self.log.write(record)
@@ -231,23 +229,18 @@ class _RankRun:
     def _evaluate(self, state: TrainState) -> None:
         """Evaluate every set; note which checkpoint is the best."""
         found: Record = {}
-        for name, pairs in self.job.eval_sets.items():
-            chosen, rejected = score_pairs(
+        for name, rows in self.job.eval_sets.items():
+            scores = score_rows(
                 self.engine.scores,
-                pairs,
+                rows,
                 layout=self.layout,
+                path=self.module.path,
                 pad_token_id=self.pad_token_id,
                 max_tokens=self.job.max_tokens,
+                attention_weight=self.attention_weight,
                 device=self.rank.device,
             )
-            metrics = evaluate_scores(
-                chosen,
-                rejected,
-                pairs.chosen_lengths,
-                pairs.rejected_lengths,
-                margins=pairs.margins,
-                center=self.config.center_rewards_coefficient,
-            )
+            metrics = evaluate_scores(scores, rows.index, center=self.config.center_rewards_coefficient)
             prefix = f"eval_{name}_" if name else "eval_"
             record = {f"{prefix}{key}": value for key, value in metrics.items()}
             record |= {"step": state.step, "epoch": state.step / self.order.steps_per_epoch}
@@ -318,7 +311,7 @@ def _check_positions(model: Any, longest: int, say: Callable[[str], None]) -> No
 
 def _describe(layout: Layout) -> str:
     what = {
-        "shared": "prefixes that chosen and rejected share are computed once, without padding",
+        "shared": "what texts of a micro-batch begin with is computed once, without padding",
         "packed": "rows are packed without padding, nothing is shared",
         "padded": "rows are padded, nothing is shared",
     }[layout.name]

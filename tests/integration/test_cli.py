@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rayrm import cli
-from tests.tiny import save_tiny, tiny_rows
+from tests.tiny import save_tiny, tiny_rankings, tiny_rows
 
 pytestmark = pytest.mark.ray
 STEPS = ["bf16=false", "max_steps=3", "per_device_train_batch_size=4", "learning_rate=1e-3", "save_steps=2"]
@@ -81,6 +81,51 @@ def test_train_evaluate_publish_and_score_agree(shell: Shell, workers: int) -> N
     scored = [json.loads(line)["score"] for line in Path("scored.jsonl").read_text().splitlines()]
     margin = sum(chosen - rejected for chosen, rejected in scored) / len(scored)
     assert margin == pytest.approx(metrics["heldout.jsonl"]["margin"], abs=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rankings_train_beside_pairs_and_are_evaluated(shell: Shell, workers: int) -> None:
+    rankings = tiny_rankings(12, conversational=True)
+    for ranking in rankings[:2]:
+        ranking["ranks"] = [1] * len(ranking["ranks"])
+    mixed = [row for both in zip(tiny_rows(12, conversational=True), rankings, strict=True) for row in both]
+    write_rows(Path("mixed.jsonl"), mixed)
+    held_out = tiny_rankings(5, seed=5, conversational=True)
+    write_rows(Path("ranked.jsonl"), held_out)
+    sources = ["data.train=mixed.jsonl", "data.eval=ranked.jsonl", "max_bad_row_fraction=0.1"]
+    status, _, err = shell.train(*sources, f"cluster.num_workers={workers}", "zero_stage=2")
+    assert status == 0, err
+    assert [json.loads(line)["reason"] for line in Path("out/quarantine.jsonl").read_text().splitlines()] == [
+        "all-tied"
+    ] * 2
+
+    status, out, err = shell("evaluate", "out", "ranked.jsonl", "heldout.jsonl", "--json", "metrics.json")
+    assert status == 0, err
+    num_pairs = sum(above < below for row in held_out for above in row["ranks"] for below in row["ranks"])
+    table = [line.split()[:3] for line in out.splitlines()]
+    assert table == [
+        ["source", "rows", "pairs"],
+        ["ranked.jsonl", "5", str(num_pairs)],
+        ["heldout.jsonl", "10", "10"],
+        ["all", "15", str(num_pairs + 10)],
+    ]
+    metrics = json.loads(Path("metrics.json").read_text())
+    records = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    during = [record for record in records if "eval_loss" in record][-1]
+    for name, value in metrics["ranked.jsonl"].items():
+        assert during[f"eval_{name}"] == pytest.approx(value, abs=1e-5), name
+    whole = (5 * metrics["ranked.jsonl"]["loss"] + 10 * metrics["heldout.jsonl"]["loss"]) / 15
+    assert metrics["all"]["loss"] == pytest.approx(whole)
+
+    # What every completion scores by the command is what its comparisons are made of.
+    status, _, err = shell("score", "out", "ranked.jsonl", "--output", "scored.jsonl")
+    assert status == 0, err
+    margin = 0.0
+    for row in map(json.loads, Path("scored.jsonl").read_text().splitlines()):
+        ranked = list(zip(row["ranks"], row["score"], strict=True))
+        each = [high - low for above, high in ranked for below, low in ranked if above < below]
+        margin += sum(each) / len(each)
+    assert metrics["ranked.jsonl"]["margin"] == pytest.approx(margin / 5, abs=1e-5)
 
 
 def test_lora_trains_its_head_and_publishes_merged(shell: Shell) -> None:

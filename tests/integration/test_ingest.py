@@ -20,9 +20,9 @@ import pytest
 from rayrm.data import sources
 from rayrm.data.ingest import TokenizedSet, ingest
 from rayrm.data.preference import parse_row
-from rayrm.data.tokenize import TokenizedPair, tokenize_pairs
+from rayrm.data.tokenize import TokenizedRow, tokenize_rows
 from rayrm.errors import ConfigError, DataError
-from tests.tiny import tiny_rows, tiny_tokenizer
+from tests.tiny import tiny_rankings, tiny_rows, tiny_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -35,19 +35,20 @@ def lines_of(rows: list[Any]) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def expected(rows: list[dict[str, Any]], max_length: int | None = None) -> list[TokenizedPair]:
-    outcomes = tokenize_pairs(TOKENIZER, [parse_row(row) for row in rows], max_length)
-    return [outcome for outcome in outcomes if isinstance(outcome, TokenizedPair)]
+def expected(rows: list[dict[str, Any]], max_length: int | None = None) -> list[TokenizedRow]:
+    outcomes = tokenize_rows(TOKENIZER, [parse_row(row) for row in rows], max_length)
+    return [outcome for outcome in outcomes if isinstance(outcome, TokenizedRow)]
 
 
-def assert_same_pairs(tokenized: TokenizedSet, pairs: list[TokenizedPair]) -> None:
-    assert tokenized.num_pairs == tokenized.report.num_pairs == len(pairs)
-    assert tokenized.prefix_lengths.tolist() == [pair.prefix_length for pair in pairs]
-    assert tokenized.chosen_lengths.tolist() == [pair.chosen_length for pair in pairs]
-    assert tokenized.rejected_lengths.tolist() == [pair.rejected_length for pair in pairs]
+def assert_same_pairs(tokenized: TokenizedSet, pairs: list[TokenizedRow]) -> None:
+    assert tokenized.num_rows == tokenized.report.num_accepted == len(pairs)
+    assert tokenized.index.prefix_lengths.tolist() == [pair.prefix_length for pair in pairs]
+    assert tokenized.index.lengths.tolist() == [length for pair in pairs for length in pair.lengths]
+    assert tokenized.index.ranks.tolist() == [rank for pair in pairs for rank in pair.ranks]
     for fetched, pair in zip(tokenized.fetch(np.arange(len(pairs))), pairs, strict=True):
         assert fetched.ids.dtype == np.int32
         assert fetched.ids.tolist() == pair.ids.tolist()
+        assert (fetched.lengths, fetched.ranks) == (pair.lengths, pair.ranks)
         assert (fetched.prefix_length, fetched.margin) == (pair.prefix_length, pair.margin)
 
 
@@ -80,8 +81,8 @@ def test_every_kind_of_source_gives_the_same_pairs_in_the_same_order(
         fingerprints.append(tokenized.report.fingerprint)
     assert_same_pairs(tokenized, expected(ROWS, 20))
     assert fingerprints == fingerprints[:1] * 11
-    assert 0 < tokenized.num_pairs < 1100
-    assert tokenized.report.refused == {"too-long": 1100 - tokenized.num_pairs}
+    assert 0 < tokenized.num_rows < 1100
+    assert tokenized.report.refused == {"too-long": 1100 - tokenized.num_rows}
 
 
 def test_the_order_is_the_datas_own_whatever_the_number_of_tasks(
@@ -111,8 +112,37 @@ def test_each_text_form_is_ingested_and_reported(conversational: bool, explicit_
     assert tokenized.report.text_form == ("conversational" if conversational else "standard")
     pairs = expected(rows)
     assert_same_pairs(tokenized, pairs)
-    assert tokenized.report.num_tokens == sum(p.chosen_length + p.rejected_length for p in pairs)
+    assert tokenized.report.num_tokens == sum(sum(p.lengths) for p in pairs)
     assert tokenized.report.num_shared_tokens == sum(p.prefix_length for p in pairs)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_rankings_among_pairs_survive_arrow_in_their_place(tmp_path: Path, conversational: bool) -> None:
+    import ray
+
+    pairs = tiny_rows(60, margin=True, conversational=conversational)
+    rankings = tiny_rankings(60, conversational=conversational)
+    rankings[7]["ranks"] = [3] * len(rankings[7]["ranks"])
+    rows = [row for both in zip(pairs, rankings, strict=True) for row in both]
+    wanted = expected([row for row in rows if row is not rankings[7]])
+    pq.write_table(pa.Table.from_pylist(rows, _mixed_schema(rows)), tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_bytes(lines_of(rows))
+    found = [
+        ingest(source, TOKENIZER, max_length=None)
+        for source in (str(tmp_path / "rows.parquet"), str(tmp_path / "rows.jsonl"), rows)
+    ]
+    table = ray.data.read_parquet(str(tmp_path / "rows.parquet"))
+    found.append(ingest(table, TOKENIZER, max_length=None))
+    for tokenized in found:
+        assert_same_pairs(tokenized, wanted)
+        assert tokenized.report.refused == {"all-tied": 1}
+        assert tokenized.report.num_completions == sum(len(row.lengths) for row in wanted)
+        assert tokenized.report.fingerprint == found[0].report.fingerprint
+
+
+def _mixed_schema(rows: list[dict[str, Any]]) -> pa.Schema:
+    """Every column that some row has: Arrow fills the others with nulls."""
+    return pa.unify_schemas([pa.Table.from_pylist(rows[place : place + 1]).schema for place in (0, 1)])
 
 
 def test_rows_with_tools_survive_arrow(tmp_path: Path) -> None:
@@ -125,14 +155,14 @@ def test_rows_with_tools_survive_arrow(tmp_path: Path) -> None:
         ingest(source, TOKENIZER, max_length=None) for source in (str(tmp_path / "rows.parquet"), rows)
     )
     assert from_parquet.report.fingerprint == from_list.report.fingerprint
-    assert from_parquet.num_pairs == 6
+    assert from_parquet.num_rows == 6
 
 
 def test_rows_tokenized_beforehand_are_taken_as_they_are() -> None:
     rows = [{"chosen_ids": [5, number + 1], "rejected_ids": [5, 0]} for number in range(9)]
     tokenized = ingest(rows, TOKENIZER, max_length=None)
     assert tokenized.report.text_form == "tokenized"
-    assert [pair.chosen_ids.tolist() for pair in tokenized.fetch([8, 0])] == [[5, 9], [5, 1]]
+    assert [pair.sequences[0].tolist() for pair in tokenized.fetch([8, 0])] == [[5, 9], [5, 1]]
 
 
 def test_refused_rows_are_counted_logged_and_kept_with_their_place(
@@ -157,7 +187,7 @@ def test_refused_rows_are_counted_logged_and_kept_with_their_place(
     for entry, line in zip(kept, range(51, 56), strict=True):
         assert entry["message"].startswith(f"{path}:{line}: ")
         assert entry["raw"] == path.read_bytes().splitlines()[line - 1].decode("utf-8", "replace")
-    assert "85 rows, 80 pairs" in caplog.text
+    assert "85 rows, 80 kept" in caplog.text
     assert "not-utf8 1" in caplog.text
 
 
@@ -189,12 +219,12 @@ def test_too_many_bad_rows_are_an_error_with_reasons_and_places(tmp_path: Path) 
     assert f"missing-rejected x 3, first: {tmp_path}/pairs.jsonl:91: " in said
     assert "identical x 1" in said
     assert len((tmp_path / "q").read_text().splitlines()) == 4
-    assert ingest(rows, TOKENIZER, max_length=None, max_bad_row_fraction=4 / 94).num_pairs == 90
+    assert ingest(rows, TOKENIZER, max_length=None, max_bad_row_fraction=4 / 94).num_rows == 90
 
 
 def test_a_filtered_pair_is_not_held_against_the_source_unless_none_is_left() -> None:
     kept = ingest(ROWS[:60], TOKENIZER, max_length=20, max_bad_row_fraction=0.0)
-    assert 0 < kept.num_pairs < 30
+    assert 0 < kept.num_rows < 30
     with pytest.raises(DataError, match=r"(?s)all 60 rows.*`max_length` allows 3"):
         ingest(ROWS[:60], TOKENIZER, max_length=3)
 
@@ -241,17 +271,17 @@ def test_a_set_made_of_pairs_fetches_without_ray() -> None:
 import pickle, sys
 import numpy as np
 from rayrm.data.ingest import TokenizedSet
-from rayrm.data.tokenize import TokenizedPair
-pairs = [TokenizedPair(np.arange(i + 3, dtype=np.int32), 1, 2, i + 2, 0.5) for i in range(5)]
-tokenized = pickle.loads(pickle.dumps(TokenizedSet.from_pairs(pairs)))
+from rayrm.data.tokenize import TokenizedRow
+pairs = [TokenizedRow(np.arange(i + 3, dtype=np.int32), 1, (2, i + 2), (0, 1), 0.5) for i in range(5)]
+tokenized = pickle.loads(pickle.dumps(TokenizedSet.from_rows(pairs)))
 assert tokenized.fetch([4, 0])[0].ids.tolist() == [0, 1, 2, 3, 4, 5, 6]
-assert tokenized.rejected_lengths.tolist() == [2, 3, 4, 5, 6]
+assert tokenized.index.lengths[1::2].tolist() == [2, 3, 4, 5, 6]
 assert "ray" not in sys.modules, "fetching from memory imported ray"
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    empty = TokenizedSet.from_pairs([])
-    assert (empty.num_pairs, empty.fetch([])) == (0, [])
+    empty = TokenizedSet.from_rows([])
+    assert (empty.num_rows, empty.fetch([])) == (0, [])
 
 
 def test_train_workers_fetch_from_a_set_in_their_config(tmp_path: Path) -> None:
@@ -259,13 +289,13 @@ def test_train_workers_fetch_from_a_set_in_their_config(tmp_path: Path) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     tokenized = ingest(ROWS[:200], TOKENIZER, max_length=None)
-    assert len(pickle.dumps(tokenized.prefix_lengths)) < 10_000
+    assert len(pickle.dumps(tokenized.index)) < 100 * tokenized.num_rows
 
     def work(config: dict[str, Any]) -> None:
         from ray import train
 
         rank = train.get_context().get_world_rank()
-        rows = np.arange(rank, config["pairs"].num_pairs, 2)
+        rows = np.arange(rank, config["pairs"].num_rows, 2)
         sums = [int(pair.ids.sum()) for pair in config["pairs"].fetch(rows)]
         Path(config["directory"], f"rank-{rank}.json").write_text(json.dumps(sums))
 
@@ -288,5 +318,5 @@ def test_real_preference_data_is_ingested_whole() -> None:
         rows = [json.loads(line) for line in stream]
     tokenized = ingest(str(path), TOKENIZER, max_length=1024)
     assert tokenized.report.num_rows == 872
-    assert tokenized.report.num_pairs + tokenized.report.refused["too-long"] == 872
+    assert tokenized.report.num_accepted + tokenized.report.refused["too-long"] == 872
     assert_same_pairs(tokenized, expected(rows, 1024))

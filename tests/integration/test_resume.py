@@ -81,7 +81,7 @@ def trainer_of(
     return RewardTrainer(
         base,
         RewardConfig(str(root / "run"), **settings),
-        train_dataset=TokenizedSet.from_pairs(tokenized(44)),
+        train_dataset=TokenizedSet.from_rows(tokenized(44)),
         processing_class=tiny_tokenizer(),
         optimizer_cls_and_kwargs=(KilledOnce, {"lr": 1e-3, "marker": str(marker)}),
         scaling_config=ScalingConfig(num_workers=workers) if workers else None,

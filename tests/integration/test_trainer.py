@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from rayrm import RewardConfig, RewardModel, RewardTrainer
 from rayrm.errors import ClusterError, ConfigError, DataError, RunDirectoryError
 from rayrm.train.records import read_records
-from tests.tiny import save_tiny, tiny_model, tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_model, tiny_rankings, tiny_rows, tiny_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -256,7 +256,7 @@ def test_refused_rows_are_kept_with_their_reasons(base: str, tmp_path: Path) -> 
     lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     assert {json.loads(line)["reason"] for line in lines} == set(trainer.train_set.report.refused)
     assert len(lines) == 2
-    assert trainer.train_set.num_pairs == len(TRAIN)
+    assert trainer.train_set.num_rows == len(TRAIN)
 
 
 def test_an_optimizer_class_is_used_with_its_arguments(base: str, tmp_path: Path) -> None:
@@ -305,3 +305,17 @@ def test_a_run_in_this_process_leaves_no_launcher_s_variables(base: str, tmp_pat
         ).returncode
         == 0
     )
+
+
+def test_predictions_stand_in_the_rows_own_order_and_end_in_nan(in_process: RewardTrainer) -> None:
+    rows = [*tiny_rankings(3, seed=4), *tiny_rows(2, seed=4)]
+    outcome = in_process.predict(rows)
+    completions = [row.get("completions") or [row["chosen"], row["rejected"]] for row in rows]
+    longest = max(map(len, completions))
+    assert outcome.predictions.shape == (5, longest)
+    model = RewardModel.from_pretrained(in_process.output_dir)
+    for row, texts, scores in zip(rows, completions, outcome.predictions, strict=True):
+        alone = model.score([row["prompt"]] * len(texts), texts)
+        assert scores[: len(texts)].tolist() == pytest.approx(alone, abs=1e-5)
+        assert np.isnan(scores[len(texts) :]).all()
+    assert outcome.metrics["test_num_rows"] == 5

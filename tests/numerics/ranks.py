@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from rayrm.config import RewardConfig
 from rayrm.data.ingest import TokenizedSet
 from rayrm.data.preference import parse_row
-from rayrm.data.tokenize import TokenizedPair, tokenize_pairs
+from rayrm.data.tokenize import TokenizedRow, tokenize_rows
 from rayrm.train.build import ModelSource
 from rayrm.train.checkpoint import checkpoints
 from rayrm.train.worker import TrainJob, train_rank
@@ -61,13 +61,10 @@ class StoppingSet:
     def __init__(self, whole: TokenizedSet, stop_in: int) -> None:
         self._whole = whole
         self._left = stop_in
-        self.num_pairs = whole.num_pairs
-        self.prefix_lengths = whole.prefix_lengths
-        self.chosen_lengths = whole.chosen_lengths
-        self.rejected_lengths = whole.rejected_lengths
-        self.margins = whole.margins
+        self.num_rows = whole.num_rows
+        self.index = whole.index
 
-    def fetch(self, rows: npt.ArrayLike) -> list[TokenizedPair]:
+    def fetch(self, rows: npt.ArrayLike) -> list[TokenizedRow]:
         self._left -= 1
         if self._left <= 0:
             raise Stopped
@@ -83,15 +80,15 @@ class Outcome:
     weights: dict[str, torch.Tensor]
 
 
-def tokenized(count: int = NUM_PAIRS, **form: Any) -> list[TokenizedPair]:
+def tokenized(count: int = NUM_PAIRS, **form: Any) -> list[TokenizedRow]:
     """Tiny pairs as token ids, with margins."""
     rows = [parse_row(row) for row in tiny_rows(count, seed=3, margin=True, **form)]
-    pairs = tokenize_pairs(tiny_tokenizer(), rows, 512)
-    assert all(isinstance(pair, TokenizedPair) for pair in pairs)
-    return [pair for pair in pairs if isinstance(pair, TokenizedPair)]
+    pairs = tokenize_rows(tiny_tokenizer(), rows, 512)
+    assert all(isinstance(pair, TokenizedRow) for pair in pairs)
+    return [pair for pair in pairs if isinstance(pair, TokenizedRow)]
 
 
-def job_of(variant: Variant, output_dir: Path, pairs: Sequence[TokenizedPair]) -> TrainJob:
+def job_of(variant: Variant, output_dir: Path, rows: Sequence[TokenizedRow]) -> TrainJob:
     """The variant as the job that a rank is given."""
     model = tiny_model(seed=1)
     if variant.padded:
@@ -117,37 +114,47 @@ def job_of(variant: Variant, output_dir: Path, pairs: Sequence[TokenizedPair]) -
         source=ModelSource(model),
         tokenizer=tiny_tokenizer(),
         text_form="standard",
-        train_set=TokenizedSet.from_pairs(pairs),
+        train_set=TokenizedSet.from_rows(rows),
         eval_sets={},
         output_dir=output_dir,
         max_tokens=variant.max_tokens,
     )
 
 
-def run_variants(variants: Sequence[Variant], root: Path) -> None:
-    """Train each variant into `root/<its name>`; variants of several ranks share one spawn per rank count."""
-    pairs = tokenized()
+def run_variants(variants: Sequence[Variant], root: Path, rows: Sequence[TokenizedRow] | None = None) -> None:
+    """Train each variant into `root/<its name>`; variants of several ranks share one spawn per rank count.
+
+    `rows`: what they train on, `tokenized()` unless given.
+    """
+    rows = tokenized() if rows is None else rows
     for variant in variants:
         if variant.num_ranks == 1:
-            train(variant, root, pairs)
+            train(variant, root, rows)
     for num_ranks in sorted({v.num_ranks for v in variants} - {1}):
         chosen = [variant for variant in variants if variant.num_ranks == num_ranks]
         store = root / f"store-{num_ranks}"
-        torch.multiprocessing.spawn(_rank_main, (num_ranks, store, chosen, root), nprocs=num_ranks)
+        torch.multiprocessing.spawn(_rank_main, (num_ranks, store, chosen, root, rows), nprocs=num_ranks)
 
 
-def train(variant: Variant, root: Path, pairs: Sequence[TokenizedPair]) -> None:
+def train(variant: Variant, root: Path, rows: Sequence[TokenizedRow]) -> None:
     """Train on this rank, from the start to the end, stopping between where the variant says so."""
     directory = root / variant.name
     if variant.stop_in is not None:
-        stopping = StoppingSet(TokenizedSet.from_pairs(pairs), variant.stop_in)
+        stopping = StoppingSet(TokenizedSet.from_rows(rows), variant.stop_in)
         with pytest.raises(Stopped):
-            train_rank(replace(job_of(variant, directory, pairs), train_set=stopping), lambda record: None)
+            train_rank(replace(job_of(variant, directory, rows), train_set=stopping), lambda record: None)
         assert checkpoints(directory)
-    train_rank(job_of(variant, directory, pairs), lambda record: None)
+    train_rank(job_of(variant, directory, rows), lambda record: None)
 
 
-def _rank_main(rank: int, num_ranks: int, store: Path, variants: Sequence[Variant], root: Path) -> None:
+def _rank_main(
+    rank: int,
+    num_ranks: int,
+    store: Path,
+    variants: Sequence[Variant],
+    root: Path,
+    rows: Sequence[TokenizedRow],
+) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group(
@@ -155,7 +162,7 @@ def _rank_main(rank: int, num_ranks: int, store: Path, variants: Sequence[Varian
     )
     try:
         for variant in variants:
-            train(variant, root, tokenized())
+            train(variant, root, rows)
     finally:
         dist.destroy_process_group()
 

@@ -16,9 +16,9 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from rayrm import RewardConfig, RewardTrainer
-from rayrm.data.packing import pack_pairs
+from rayrm.data.packing import pack_rows
 from rayrm.data.preference import parse_row
-from rayrm.data.tokenize import TokenizedPair, tokenize_pairs
+from rayrm.data.tokenize import TokenizedRow, tokenize_rows
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import Layout
 from rayrm.model.loss import bradley_terry_loss
@@ -167,10 +167,10 @@ def test_evaluation_metrics_are_trl_s(runs: Runs) -> None:
 def test_every_parameter_s_first_gradient_is_trl_s(runs: Runs) -> None:
     model = tiny_model(seed=1)
     tokenizer = tiny_tokenizer(bos=True)
-    pairs = tokenize_pairs(tokenizer, [parse_row(row) for row in runs.case.rows(PAIRS_PER_STEP)], 1024)
-    kept = [pair for pair in pairs if isinstance(pair, TokenizedPair)]
+    pairs = tokenize_rows(tokenizer, [parse_row(row) for row in runs.case.rows(PAIRS_PER_STEP)], 1024)
+    kept = [pair for pair in pairs if isinstance(pair, TokenizedRow)]
     assert len(kept) == PAIRS_PER_STEP
-    batch = to_device(pack_pairs(kept, tokenizer.pad_token_id), torch.device("cpu"))
+    batch = to_device(pack_rows(kept, tokenizer.pad_token_id), torch.device("cpu"), "loop")
     loss = bradley_terry_loss(
         PackedScorer(model, Layout("shared"))(batch),
         batch.better,

@@ -91,10 +91,11 @@ def model_of(family: str, *, checkpointing: bool = False) -> PreTrainedModel:
 
 
 def scores_and_gradients(
-    model: PreTrainedModel, batch: PackedBatch, layout: Layout, *, dense: bool = False
+    model: PreTrainedModel, batch: PackedBatch, layout: Layout, *, dense: bool = False, pooled: bool = True
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Scores `[N]`, and the gradients of a sum that weighs every score differently."""
-    scores = PackedScorer(model, layout)(to_device(batch, CPU, dense=dense))
+    scorer = PackedScorer(model, layout, path="dense" if dense else "loop", pooled_last_layer=pooled)
+    scores = scorer(to_device(batch, CPU, scorer.path))
     (scores * torch.linspace(-1, 2, len(scores))).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(gradients) == len(list(model.parameters()))
@@ -119,7 +120,7 @@ def test_the_segment_loop_is_the_definition_and_the_stock_forward(
     assert choose_layout(model_of(family)).name == "shared"
     stock = scores_and_gradients(model_of(family), apart, Layout("padded"))
     loop = scores_and_gradients(model_of(family, checkpointing=checkpointing), shared, Layout("shared"))
-    dense = scores_and_gradients(model_of(family), shared, Layout("shared"), dense=True)
+    dense = scores_and_gradients(model_of(family), shared, Layout("shared"), dense=True, pooled=False)
     packed = scores_and_gradients(model_of(family), apart, Layout("packed"))
     assert len(sequences) == 1 or float(stock[0].std()) > 0.01
     for other in (loop, dense, packed):
@@ -131,7 +132,7 @@ def test_the_stock_forward_of_one_text_gives_the_same_score() -> None:
     sequences = [np.where(text == 0, 3, text) for text in TREES["deep"]]
     scorer = PackedScorer(model, Layout("shared"))
     with torch.no_grad():
-        scores = scorer(to_device(pack_texts(sequences, 0), CPU))
+        scores = scorer(to_device(pack_texts(sequences, 0), CPU, scorer.path))
         alone = [scorer.release()(input_ids=torch.as_tensor(text)[None].long()).logits for text in sequences]
     torch.testing.assert_close(scores, torch.cat(alone)[:, 0], rtol=0, atol=TOLERANCE)
 
@@ -155,22 +156,25 @@ def test_the_dense_mask_shows_a_token_its_ancestors_and_its_own_past() -> None:
     batch = pack_texts([text, np.array([5, 8], np.int32)], 0)
     # Packed: 5 | 6 7 | 8.
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
-    assert dense_mask(batch).int().tolist() == expected
+    assert dense_mask(batch).astype(int).tolist() == expected
+    assert dense_mask(batch, np.array([3, 1])).astype(int).tolist() == [expected[3], expected[1]]
 
 
 def test_a_score_in_the_forest_ignores_its_neighbours() -> None:
     model = model_of("qwen3").eval()
     scorer = PackedScorer(model, Layout("shared"))
     with torch.no_grad():
-        together = scorer(to_device(pack_texts(TREES["deep"], 0), CPU))
-        alone = torch.cat([scorer(to_device(pack_texts([text], 0), CPU)) for text in TREES["deep"]])
+        together = scorer(to_device(pack_texts(TREES["deep"], 0), CPU, scorer.path))
+        alone = torch.cat(
+            [scorer(to_device(pack_texts([text], 0), CPU, scorer.path)) for text in TREES["deep"]]
+        )
     torch.testing.assert_close(together, alone, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("multiple", [None, 8, 7])
 def test_padding_to_a_multiple_changes_no_score(multiple: int | None) -> None:
     model = model_of("llama").eval()
-    batch = to_device(pack_texts(TREES["deep"], 0, share=False), CPU)
+    batch = to_device(pack_texts(TREES["deep"], 0, share=False), CPU, None)
     with torch.no_grad():
         plain = PackedScorer(model, Layout("padded"))(batch)
         wider = PackedScorer(model, Layout("padded"), pad_to_multiple_of=multiple)(batch)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayrm.data.row_index import RowIndex
 from rayrm.metrics.evaluation import evaluate_scores, wilson_interval
 from rayrm.metrics.step import IntervalMean, StepMetrics
 
@@ -16,9 +17,32 @@ SCORES = st.floats(-50, 50, width=32)
 PAIRS = st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=12)
 
 
-def evaluated(chosen: list[float], rejected: list[float], **more: object) -> dict[str, float]:
-    ones = [1] * len(chosen)
-    return evaluate_scores(chosen, rejected, ones, ones, **more)  # type: ignore[arg-type]
+def index_of(
+    ranks: list[list[int]], lengths: list[list[int]] | None = None, margins: list[float] | None = None
+) -> RowIndex:
+    """The index of rows with these ranks; every completion has 1 token and no margin unless given."""
+    count = len(ranks)
+    return RowIndex.of(
+        prefix_lengths=[0] * count,
+        margins=[0.0] * count if margins is None else margins,
+        prefix_keys=np.zeros((count, 8)),
+        num_completions=[len(row) for row in ranks],
+        lengths=[
+            1 if lengths is None else lengths[r][k] for r, row in enumerate(ranks) for k in range(len(row))
+        ],
+        ranks=[rank for row in ranks for rank in row],
+    )
+
+
+def evaluated(
+    chosen: list[float],
+    rejected: list[float],
+    margins: list[float] | None = None,
+    center: float | None = None,
+) -> dict[str, float]:
+    """Metrics of pairs."""
+    scores = np.array([chosen, rejected]).T
+    return evaluate_scores(scores, index_of([[0, 1]] * len(chosen), margins=margins), center=center)
 
 
 def test_step_means_are_those_worked_out_by_hand() -> None:
@@ -97,7 +121,8 @@ def test_step_and_evaluation_agree_with_torchs_formulas() -> None:
 
 
 def test_evaluation_is_what_is_worked_out_by_hand() -> None:
-    ours = evaluate_scores([2, 0, 1, 1], [1, 1, 1, -1], [5, 9, 4, 4], [3, 3, 4, 8])
+    index = index_of([[0, 1]] * 4, lengths=[[5, 3], [9, 3], [4, 4], [4, 8]])
+    ours = evaluate_scores([2, 1, 0, 1, 1, 1, 1, -1], index)
     expected = sum(math.log1p(math.exp(-d)) for d in (1, -1, 0, 2)) / 4
     low, high = wilson_interval(2, 4)
     assert ours == pytest.approx(
@@ -113,9 +138,41 @@ def test_evaluation_is_what_is_worked_out_by_hand() -> None:
             "max_reward": 2.0,
             "length_baseline_accuracy": 0.625,
             "num_pairs": 4.0,
+            "num_rows": 4.0,
         },
         rel=1e-15,
     )
+
+
+def test_a_ranked_row_weighs_as_much_as_a_pair_and_its_ties_are_not_compared() -> None:
+    # Ranks 1, 0, 0: the second and the third are better than the first; then a pair.
+    index = index_of([[1, 0, 0], [0, 1]], lengths=[[4, 6, 4], [1, 2]], margins=[0.5, 0.0])
+    ours = evaluate_scores([1.0, 3.0, 0.0, 5.0, 2.0], index, center=0.1)
+    first = (math.log1p(math.exp(-(2 - 0.5))) + math.log1p(math.exp(1 + 0.5)) + 0.1 * (16 + 1)) / 2
+    second = math.log1p(math.exp(-3)) + 0.1 * 49
+    low, high = wilson_interval(1.5, 2)
+    assert ours == pytest.approx(
+        {
+            "loss": (first + second) / 2,
+            "accuracy": 0.75,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "ties": 0.0,
+            "margin": ((2 - 1) / 2 + 3) / 2,
+            "mean_reward": ((4 + 1) / 4 + 7 / 2) / 2,
+            "min_reward": 0.0,
+            "max_reward": 5.0,
+            "length_baseline_accuracy": ((1 + 0.5) / 2 + 0) / 2,
+            "num_pairs": 3.0,
+            "num_rows": 2.0,
+        },
+        rel=1e-15,
+    )
+
+
+def test_thirds_do_not_add_up_to_more_than_every_row() -> None:
+    index = index_of([[0, 1, 2]] * 7)
+    assert evaluate_scores([3.0, 2.0, 1.0] * 7, index)["accuracy"] == pytest.approx(1.0, rel=1e-15)
 
 
 def test_huge_margins_neither_overflow_nor_vanish() -> None:
@@ -172,17 +229,15 @@ def test_wilsons_interval_holds_the_share_stays_a_share_and_narrows(n: int, shar
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
-        (([], [], [], []), "at least one pair"),
-        (([1.0, 2.0], [1.0], [1, 1], [1, 1]), "2 chosen, 1 rejected"),
-        (([math.nan], [1.0], [1], [1]), "`chosen` of pair 0"),
-        (([1.0, 1.0], [1.0, math.inf], [1, 1], [1, 1]), "`rejected` of pair 1"),
+        ([], "at least one row"),
+        ([1.0, 2.0, 1.0], "3 scores of 2 completions"),
+        ([math.nan, 1.0], "completion 0"),
+        ([1.0, math.inf], "completion 1"),
     ],
 )
-def test_scores_that_cannot_be_evaluated_are_refused_by_name(
-    scores: tuple[list[float], ...], says: str
-) -> None:
+def test_scores_that_cannot_be_evaluated_are_refused_by_name(scores: list[float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        evaluate_scores(*scores)
+        evaluate_scores(scores, index_of([[0, 1]] if scores else []))
 
 
 @pytest.mark.parametrize(("successes", "n"), [(1, 0), (-1, 3), (4, 3)])

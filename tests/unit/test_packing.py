@@ -12,23 +12,16 @@ from rayrm.data.packing import (
     PackedBatch,
     ancestors_of,
     attention_runs,
-    common_prefix_length,
-    pack_pairs,
+    pack_rows,
     pack_texts,
     pooled_offset,
 )
-from rayrm.data.tokenize import TokenizedPair
+from rayrm.data.tokenize import TokenizedRow
 
 PAD = 0
 # Three tokens, one of them the pad: short sequences share beginnings, repeat and contain pads all the time.
 SEQUENCE = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(lambda ids: np.array(ids, np.int32))
 SEQUENCES = st.lists(SEQUENCE, min_size=1, max_size=6)
-
-
-def pair_of(chosen: Ids, rejected: Ids, margin: float = 0.0) -> TokenizedPair:
-    prefix = common_prefix_length([chosen, rejected])
-    ids = np.concatenate([chosen, rejected[prefix:]])
-    return TokenizedPair(ids, prefix, len(chosen), len(rejected), margin)
 
 
 def segment_at(batch: PackedBatch, token: int) -> int:
@@ -67,6 +60,11 @@ def assert_holds(batch: PackedBatch, sequences: list[Ids]) -> None:
     assert batch.num_unshared_tokens == sum(len(ids) for ids in sequences)
 
 
+def num_prefixes(sequences: list[Ids]) -> int:
+    """How many distinct beginnings the sequences have: what must be computed."""
+    return len({tuple(ids[: end + 1]) for ids in sequences for end in range(len(ids))})
+
+
 @given(SEQUENCES)
 def test_texts_keep_their_ids_positions_and_pooled_tokens(sequences: list[Ids]) -> None:
     batch = pack_texts(sequences, PAD)
@@ -75,8 +73,7 @@ def test_texts_keep_their_ids_positions_and_pooled_tokens(sequences: list[Ids]) 
     first = list(zip(batch.parent.tolist(), batch.ids[batch.start].tolist(), strict=True))
     assert len(set(first)) == len(first)
     # So each distinct prefix stands there once.
-    prefixes = {tuple(ids[: end + 1]) for ids in sequences for end in range(len(ids))}
-    assert batch.num_tokens == len(prefixes)
+    assert batch.num_tokens == num_prefixes(sequences)
 
 
 @given(SEQUENCES)
@@ -89,15 +86,67 @@ def test_without_sharing_every_text_is_its_own_root(sequences: list[Ids]) -> Non
 
 @given(st.lists(st.tuples(SEQUENCE, SEQUENCE), min_size=1, max_size=5), st.booleans())
 def test_pairs_keep_both_sides_in_order(sides: list[tuple[Ids, Ids]], share: bool) -> None:
-    pairs = [pair_of(chosen, rejected, margin=i) for i, (chosen, rejected) in enumerate(sides)]
-    batch = pack_pairs(pairs, PAD, share=share)
+    pairs = [TokenizedRow.pair(chosen, rejected, margin=i) for i, (chosen, rejected) in enumerate(sides)]
+    batch = pack_rows(pairs, PAD, share=share)
     assert_holds(batch, [ids for pair in sides for ids in pair])
     np.testing.assert_array_equal(batch.better, np.arange(0, 2 * len(pairs), 2))
     np.testing.assert_array_equal(batch.worse, np.arange(1, 2 * len(pairs), 2))
     np.testing.assert_array_equal(batch.margin, np.arange(len(pairs)))
     np.testing.assert_array_equal(batch.weight, np.ones(len(pairs)))
-    saved = sum(pair.prefix_length for pair in pairs) if share else 0
-    assert batch.num_tokens == batch.num_unshared_tokens - saved
+    assert batch.num_tokens == (
+        num_prefixes([ids for pair in sides for ids in pair]) if share else batch.num_unshared_tokens
+    )
+
+
+ROWS = st.lists(
+    st.lists(st.tuples(SEQUENCE, st.integers(0, 2)), min_size=2, max_size=4).filter(
+        lambda row: len({rank for _, rank in row}) > 1
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(ROWS, st.booleans())
+def test_rows_share_every_beginning_and_weigh_what_they_are_given(
+    given_rows: list[list[tuple[Ids, int]]], share: bool
+) -> None:
+    rows = [
+        TokenizedRow.of([ids for ids, _ in row], [rank for _, rank in row], margin=number)
+        for number, row in enumerate(given_rows)
+    ]
+    weights = [number % 3 for number in range(len(rows))]
+    batch = pack_rows(rows, PAD, share=share, weights=weights)
+    sequences = [ids for row in given_rows for ids, _ in row]
+    assert_holds(batch, sequences)
+    assert batch.num_tokens == (num_prefixes(sequences) if share else batch.num_unshared_tokens)
+    # 5. Comparison by comparison, from the ranks.
+    ranks = [rank for row in given_rows for _, rank in row]
+    row_of = [number for number, row in enumerate(given_rows) for _ in row]
+    scores = range(len(sequences))
+    told = {(i, j) for i in scores for j in scores if row_of[i] == row_of[j] and ranks[i] < ranks[j]}
+    compared = list(zip(batch.better.tolist(), batch.worse.tolist(), strict=True))
+    assert set(compared) == told
+    assert len(compared) == len(told)
+    of_row = np.array([row_of[better] for better, _ in compared])
+    np.testing.assert_array_equal(batch.margin, of_row)
+    for number, weight in enumerate(weights):
+        mine = batch.weight[of_row == number]
+        assert len(set(mine.tolist())) == 1
+        assert mine.sum() == pytest.approx(weight)
+
+
+def test_a_completion_of_several_rows_is_computed_once() -> None:
+    prompt, best, good, bad = np.array([1, 1, 2]), [2, 2, 1], [1, 2], [0, 1, 1]
+    texts = [np.concatenate([prompt, tail]) for tail in (best, good, bad)]
+    pairs = [TokenizedRow.pair(texts[i], texts[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    batch = pack_rows(pairs, PAD)
+    assert batch.num_tokens == 3 + 3 + 2 + 3
+    assert batch.pooled[0] == batch.pooled[2]
+    assert batch.pooled[1] == batch.pooled[4]
+    assert batch.pooled[3] == batch.pooled[5]
+    ranking = pack_rows([TokenizedRow.of(texts, (0, 1, 2))], PAD)
+    assert (ranking.num_tokens, len(ranking.pooled), len(ranking.better)) == (batch.num_tokens, 3, 3)
 
 
 @given(SEQUENCES)
@@ -115,19 +164,19 @@ def test_attention_runs_tile_the_segments_in_order(sequences: list[Ids]) -> None
 
 
 def test_a_pair_costs_two_attention_calls() -> None:
-    batch = pack_pairs([pair_of(np.array([1, 1, 2]), np.array([1, 2, 2, 2]))], PAD)
+    batch = pack_rows([TokenizedRow.pair(np.array([1, 1, 2]), np.array([1, 2, 2, 2]))], PAD)
     assert batch.parent.tolist() == [-1, 0, 0]
     assert [run.segments for run in attention_runs(batch.parent)] == [(0, 1), (2,)]
 
 
 def test_a_tail_may_be_empty_and_its_score_be_read_in_the_prefix() -> None:
-    batch = pack_pairs([pair_of(np.array([1, 2]), np.array([1, 2, 1]))], PAD)
+    batch = pack_rows([TokenizedRow.pair(np.array([1, 2]), np.array([1, 2, 1]))], PAD)
     assert batch.length.tolist() == [2, 1]
     assert batch.pooled.tolist() == [1, 2]
 
 
 def test_a_tail_of_pads_is_pooled_in_the_prefix() -> None:
-    batch = pack_pairs([pair_of(np.array([1, 2, PAD]), np.array([1, 2, 1]))], PAD)
+    batch = pack_rows([TokenizedRow.pair(np.array([1, 2, PAD]), np.array([1, 2, 1]))], PAD)
     assert batch.pooled.tolist() == [1, 3]
 
 
@@ -139,7 +188,7 @@ def test_a_group_of_duplicates_is_computed_once() -> None:
 
 
 def test_a_dummy_keeps_its_weight() -> None:
-    batch = pack_pairs([pair_of(np.array([1]), np.array([2]))], PAD, weights=(0.0,))
+    batch = pack_rows([TokenizedRow.pair(np.array([1]), np.array([2]))], PAD, weights=(0.0,))
     assert batch.weight.tolist() == [0.0]
 
 

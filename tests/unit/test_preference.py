@@ -1,4 +1,4 @@
-"""Rows of every accepted form become pairs; every other row is refused by name, with what to type."""
+"""Rows of every accepted form become pairs or rankings; all others are refused by name, with what to type."""
 
 from __future__ import annotations
 
@@ -24,28 +24,25 @@ def test_each_of_the_four_text_forms_keeps_its_texts(conversational: bool, expli
     for row in tiny_rows(5, conversational=conversational, explicit_prompt=explicit_prompt, margin=True):
         pair = parse_row(row)
         assert form_of(pair) == ("conversational" if conversational else "standard")
-        assert (pair.prompt, pair.chosen, pair.rejected) == (
-            row.get("prompt"),
-            row["chosen"],
-            row["rejected"],
-        )
+        assert (pair.prompt, pair.completions) == (row.get("prompt"), (row["chosen"], row["rejected"]))
+        assert pair.ranks == (0, 1)
         assert pair.margin == row["margin"]
 
 
 def test_token_ids_win_over_text_and_may_be_arrays() -> None:
     pair = parse_row({"chosen": "a", "rejected": "b", "chosen_ids": np.array([5, 6]), "rejected_ids": (5, 7)})
     assert form_of(pair) == "tokenized"
-    assert (pair.chosen, pair.chosen_ids, pair.rejected_ids) == (None, [5, 6], [5, 7])
+    assert (pair.completions, pair.ids, pair.ranks) == ((), ([5, 6], [5, 7]), (0, 1))
 
 
 def test_legacy_id_columns_are_read_and_warned_about_once() -> None:
     preference._warn_legacy_columns.cache_clear()
     row = {"chosen_input_ids": [1], "rejected_input_ids": [2]}
     with pytest.warns(FutureWarning, match="rename the columns"):
-        assert parse_row(row).chosen_ids == [1]
+        assert parse_row(row).ids == ([1], [2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert parse_row(row).rejected_ids == [2]
+        assert parse_row(row).ids == ([1], [2])
 
 
 def test_fields_that_arrow_filled_with_none_count_as_absent() -> None:
@@ -59,7 +56,7 @@ def test_fields_that_arrow_filled_with_none_count_as_absent() -> None:
         "chosen_ids": None,
     }
     pair = parse_row(row)
-    assert pair.chosen == ASK + YES
+    assert pair.completions[0] == ASK + YES
     assert (pair.prompt, pair.margin, pair.tools) == (None, 0.0, None)
     assert pair.chat_template_kwargs == {"style": "x"}
 
@@ -76,8 +73,35 @@ def test_a_tool_call_needs_no_content_and_dialogues_may_have_tool_turns() -> Non
     with_none = {**call, "content": None}
     turns = [{"role": "tool", "content": "3"}, *YES]
     pair = parse_row({"prompt": ASK, "chosen": [call, *turns], "rejected": [with_none]})
-    assert pair.chosen == [with_none, *turns]
-    assert pair.rejected == [with_none]
+    assert pair.completions == ([with_none, *turns], [with_none])
+
+
+def test_a_ranking_keeps_its_completions_in_order_and_its_ranks_without_gaps() -> None:
+    row = {"prompt": "p", "completions": ["a", "b", "c", "d"], "ranks": [3, -1.5, 3, 2], "margin": 0.5}
+    ranking = parse_row(row)
+    assert (ranking.prompt, ranking.completions, ranking.margin) == ("p", ("a", "b", "c", "d"), 0.5)
+    assert ranking.ranks == (2, 0, 2, 1)
+    assert (
+        parse_row({**row, "completions": np.array(list("abcd")), "ranks": np.array([3, -1.5, 3, 2])})
+        == ranking
+    )
+
+
+def test_a_ranking_may_be_messages_whole_dialogues_or_token_ids() -> None:
+    ranks = {"ranks": [1, 0], "chosen": None, "rejected": None}
+    told = parse_row({"prompt": ASK, "completions": [NO, YES], **ranks})
+    assert (form_of(told), told.completions) == ("conversational", (NO, YES))
+    whole = parse_row({"completions": [ASK + NO, ASK + YES], **ranks})
+    assert (whole.prompt, whole.completions) == (None, (ASK + NO, ASK + YES))
+    ids = parse_row({"completions": ["a"], "completions_ids": [[5, 6], [5, 7]], **ranks})
+    assert (form_of(ids), ids.ids, ids.ranks) == ("tokenized", ([5, 6], [5, 7]), (1, 0))
+
+
+@pytest.mark.parametrize(
+    "other", [{"completions": ["c", "d"]}, {"ranks": [1, 2]}, {"completions_ids": [[1]]}]
+)
+def test_half_a_ranking_beside_a_pair_is_another_column(other: dict[str, Any]) -> None:
+    assert parse_row({**TEXT, **other}) == parse_row(TEXT)
 
 
 def test_unknown_columns_are_ignored() -> None:
@@ -88,6 +112,7 @@ def test_unknown_columns_are_ignored() -> None:
 
 TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
 CHAT = {"prompt": ASK, "chosen": YES, "rejected": NO}
+RANKED = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [0, 1, 2]}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +155,23 @@ CHAT = {"prompt": ASK, "chosen": YES, "rejected": NO}
         ({**CHAT, "chat_template_kwargs": "x"}, "bad-template-kwargs", "'x'"),
         ({**CHAT, "chat_template_kwargs": {"tokenize": False}}, "bad-template-kwargs", "tokenize"),
         ({**TEXT, "chosen": "a\ud800"}, "not-utf8", "character 1"),
+        ({**RANKED, "ranks": None}, "missing-ranks", "`ranks` is missing beside `completions`"),
+        ({**RANKED, "completions": None}, "missing-completions", "`completions` is missing beside `ranks`"),
+        ({**RANKED, **TEXT}, "mixed-forms", "`chosen` and also `completions`"),
+        ({**RANKED, "rejected_ids": [1]}, "mixed-forms", "`rejected_ids` and also `completions`"),
+        ({**RANKED, "completions": "abc"}, "wrong-type", "`completions` ('abc')"),
+        ({**RANKED, "completions": ["a", 7, "c"]}, "wrong-type", "`completions[1]` (7)"),
+        ({**RANKED, "completions": ["a"]}, "too-few-completions", "has 1"),
+        ({**RANKED, "completions": ["a", YES, "c"]}, "mixed-forms", "`completions[1]` is a message list"),
+        ({**RANKED, "completions": ["a", "b", " "]}, "empty-completion", "`completions[2]`"),
+        ({"completions_ids": [[1], []], "ranks": [0, 1]}, "empty-completion", "`completions_ids[1]`"),
+        ({**RANKED, "ranks": [0, 1]}, "bad-ranks", "3 numbers"),
+        ({**RANKED, "ranks": 3}, "bad-ranks", "`ranks` (3)"),
+        ({**RANKED, "ranks": [0, 1, float("nan")]}, "bad-ranks", "nan"),
+        ({**RANKED, "ranks": [0, 1, None]}, "bad-ranks", "None"),
+        ({**RANKED, "ranks": ["1", "2", "3"]}, "bad-ranks", "'1'"),
+        ({**RANKED, "ranks": [True, False, False]}, "bad-ranks", "True"),
+        ({**RANKED, "ranks": [4, 4, 4.0]}, "all-tied", "nothing is compared"),
         ({**CHAT, "chosen": [{"role": "assistant", "content": "\udfff"}]}, "not-utf8", "`chosen[0].content`"),
     ],
 )

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrm.data.preference import PreferencePair, parse_row
-from rayrm.data.tokenize import TextInput, TokenizedPair, encode, prepare_tokenizer, tokenize_pairs
+from rayrm.data.preference import PreferenceRow, parse_row
+from rayrm.data.tokenize import TextInput, TokenizedRow, encode, prepare_tokenizer, tokenize_rows
 from rayrm.errors import ConfigError, RowError, ScoreError
 from tests.tiny import CHAT_TEMPLATE, tiny_rows, tiny_tokenizer
 
@@ -35,8 +35,9 @@ def trl_ids(
 def our_ids(
     tokenizer: Any, rows: list[dict[str, Any]], max_length: int | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    pairs = tokenize_pairs(tokenizer, [parse_row(row) for row in rows], max_length)
-    return [(p.chosen_ids.tolist(), p.rejected_ids.tolist()) for p in pairs if isinstance(p, TokenizedPair)]
+    pairs = tokenize_rows(tokenizer, [parse_row(row) for row in rows], max_length)
+    kept = [pair for pair in pairs if isinstance(pair, TokenizedRow)]
+    return [tuple(ids.tolist() for ids in pair.sequences) for pair in kept]
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -95,11 +96,44 @@ def test_pairs_above_max_length_go_where_trl_filters_them() -> None:
 
 
 def test_a_side_of_exactly_max_length_is_kept() -> None:
-    pair = PreferencePair(None, None, chosen_ids=[5] * 4, rejected_ids=[6] * 3)
-    kept, dropped = (tokenize_pairs(tiny_tokenizer(), [pair], limit)[0] for limit in (4, 3))
-    assert isinstance(kept, TokenizedPair)
+    pair = PreferenceRow((), ids=([5] * 4, [6] * 3))
+    kept, dropped = (tokenize_rows(tiny_tokenizer(), [pair], limit)[0] for limit in (4, 3))
+    assert isinstance(kept, TokenizedRow)
     assert isinstance(dropped, RowError)
     assert dropped.reason == "too-long"
+
+
+def test_a_ranking_has_the_ids_of_its_completions_pair_by_pair() -> None:
+    pairs, tokenizer = tiny_rows(2), tiny_tokenizer()
+    prompt = pairs[0]["prompt"]
+    completions = [pairs[0]["chosen"], pairs[0]["rejected"], pairs[1]["chosen"]]
+    ranking = {"prompt": prompt, "completions": completions, "ranks": [1, 2, 0], "margin": 0.25}
+    (row,) = tokenize_rows(tokenizer, [parse_row(ranking)], None)
+    assert isinstance(row, TokenizedRow)
+    alone = [{"prompt": prompt, "chosen": one, "rejected": "else"} for one in completions]
+    assert [ids.tolist() for ids in row.sequences] == [chosen for chosen, _ in our_ids(tokenizer, alone)]
+    assert row.comparisons == [(0, 1), (2, 0), (2, 1)]
+    assert (row.ranks, row.margin) == ((1, 2, 0), 0.25)
+
+
+def test_a_ranking_with_one_completion_above_max_length_is_left_out_whole() -> None:
+    ranking = PreferenceRow((), (0, 1, 2), ids=([5], [6], [7] * 4), names=("a", "b", "c"))
+    kept, dropped = (tokenize_rows(tiny_tokenizer(), [ranking], limit)[0] for limit in (4, 3))
+    assert isinstance(kept, TokenizedRow)
+    assert isinstance(dropped, RowError)
+    assert (dropped.reason, "`c` has 4 tokens" in str(dropped)) == ("too-long", True)
+
+
+def test_equal_completions_may_be_tied_but_not_ranked() -> None:
+    ids = ([5, 6], [7], [5, 6])
+    tied, ranked = (
+        tokenize_rows(tiny_tokenizer(), [PreferenceRow((), ranks, ids=ids, names=("a", "b", "c"))], None)[0]
+        for ranks in ((0, 1, 0), (0, 1, 2))
+    )
+    assert isinstance(tied, TokenizedRow)
+    assert tied.comparisons == [(0, 1), (2, 1)]
+    assert isinstance(ranked, RowError)
+    assert (ranked.reason, "`a` and `c`" in str(ranked)) == ("identical", True)
 
 
 @pytest.mark.parametrize("conversational", [False, True])
@@ -175,17 +209,15 @@ def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_along() ->
     )
     rows = tiny_rows(5, conversational=True)
     rows[2]["prompt"][0]["content"] = "blue 2?"
-    outcomes = tokenize_pairs(tokenizer, [parse_row(row) for row in rows], None)
-    assert [isinstance(outcome, TokenizedPair) for outcome in outcomes] == [True, True, False, True, True]
+    outcomes = tokenize_rows(tokenizer, [parse_row(row) for row in rows], None)
+    assert [isinstance(outcome, TokenizedRow) for outcome in outcomes] == [True, True, False, True, True]
     assert isinstance(outcomes[2], RowError)
     assert outcomes[2].reason == "template-refused"
     assert "not blue" in str(outcomes[2])
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:
-    outcome = tokenize_pairs(
-        tiny_tokenizer(), [PreferencePair(None, None, chosen_ids=[400], rejected_ids=[1])], None
-    )[0]
+    outcome = tokenize_rows(tiny_tokenizer(), [PreferenceRow((), ids=([400], [1]))], None)[0]
     assert isinstance(outcome, RowError)
     assert (outcome.reason, "400" in str(outcome)) == ("bad-ids", True)
 
@@ -197,17 +229,17 @@ SIDES = st.lists(st.integers(0, 3), min_size=1, max_size=8)
 def test_a_pair_is_cut_at_the_longest_common_prefix_and_gives_its_sides_back(
     chosen: list[int], rejected: list[int]
 ) -> None:
-    given_ids = PreferencePair(None, None, margin=0.5, chosen_ids=chosen, rejected_ids=rejected)
-    outcome = tokenize_pairs(_TOKENIZER, [given_ids], None)[0]
+    given_ids = PreferenceRow((), margin=0.5, ids=(chosen, rejected))
+    outcome = tokenize_rows(_TOKENIZER, [given_ids], None)[0]
     if chosen == rejected:
         assert isinstance(outcome, RowError)
         assert outcome.reason == "identical"
         return
-    assert isinstance(outcome, TokenizedPair)
+    assert isinstance(outcome, TokenizedRow)
     assert outcome.ids.dtype == np.int32
-    assert (outcome.chosen_ids.tolist(), outcome.rejected_ids.tolist()) == (chosen, rejected)
-    assert (outcome.chosen_length, outcome.rejected_length) == (len(chosen), len(rejected))
-    assert outcome.margin == 0.5
+    assert [ids.tolist() for ids in outcome.sequences] == [chosen, rejected]
+    assert outcome.lengths == (len(chosen), len(rejected))
+    assert (outcome.comparisons, outcome.margin) == ([(0, 1)], 0.5)
     prefix = outcome.prefix_length
     assert chosen[:prefix] == rejected[:prefix]
     assert chosen[: prefix + 1] != rejected[: prefix + 1]
@@ -278,3 +310,20 @@ def test_a_tokenizer_without_a_template_gives_none(tmp_path: Path) -> None:
     tiny_tokenizer(chat=False).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="gives no chat template"):
         prepare_tokenizer(tiny_tokenizer(), eos_token=None, pad_token=None, chat_template_path=tmp_path)
+
+
+@given(st.lists(st.tuples(SIDES, st.integers(0, 3)), min_size=2, max_size=6))
+def test_a_row_gives_its_sequences_back_and_compares_what_its_ranks_tell_apart(
+    completions: list[tuple[list[int], int]],
+) -> None:
+    sequences = [np.array(ids, np.int32) for ids, _ in completions]
+    ranks = [rank for _, rank in completions]
+    row = TokenizedRow.of(sequences, ranks)
+    assert [ids.tolist() for ids in row.sequences] == [ids for ids, _ in completions]
+    beginnings = {tuple(ids[: row.prefix_length]) for ids, _ in completions}
+    assert len(beginnings) == 1
+    longer = {tuple(ids[: row.prefix_length + 1]) for ids, _ in completions}
+    assert len(longer) > 1 or row.prefix_length == min(row.lengths)
+    told = {(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]}
+    assert set(row.comparisons) == told
+    assert len(row.comparisons) == len(told)
