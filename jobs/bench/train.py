@@ -1,0 +1,397 @@
+"""The optimizer step beside TRL's, or beside our own without sharing.
+
+    python jobs/bench/train.py --model DIR --data FILE --pairs 128 --batch 8 --against trl
+
+Both take turns in this process, `--rounds` times, from the same weights, over the same pairs in the same
+order (the first N of a seed-0 shuffle that fit `--max-length`), with the same AdamW (fused, constant lr 1e-5)
+and clipping at 1.0. Timed are whole steps from forward to optimizer, two warm-up steps a round dropped:
+ours with its planning and packing; TRL's is its own `RewardTrainer.train()`, timed from `on_step_begin` to
+`on_optimizer_step`, so that its collation is not counted. Tokenization is counted for neither.
+
+`ratio` is our pairs/s over the baseline's, the median of the rounds' ratios. `max_loss_delta` and
+`max_grad_norm_delta` (relative, before clipping) are over all steps of all rounds. `mfu` = (6 x non-embedding
+parameters x the step's distinct tokens + attention over the (query, key) pairs computed) / time / peak, where
+peak is the best matmul of this process (2048 cubed; 8192 cubed on a GPU); it means something without
+gradient checkpointing only. `mfu_executed` counts only FLOPs that are executed: the last layer's queries and
+MLP at the pooled tokens. Neither ray nor deepspeed is needed, trl only for `--against trl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import (
+    ModelCost,
+    Stopwatch,
+    add_common_arguments,
+    device_of,
+    finish,
+    machine,
+    matmul_peak,
+    open_model,
+    open_tokenizer,
+    peak_memory,
+    shown,
+    shuffled_rows,
+    spread,
+)
+from transformers import PreTrainedModel, TrainerCallback
+
+from rayrm import RewardConfig
+from rayrm.data.blocks import index_of, table_of_rows
+from rayrm.data.packing import PackedBatch, pack_rows
+from rayrm.data.planning import plan_step
+from rayrm.data.tokenize import TokenizedRow
+from rayrm.model.forward import PackedScorer
+from rayrm.model.layout import choose_layout
+from rayrm.train.build import ModelSource, build_model
+from rayrm.train.engine import TorchEngine
+from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET
+from rayrm.train.optimizer import make_optimizer, make_scheduler
+from rayrm.train.step import train_step
+
+WARM_UP_STEPS = 2
+LEARNING_RATE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class TimedStep:
+    """One optimizer step: how long it took, its loss, and its gradient norm before clipping."""
+
+    seconds: float
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two that are compared: `run` trains all steps from the initial weights."""
+
+    name: str
+    run: Callable[[], list[TimedStep]]
+    peak_memory_gib: list[float]
+
+
+def settings_of(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What both trainers are told, in TRL's words."""
+    return {
+        "per_device_train_batch_size": arguments.batch,
+        "max_length": arguments.max_length,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "max_grad_norm": 1.0,
+        "num_train_epochs": 1,
+        "gradient_checkpointing": arguments.gradient_checkpointing,
+        "bf16": arguments.dtype == "bf16",
+        "use_cpu": device.type == "cpu",
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+
+
+class OurStep:
+    """rayrm's step, made of what its workers call: plan, pack, train_step."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, arguments: argparse.Namespace, *, share: bool
+    ) -> None:
+        self._device = device_of(arguments)
+        self._arguments = arguments
+        self._config = RewardConfig(**settings_of(arguments, self._device))
+        built = build_model(ModelSource(model), self._config, tokenizer)
+        layout = choose_layout(built, share_prefix=share, longest=arguments.max_length)
+        if layout.name != ("shared" if share else "packed"):
+            raise SystemExit(f"{type(model).__name__} takes the {layout.name} layout: {layout.reason}")
+        self._share = share
+        self._pad_token_id = tokenizer.pad_token_id
+        self._scorer = PackedScorer(built, layout)
+        self._initial = {name: value.clone() for name, value in self._scorer.state_dict().items()}
+
+    def prepare(self, rows: Sequence[TokenizedRow]) -> list[PackedBatch]:
+        """A step's rows as micro-batches."""
+        costs = index_of(table_of_rows(rows)).rows.costs(share=self._share)
+        (plan,) = plan_step(costs, num_ranks=1, max_tokens=self._arguments.max_tokens)
+        return [
+            pack_rows(
+                [rows[place] for place in microbatch.rows],
+                self._pad_token_id,
+                share=self._share,
+                weights=microbatch.weights,
+            )
+            for microbatch in plan
+        ]
+
+    def distinct_tokens(self, rows: Sequence[TokenizedRow]) -> int:
+        """Of a step, had it one micro-batch."""
+        return pack_rows(rows, self._pad_token_id, share=self._share).num_tokens
+
+    def run(self, steps: Sequence[Sequence[TokenizedRow]]) -> list[TimedStep]:
+        scorer = self._scorer.to(self._device)
+        scorer.load_state_dict(self._initial)
+        optimizer = make_optimizer(scorer, self._config)
+        engine = TorchEngine(
+            scorer,
+            optimizer,
+            make_scheduler(optimizer, self._config, len(steps)),
+            device=self._device,
+            world_size=1,
+            max_grad_norm=self._config.max_grad_norm,
+            precision=self._arguments.dtype,
+        )
+        engine.train(True)
+        watch, timed = Stopwatch(self._device), []
+        for rows in steps:
+            watch.start()
+            totals = train_step(engine, self.prepare(rows), len(rows))
+            seconds = watch.stop()
+            timed.append(TimedStep(seconds, float(totals.sums[0]), float(totals.grad_norm)))
+        scorer.cpu()
+        return timed
+
+
+class _StepClock(TrainerCallback):
+    """Times each of TRL's steps, and reads what it logs of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._watch = Stopwatch(device)
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._watch.start()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(self._watch.stop())
+
+
+class TrlStep:
+    """TRL's RewardTrainer on tokenized rows: its own collator, loss, clipping and loop."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        arguments: argparse.Namespace,
+        rows: Sequence[TokenizedRow],
+    ) -> None:
+        from datasets import Dataset
+
+        self._model, self._tokenizer, self._arguments = model, tokenizer, arguments
+        self._device = device_of(arguments)
+        self._initial = {name: value.clone() for name, value in model.state_dict().items()}
+        self._dataset = Dataset.from_dict(
+            {
+                "chosen_ids": [row.sequences[0].tolist() for row in rows],
+                "rejected_ids": [row.sequences[1].tolist() for row in rows],
+            }
+        )
+        self.padded_tokens = 0
+
+    def run(self) -> list[TimedStep]:
+        import trl
+
+        self._model.load_state_dict(self._initial)
+        clock = _StepClock(self._device)
+        with tempfile.TemporaryDirectory() as output_dir:
+            trainer = trl.RewardTrainer(
+                model=self._model,
+                args=trl.RewardConfig(
+                    output_dir,
+                    train_sampling_strategy="sequential",
+                    logging_steps=1,
+                    disable_tqdm=True,
+                    **settings_of(self._arguments, self._device),
+                ),
+                train_dataset=self._dataset,
+                processing_class=self._tokenizer,
+                callbacks=[clock],
+            )
+            trainer.remove_callback(_printer())
+            if not self.padded_tokens:
+                batches = trainer.get_train_dataloader()
+                self.padded_tokens = sum(batch["input_ids"].numel() for batch in batches)
+            trainer.train()
+        self._model.cpu()
+        logged = [record for record in trainer.state.log_history if "grad_norm" in record]
+        return [
+            TimedStep(seconds, record["loss"], float(record["grad_norm"]))
+            for seconds, record in zip(clock.seconds, logged, strict=True)
+        ]
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
+def padded_tokens(steps: Sequence[Sequence[TokenizedRow]]) -> int:
+    """What right padding to each step's longest side makes of its 2B sides."""
+    return sum(2 * len(rows) * max(max(row.lengths) for row in rows) for rows in steps)
+
+
+def pairs_per_s(timed: Sequence[TimedStep], batch: int) -> float:
+    kept = timed[WARM_UP_STEPS:]
+    return batch * len(kept) / sum(step.seconds for step in kept)
+
+
+def deltas(ours: Sequence[TimedStep], theirs: Sequence[TimedStep]) -> tuple[float, float]:
+    """The largest difference in loss, and the largest relative one in gradient norm."""
+    loss = max(abs(a.loss - b.loss) for a, b in zip(ours, theirs, strict=True))
+    norm = max(abs(a.grad_norm / b.grad_norm - 1) for a, b in zip(ours, theirs, strict=True))
+    return loss, norm
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All rounds, and the result."""
+    if arguments.pairs % arguments.batch or arguments.pairs // arguments.batch <= WARM_UP_STEPS:
+        raise SystemExit(
+            f"--pairs ({arguments.pairs}) must be a multiple of --batch ({arguments.batch}), more than "
+            f"{WARM_UP_STEPS} times it: the first {WARM_UP_STEPS} steps are dropped"
+        )
+    device = device_of(arguments)
+    tokenizer = open_tokenizer(arguments)
+    model = open_model(arguments)
+    rows = shuffled_rows(arguments.data, tokenizer, count=arguments.pairs, max_length=arguments.max_length)
+    steps = [rows[begin : begin + arguments.batch] for begin in range(0, len(rows), arguments.batch)]
+    cost = ModelCost.of(model)
+    trl_step: TrlStep | None = None
+    if arguments.against == "trl":
+        trl_step = TrlStep(copy.deepcopy(model), tokenizer, arguments, rows)
+        baseline = Side("trl", trl_step.run, [])
+    else:
+        packed = OurStep(copy.deepcopy(model), tokenizer, arguments, share=False)
+        baseline = Side("packed", lambda: packed.run(steps), [])
+    shared = OurStep(model, tokenizer, arguments, share=True)
+    ours = Side("ours", lambda: shared.run(steps), [])
+
+    timed: dict[str, list[list[TimedStep]]] = {ours.name: [], baseline.name: []}
+    peaks = [matmul_peak(device, arguments.dtype)]
+    for number in range(arguments.rounds):
+        for side in (ours, baseline):
+            with peak_memory(device, side.peak_memory_gib):
+                timed[side.name].append(side.run())
+            peaks.append(matmul_peak(device, arguments.dtype))
+        speeds = [pairs_per_s(timed[side.name][-1], arguments.batch) for side in (ours, baseline)]
+        print(
+            f"round {number + 1}: ours {speeds[0]:.2f} pairs/s, {baseline.name} {speeds[1]:.2f}, "
+            f"ratio {speeds[0] / speeds[1]:.2f}, matmul peak {peaks[-1] / 1e9:.0f} GFLOP/s",
+            flush=True,
+        )
+    prepared = [shared.prepare(step) for step in steps]
+    result = compare(arguments, timed[ours.name], timed[baseline.name])
+    result["tokens"] = count_tokens(rows, steps, prepared)
+    if trl_step is not None:
+        result["tokens"]["padded"] = trl_step.padded_tokens
+    result |= utilisation(cost, prepared, shared, steps, timed[ours.name], max(peaks))
+    result["peak_gflops"] = {"best": max(peaks) / 1e9, "median": float(np.median(peaks)) / 1e9}
+    if device.type == "cuda":
+        result["peak_memory_gib"] = {side.name: max(side.peak_memory_gib) for side in (ours, baseline)}
+    return result | {"machine": machine(device)}
+
+
+def compare(
+    arguments: argparse.Namespace, ours: list[list[TimedStep]], theirs: list[list[TimedStep]]
+) -> dict[str, Any]:
+    """Speeds, ratio and how far apart the two trajectories are."""
+    fast = [pairs_per_s(timed, arguments.batch) for timed in ours]
+    slow = [pairs_per_s(timed, arguments.batch) for timed in theirs]
+    ratios = [a / b for a, b in zip(fast, slow, strict=True)]
+    apart = [deltas(a, b) for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "bench": "train",
+        "model": arguments.model or arguments.shape,
+        "data": arguments.data,
+        "against": arguments.against,
+        "pairs": arguments.pairs,
+        "batch": arguments.batch,
+        "max_length": arguments.max_length,
+        "max_tokens": arguments.max_tokens,
+        "dtype": arguments.dtype,
+        "gradient_checkpointing": arguments.gradient_checkpointing,
+        "rounds": len(ratios),
+        "pairs_per_s": spread(fast)["median"],
+        "pairs_per_s_spread": spread(fast),
+        "baseline_pairs_per_s": spread(slow)["median"],
+        "baseline_pairs_per_s_spread": spread(slow),
+        "ratio": spread(ratios)["median"],
+        "ratio_spread": spread(ratios),
+        "max_loss_delta": max(loss for loss, _ in apart),
+        "max_grad_norm_delta": max(norm for _, norm in apart),
+    }
+
+
+def count_tokens(
+    rows: Sequence[TokenizedRow],
+    steps: Sequence[Sequence[TokenizedRow]],
+    prepared: Sequence[Sequence[PackedBatch]],
+) -> dict[str, int]:
+    """Of all steps: as TRL pads them, without padding, and as we compute them."""
+    return {
+        "padded": padded_tokens(steps),
+        "unpadded": sum(sum(row.lengths) for row in rows),
+        "shared": sum(batch.num_tokens for batches in prepared for batch in batches),
+        "microbatches": sum(len(batches) for batches in prepared),
+    }
+
+
+def utilisation(
+    cost: ModelCost,
+    prepared: Sequence[Sequence[PackedBatch]],
+    shared: OurStep,
+    steps: Sequence[Sequence[TokenizedRow]],
+    timed: Sequence[Sequence[TimedStep]],
+    peak: float,
+) -> dict[str, Any]:
+    """Our share of the matmul peak, by the definition and by the FLOPs executed, a figure for each round."""
+    kept = list(zip(prepared, steps, strict=True))[WARM_UP_STEPS:]
+    defined = sum(cost.training(batches, shared.distinct_tokens(rows)) for batches, rows in kept)
+    executed = sum(cost.executed(batches) for batches, _ in kept)
+    seconds = [sum(step.seconds for step in round_[WARM_UP_STEPS:]) for round_ in timed]
+    return {
+        "mfu": spread([defined / s / peak for s in seconds])["median"],
+        "mfu_spread": spread([defined / s / peak for s in seconds]),
+        "mfu_executed": spread([executed / s / peak for s in seconds])["median"],
+        "flops_a_step": defined / len(kept),
+    }
+
+
+def report(result: dict[str, Any]) -> None:
+    """The result in words."""
+    tokens = result["tokens"]
+    print(
+        f"ours {result['pairs_per_s']:.2f} pairs/s, {result['against']} "
+        f"{result['baseline_pairs_per_s']:.2f}: "
+        f"ratio {shown(list(result['ratio_spread'].values()))}\n"
+        f"tokens: padded {tokens['padded']}, unpadded {tokens['unpadded']}, shared {tokens['shared']} "
+        f"(bound {tokens['padded'] / tokens['shared']:.2f}); {tokens['microbatches']} micro-batches\n"
+        f"max loss delta {result['max_loss_delta']:.1e}, max gradient norm delta "
+        f"{result['max_grad_norm_delta']:.1e} (relative)\n"
+        f"MFU {result['mfu']:.2f}, of executed FLOPs {result['mfu_executed']:.2f}, of a matmul peak of "
+        f"{result['peak_gflops']['best']:.0f} GFLOP/s"
+    )
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_common_arguments(parser)
+    parser.add_argument("--pairs", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8, help="pairs in one optimizer step")
+    parser.add_argument("--against", choices=("trl", "packed"), default="trl")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="on in both (default: off)")
+    parser.add_argument("--max-tokens", type=int, default=DEFAULT_TOKEN_BUDGET, help="a micro-batch's budget")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    measured = measure(arguments)
+    report(measured)
+    finish(measured, arguments.json)
