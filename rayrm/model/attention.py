@@ -25,9 +25,10 @@ from transformers.masking_utils import sdpa_mask
 
 from rayrm.data.packing import Indices, PackedBatch
 from rayrm.model.segment_loop import SegmentLoop
+from rayrm.model.tiled import Tiled
 
 FOREST = "rayrm_forest"
-AttentionPath = Literal["loop", "dense"]
+AttentionPath = Literal["loop", "tiled", "dense"]
 
 
 class Attention(Protocol):
@@ -64,6 +65,8 @@ def attention_of(batch: PackedBatch, path: AttentionPath, device: torch.device) 
     match path:
         case "loop":
             return SegmentLoop.of(batch, device)
+        case "tiled":
+            return Tiled.of(batch)
         case "dense":
             return Dense.of(batch, device)
 

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from rayrm.data.packing import PackedBatch, pack_texts
-from rayrm.model.attention import dense_mask
+from rayrm.model import tiled
+from rayrm.model.attention import AttentionPath, dense_mask
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import Layout, choose_layout
 
@@ -91,10 +92,15 @@ def model_of(family: str, *, checkpointing: bool = False) -> PreTrainedModel:
 
 
 def scores_and_gradients(
-    model: PreTrainedModel, batch: PackedBatch, layout: Layout, *, dense: bool = False, pooled: bool = True
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    layout: Layout,
+    *,
+    path: AttentionPath = "loop",
+    pooled: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Scores `[N]`, and the gradients of a sum that weighs every score differently."""
-    scorer = PackedScorer(model, layout, path="dense" if dense else "loop", pooled_last_layer=pooled)
+    scorer = PackedScorer(model, layout, path=path, pooled_last_layer=pooled)
     scores = scorer(to_device(batch, CPU, scorer.path))
     (scores * torch.linspace(-1, 2, len(scores))).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -112,18 +118,22 @@ def assert_equal(one: tuple[Any, dict[str, Any]], two: tuple[Any, dict[str, Any]
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_segment_loop_is_the_definition_and_the_stock_forward(
-    family: str, tree: str, checkpointing: bool
+def test_each_path_is_the_definition_and_the_stock_forward(
+    family: str, tree: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequences = TREES[tree]
     shared, apart = pack_texts(sequences, 0), pack_texts(sequences, 0, share=False)
     assert choose_layout(model_of(family)).name == "shared"
     stock = scores_and_gradients(model_of(family), apart, Layout("padded"))
     loop = scores_and_gradients(model_of(family, checkpointing=checkpointing), shared, Layout("shared"))
-    dense = scores_and_gradients(model_of(family), shared, Layout("shared"), dense=True, pooled=False)
+    dense = scores_and_gradients(model_of(family), shared, Layout("shared"), path="dense", pooled=False)
     packed = scores_and_gradients(model_of(family), apart, Layout("packed"))
+    monkeypatch.setattr(tiled, "_TILE", 3)  # runs of several tiles, some of one query
+    tiles = scores_and_gradients(
+        model_of(family, checkpointing=checkpointing), shared, Layout("shared"), path="tiled"
+    )
     assert len(sequences) == 1 or float(stock[0].std()) > 0.01
-    for other in (loop, dense, packed):
+    for other in (loop, dense, packed, tiles):
         assert_equal(other, stock)
 
 
