@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from rayrm.config import RewardConfig
 from rayrm.errors import ConfigError, MissingExtraError, ModelError
@@ -96,11 +95,6 @@ def _checkpoint_gradients(model: torch.nn.Module, config: RewardConfig, *, adapt
     if adapted or any(not p.requires_grad for p in inner.parameters()):
         # The first layer's input must require gradients, or nothing would flow to adapters behind it.
         inner.enable_input_require_grads()
-
-
-def number_of_parameters(model: PreTrainedModel | torch.nn.Module) -> int:
-    """All parameters, trainable or not."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def check_source(source: ModelSource, config: RewardConfig) -> None:
