@@ -24,11 +24,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rayrm.data.packing import Indices, PackedBatch
+from rayrm.model.flex import Flex
 from rayrm.model.segment_loop import SegmentLoop
 from rayrm.model.tiled import Tiled
+from rayrm.model.varlen import Varlen
 
 FOREST = "rayrm_forest"
-AttentionPath = Literal["loop", "tiled", "dense"]
+AttentionPath = Literal["loop", "tiled", "varlen", "flex", "dense"]
 
 
 class Attention(Protocol):
@@ -67,6 +69,10 @@ def attention_of(batch: PackedBatch, path: AttentionPath, device: torch.device) 
             return SegmentLoop.of(batch, device)
         case "tiled":
             return Tiled.of(batch)
+        case "varlen":
+            return Varlen.of(batch, device)
+        case "flex":
+            return Flex.of(reach_of(batch), device)
         case "dense":
             return Dense.of(batch, device)
 
@@ -116,6 +122,12 @@ def forest_attention(
     # Dropped silently they would change the scores; `choose_layout` keeps such models away.
     assert kwargs.get("s_aux") is None, "attention sinks are no plain softmax"
     assert kwargs.get("softcap") is None, "soft-capped logits are no plain softmax"
+    assert attention_mask is None or attention_mask.numel() == 0, "a mask beside the forest"
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        # Autocast knows SDPA; of the other kernels it knows nothing, and rotary positions leave float32.
+        half = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     return forest.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
