@@ -81,17 +81,25 @@ NOT_HONOURED: Final[dict[str, Any]] = {
 """Name -> the only value it may have: TRL's default."""
 
 INSTEAD: Final[dict[str, str]] = {
+    "activation_offloading": "Delete it: for less memory lower `max_tokens_per_microbatch`, which cannot "
+    "change the loss, keep `gradient_checkpointing`, or set `zero_stage = 3`.",
     "auto_find_batch_size": "Set `max_tokens_per_microbatch`: it bounds memory and cannot change the loss.",
     "dataloader_num_workers": "Delete it: Ray Data reads and tokenizes in parallel by itself.",
     "dataloader_pin_memory": "Delete it: Ray Data feeds the workers.",
     "ddp_backend": "Delete it: NCCL is used on GPUs and gloo on CPUs.",
     "fsdp": "Set `zero_stage = 3` to shard parameters, gradients and optimizer state.",
     "hub_model_id": "Delete it and upload the saved directory with `hf upload`.",
+    "liger_kernel_config": "Delete it, as `use_liger_kernel`: no kernels are replaced.",
     "push_to_hub": "Delete it and upload the saved directory with `hf upload`.",
+    "torch_compile": "Delete it: each packed batch has its own shape and attention plan, and would be "
+    "compiled anew, which takes far longer than its step.",
+    "torch_compile_backend": "Delete it, as `torch_compile`: each packed batch would be compiled anew.",
+    "torch_compile_mode": "Delete it, as `torch_compile`: each packed batch would be compiled anew.",
     "train_sampling_strategy": 'Set `shuffle = false` for "sequential"; within a step, lengths are balanced.',
-    "use_liger_kernel": "Delete it: shared prefixes and packing replace what it saves on padding.",
+    "use_liger_kernel": "Delete it: its kernels need a GPU and are not tested with shared prefixes; the one "
+    "that saves most, the language model's loss, has no place in a reward model.",
 }
-"""Name -> what to do instead, where there is something better than deleting the setting."""
+"""Name -> why not, where that needs saying, and what to do instead; without an entry: delete the setting."""
 
 RENAMED: Final[dict[str, str]] = {
     "eval_dataset": "data.eval",

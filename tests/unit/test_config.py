@@ -130,6 +130,26 @@ def test_an_unsupported_setting_is_accepted_and_readable_at_its_default_only(nam
     assert repr(default) in said
 
 
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ({"torch_compile": True}, "its own shape and attention plan"),
+        ({"torch_compile_backend": "inductor"}, "as `torch_compile`"),
+        ({"torch_compile_mode": "max-autotune"}, "as `torch_compile`"),
+        ({"use_liger_kernel": True}, "need a GPU and are not tested with shared prefixes"),
+        ({"liger_kernel_config": {"rope": True}}, "as `use_liger_kernel`"),
+        ({"activation_offloading": True}, "lower `max_tokens_per_microbatch`"),
+    ],
+    ids=str,
+)
+def test_what_would_change_the_step_is_refused_with_its_reason(names: dict[str, Any], reason: str) -> None:
+    (name,) = names
+    said = refusal(**names)
+    assert f"`{name}`" in said
+    assert "Delete it" in said
+    assert reason in said
+
+
 @pytest.mark.parametrize(("old", "new"), sorted(RENAMED.items()))
 def test_an_old_name_is_an_error_that_names_the_new_one(old: str, new: str) -> None:
     said = refusal(**{old: 1})

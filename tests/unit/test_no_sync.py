@@ -1,9 +1,9 @@
 """A step never waits for the device: it runs whole on one whose values cannot be read.
 
 On torch's `meta` device tensors have shapes and no values: whatever would make a GPU's host wait (`item`,
-`nonzero`, `bool(tensor)`, a copy to the CPU) raises there. The engine treats it as a GPU, not as the CPU, whose
-embedding gradient is kept by touched row. The padded layout is left out: the forward is transformers' own
-there, which asks whether the mask has padding at all.
+`nonzero`, `bool(tensor)`, a copy to the CPU) raises there. The engine treats it as it does a GPU; on the CPU
+it keeps the embedding's gradient by touched row. The padded layout is left out: the forward is transformers'
+own there, which asks whether the mask has padding at all.
 """
 
 from __future__ import annotations
