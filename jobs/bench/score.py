@@ -1,0 +1,282 @@
+"""Scoring groups of completions beside a padded transformers forward, as TRL's GRPO runs a model reward.
+
+    python jobs/bench/score.py --model DIR --data FILE --groups 32 --group-size 8
+
+The texts are real prompts of the data (the first of a seed-0 shuffle; of a row without a prompt, what its
+sides share up to the line in which they part), each with `--group-size` completions drawn by the same seed
+from all of the data's. A text above `--max-length` is left out and another completion drawn.
+
+The baseline is what `GRPOTrainer._calculate_rewards` does with a `PreTrainedModel`: right-padded ids and
+their mask through the stock model, under `inference_mode`. It runs one forward for each group: that is GRPO's
+default generation batch (8 prompts' completions a device, 8 generations each), and the fastest for it, since
+a larger batch pads every text to a longer one. Ours is one `RewardModel.score_ids` call for all texts, as a
+trainer with a larger generation batch makes it, planning and packing included; tokenization is counted for
+neither, and padding and masking not for the baseline. Both take turns in this process, `--rounds` times.
+
+`ratio` is our scores/s over the baseline's, the median of the rounds' ratios. `bound` is what counting tokens
+allows: those of the padded groups over the distinct ones (each distinct beginning once). `share_of_bound` =
+ratio / bound; above 1 where the last layer, computed at the pooled tokens alone, saves more than is lost.
+Neither ray nor deepspeed nor trl is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from measuring import (
+    SEED,
+    Stopwatch,
+    add_common_arguments,
+    device_of,
+    finish,
+    machine,
+    open_model,
+    open_tokenizer,
+    peak_memory,
+    read_pairs,
+    shown,
+    spread,
+)
+from transformers import PreTrainedModel
+
+from rayrm.data.messages import Text
+from rayrm.data.packing import Ids, pack_texts
+from rayrm.data.preference import PreferenceRow, form_of
+from rayrm.data.tokenize import TextForm, TextInput, encode
+from rayrm.model.reward_model import LoadedModel, position_limit
+from rayrm.serve.scheduler import BatchCost, ScoreQueue
+from rayrm.serve.scorer import DEFAULT_MAX_TOKENS, RewardModel
+
+# Completions drawn for a prompt, in multiples of the group size, before a prompt too long for most is left.
+_DRAWS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt's texts, prompt and completion, as ids."""
+
+    prompt: int
+    sequences: list[Ids]
+
+
+def split_row(row: PreferenceRow) -> tuple[Text, list[Text]]:
+    """The row's prompt and its completions; where the row gives no prompt, what its sides begin with."""
+    sides = list(row.completions)
+    if row.prompt:
+        return row.prompt, sides
+    shared = commonprefix(sides)  # of characters, or of messages
+    if isinstance(shared, str):
+        shared = shared[: shared.rfind("\n") + 1]
+    return shared, [side[len(shared) :] for side in sides]
+
+
+def draw_groups(
+    source: str, tokenizer: Any, *, groups: int, group_size: int, max_length: int
+) -> tuple[TextForm, list[Group]]:
+    """The text form of the data, and the groups to score."""
+    rng = random.Random(SEED)
+    rows = [row for row in read_pairs(source) if row.ids is None]
+    forms = {form_of(row) for row in rows}
+    if len(forms) != 1:
+        raise SystemExit(
+            f"--data ({source}) holds {' and '.join(sorted(forms)) or 'no'} texts: one form is needed"
+        )
+    form: TextForm = "standard" if forms == {"standard"} else "conversational"
+    rng.shuffle(rows)
+    split = [split_row(row) for row in rows]
+    pool = [completion for _, completions in split for completion in completions if completion]
+    prompts: list[Text] = []
+    found: list[Group] = []
+    for prompt, _ in split:
+        if len(found) == groups:
+            break
+        if not prompt or prompt in prompts:
+            continue
+        prompts.append(prompt)
+        drawn = rng.sample(pool, min(_DRAWS * group_size, len(pool)))
+        encoded = encode(tokenizer, form, [TextInput(prompt, completion) for completion in drawn])
+        kept = [ids for ids in encoded if len(ids) <= max_length][:group_size]
+        if len(kept) == group_size:
+            found.append(Group(len(found), kept))
+    if len(found) < groups:
+        raise SystemExit(
+            f"--groups ({groups}): {source} has {len(found)} prompts with {group_size} completions of at most "
+            f"{max_length} tokens"
+        )
+    return form, found
+
+
+class GrpoForward:
+    """The stock model on right-padded groups, one forward each."""
+
+    def __init__(
+        self, model: PreTrainedModel, groups: Sequence[Group], pad_token_id: int, device: torch.device
+    ) -> None:
+        self._model = model.to(device).eval()
+        self._batches = [self._padded(group.sequences, pad_token_id, device) for group in groups]
+
+    @staticmethod
+    def _padded(sequences: Sequence[Ids], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+        longest = max(len(ids) for ids in sequences)
+        ids = torch.full((len(sequences), longest), pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, own in enumerate(sequences):
+            ids[row, : len(own)] = torch.as_tensor(own)
+            mask[row, : len(own)] = 1
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(batch["input_ids"].numel() for batch in self._batches)
+
+    def scores(self) -> list[float]:
+        with torch.inference_mode():
+            found = torch.cat([self._model(**batch).logits[:, 0] for batch in self._batches])
+        scores: list[float] = found.float().cpu().tolist()
+        return scores
+
+
+def timed(
+    score: Callable[[], list[float]], device: torch.device, dtype: str, peaks: list[float]
+) -> tuple[float, list[float]]:
+    """Seconds, and the scores."""
+    watch = Stopwatch(device)
+    with peak_memory(device, peaks), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        watch.start()
+        scores = score()
+        return watch.stop(), scores
+
+
+def computed_tokens(ours: RewardModel, sequences: Sequence[Ids], prompts: Sequence[int]) -> tuple[int, int]:
+    """How many tokens our batches compute, and in how many batches."""
+    queue = ScoreQueue(ours.max_tokens_per_batch, ours.layout)
+    queue.add(0, sequences, prompts)
+    costs = []
+    while texts := queue.take():
+        cost = BatchCost(ours.layout)
+        for text in texts:
+            cost.add(text.ids)
+        costs.append(cost.tokens)
+    return sum(costs), len(costs)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All rounds, and the result."""
+    device = device_of(arguments)
+    tokenizer = open_tokenizer(arguments)
+    model = open_model(arguments)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    form, groups = draw_groups(
+        arguments.data,
+        tokenizer,
+        groups=arguments.groups,
+        group_size=arguments.group_size,
+        max_length=arguments.max_length,
+    )
+    baseline = GrpoForward(copy.deepcopy(model), groups, tokenizer.pad_token_id, device)
+    loaded = LoadedModel(
+        model.to(device).eval(), tokenizer, form, tokenizer.pad_token_id, position_limit(model)
+    )
+    ours = RewardModel(loaded, max_tokens_per_batch=arguments.max_tokens)
+    sequences = [ids for group in groups for ids in group.sequences]
+    prompts = [group.prompt for group in groups for _ in group.sequences]
+
+    # Untimed: the first call of each builds what later calls reuse.
+    first = groups[0].sequences
+    ours.score_ids(first, prompts=[0] * len(first))
+    GrpoForward(baseline._model, groups[:1], tokenizer.pad_token_id, device).scores()
+
+    sides: dict[str, Callable[[], list[float]]] = {
+        "ours": lambda: ours.score_ids(sequences, prompts=prompts),
+        "padded": baseline.scores,
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    peaks: dict[str, list[float]] = {name: [] for name in sides}
+    delta = 0.0
+    for number in range(arguments.rounds):
+        scores: dict[str, list[float]] = {}
+        for name, score in sides.items():
+            seconds, scores[name] = timed(score, device, arguments.dtype, peaks[name])
+            speeds[name].append(len(sequences) / seconds)
+        delta = max(delta, *(abs(a - b) for a, b in zip(scores["ours"], scores["padded"], strict=True)))
+        print(
+            f"round {number + 1}: ours {speeds['ours'][-1]:.1f} scores/s, padded {speeds['padded'][-1]:.1f}, "
+            f"ratio {speeds['ours'][-1] / speeds['padded'][-1]:.2f}",
+            flush=True,
+        )
+    computed, batches = computed_tokens(ours, sequences, prompts)
+    tokens = {
+        "padded": baseline.num_tokens,
+        "unpadded": sum(len(ids) for ids in sequences),
+        "distinct": pack_texts(sequences, tokenizer.pad_token_id).num_tokens,
+        "computed": computed,
+        "batches": batches,
+    }
+    result = compare(arguments, speeds["ours"], speeds["padded"], tokens) | {"max_score_delta": delta}
+    if device.type == "cuda":
+        result["peak_memory_gib"] = {name: max(found) for name, found in peaks.items()}
+    return result | {"machine": machine(device)}
+
+
+def compare(
+    arguments: argparse.Namespace, ours: list[float], theirs: list[float], tokens: dict[str, int]
+) -> dict[str, Any]:
+    """Speeds, ratio, and the ratio that counting tokens allows."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    bound = tokens["padded"] / tokens["distinct"]
+    return {
+        "bench": "score",
+        "model": arguments.model or arguments.shape,
+        "data": arguments.data,
+        "groups": arguments.groups,
+        "group_size": arguments.group_size,
+        "max_length": arguments.max_length,
+        "max_tokens": arguments.max_tokens,
+        "dtype": arguments.dtype,
+        "rounds": len(ratios),
+        "scores_per_s": spread(ours)["median"],
+        "scores_per_s_spread": spread(ours),
+        "baseline_scores_per_s": spread(theirs)["median"],
+        "baseline_scores_per_s_spread": spread(theirs),
+        "ratio": spread(ratios)["median"],
+        "ratio_spread": spread(ratios),
+        "bound": bound,
+        "share_of_bound": spread(ratios)["median"] / bound,
+        "tokens": tokens,
+    }
+
+
+def report(result: dict[str, Any]) -> None:
+    """The result in words."""
+    tokens = result["tokens"]
+    print(
+        f"ours {result['scores_per_s']:.1f} scores/s, padded {result['baseline_scores_per_s']:.1f}: "
+        f"ratio {shown(list(result['ratio_spread'].values()))}, token bound {result['bound']:.2f}, "
+        f"share of it {result['share_of_bound']:.2f}\n"
+        f"tokens: padded {tokens['padded']}, unpadded {tokens['unpadded']}, distinct {tokens['distinct']}, "
+        f"computed {tokens['computed']} in {tokens['batches']} batches\n"
+        f"max score delta {result['max_score_delta']:.1e}"
+    )
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_common_arguments(parser)
+    parser.add_argument("--groups", type=int, default=32, help="how many prompts")
+    parser.add_argument("--group-size", type=int, default=8, help="completions a prompt")
+    parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, help="a batch's token budget")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    measured = measure(arguments)
+    report(measured)
+    finish(measured, arguments.json)
