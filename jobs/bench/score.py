@@ -26,7 +26,7 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -71,7 +71,10 @@ def split_row(row: PreferenceRow) -> tuple[Text, list[Text]]:
     sides = list(row.completions)
     if row.prompt:
         return row.prompt, sides
-    shared = commonprefix(sides)  # of characters, or of messages
+    alike = sum(
+        1 for _ in takewhile(lambda parts: all(p == parts[0] for p in parts), zip(*sides, strict=False))
+    )
+    shared = sides[0][:alike]  # characters, or messages
     if isinstance(shared, str):
         shared = shared[: shared.rfind("\n") + 1]
     return shared, [side[len(shared) :] for side in sides]
@@ -107,8 +110,8 @@ def draw_groups(
             found.append(Group(len(found), kept))
     if len(found) < groups:
         raise SystemExit(
-            f"--groups ({groups}): {source} has {len(found)} prompts with {group_size} completions of at most "
-            f"{max_length} tokens"
+            f"--groups ({groups}): {source} has {len(found)} prompts with {group_size} completions of "
+            f"at most {max_length} tokens"
         )
     return form, found
 
