@@ -16,6 +16,7 @@ import torch
 
 from rayrm.config import RewardConfig
 from rayrm.data.packing import pack_rows
+from rayrm.model.attention import AttentionPath
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import Layout
 from rayrm.train.build import ModelSource, build_model
@@ -31,16 +32,16 @@ META = torch.device("meta")
 
 @pytest.fixture(autouse=True)
 def _no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    # It knows no meta device, also where it is only turned off.
+    # It knows no meta device, also where it is only turned off or asked about.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
 
 
-def two_steps(layout: Layout, **settings: Any) -> StepTotals:
+def two_steps(layout: Layout, path: AttentionPath = "loop", **settings: Any) -> StepTotals:
     """Two steps of two micro-batches; the totals of the second."""
     config = RewardConfig(bf16=False, **settings)
     model = build_model(ModelSource(tiny_model()), config, tiny_tokenizer()).to(META)
-    # The loop is the path of every device; "tiled" is the CPU's own.
-    module = PackedScorer(model, layout, path="loop")
+    module = PackedScorer(model, layout, path=path)
     optimizer = make_optimizer(module, config, None)
     engine = TorchEngine(
         module,
@@ -55,12 +56,16 @@ def two_steps(layout: Layout, **settings: Any) -> StepTotals:
     return train_step(engine, [batch, batch], 8, center_rewards_coefficient=0.01)
 
 
-# The default, `adamw_torch_fused`, has no kernel for this device.
+# Of the paths, "tiled" is the CPU's own, and FlexAttention refuses this device; of the optimizers the
+# default, `adamw_torch_fused`, has no kernel for it.
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("path", ["loop", "varlen", "dense"])
 @pytest.mark.parametrize("layout", ["shared", "packed"])
-def test_a_step_reads_nothing_from_the_device(layout: Any, checkpointing: bool, optim: str) -> None:
-    totals = two_steps(Layout(layout), optim=optim, gradient_checkpointing=checkpointing)
+def test_a_step_reads_nothing_from_the_device(
+    layout: Any, path: AttentionPath, checkpointing: bool, optim: str
+) -> None:
+    totals = two_steps(Layout(layout), path, optim=optim, gradient_checkpointing=checkpointing)
     assert totals.sums.device == totals.extremes.device == totals.grad_norm.device == META
 
 
