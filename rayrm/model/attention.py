@@ -124,7 +124,7 @@ def forest_attention(
     assert kwargs.get("softcap") is None, "soft-capped logits are no plain softmax"
     assert attention_mask is None or attention_mask.numel() == 0, "a mask beside the forest"
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         # Autocast knows SDPA; of the other kernels it knows nothing, and rotary positions leave float32.
         half = torch.get_autocast_dtype(kind)
         query, key, value = query.to(half), key.to(half), value.to(half)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rayrm.data.planning import attention_weight
@@ -15,9 +17,23 @@ def attention_weight_of(model: torch.nn.Module) -> float:
     """
     inner = unwrapped(model)
     config = inner.config.get_text_config()
-    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
-    # Models whose layers differ give lists.
-    if not isinstance(heads, int) or not isinstance(layers, int):
+    sizes, layers = head_sizes(config), getattr(config, "num_hidden_layers", None)
+    if sizes is None or not isinstance(layers, int):
         return 0.0
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return attention_weight(heads * head_size, layers, inner.num_parameters(exclude_embeddings=True))
+    # A dot product with the key, and a part of the weighted sum of values.
+    width = config.num_attention_heads * sum(sizes) // 2
+    return attention_weight(width, layers, inner.num_parameters(exclude_embeddings=True))
+
+
+def head_sizes(config: Any) -> tuple[int, int] | None:
+    """The size of a head's key and of its value; None where the config does not say one for all layers."""
+    heads = getattr(config, "num_attention_heads", None)
+    # Models whose layers differ give lists.
+    if not isinstance(heads, int):
+        return None
+    rotated, latent = getattr(config, "qk_rope_head_dim", None), getattr(config, "qk_nope_head_dim", None)
+    if rotated and latent:
+        # Keys expanded from a latent, with a rotated part beside it.
+        return rotated + latent, config.v_head_dim
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return size, size

@@ -26,6 +26,15 @@ class Layout:
     name: LayoutName
     reason: str = ""
 
+    def __str__(self) -> str:
+        """A line for the log."""
+        what = {
+            "shared": "what texts of a micro-batch begin with is computed once, without padding",
+            "packed": "rows are packed without padding, nothing is shared",
+            "padded": "rows are padded, nothing is shared",
+        }[self.name]
+        return f"layout: {what}" + (f" ({self.reason})" if self.reason else "")
+
 
 def choose_layout(
     model: torch.nn.Module, *, share_prefix: bool = True, longest: int | None = None, train: bool = True

@@ -22,6 +22,7 @@ from rayrm.data.messages import Text
 from rayrm.data.packing import Ids, pack_texts
 from rayrm.data.tokenize import TextForm, TextInput, encode
 from rayrm.errors import ScoreError
+from rayrm.model.attention_path import choose_path
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import choose_layout
 from rayrm.model.reward_model import LoadedModel, load_saved
@@ -52,7 +53,10 @@ class RewardModel:
         self._pad_token_id = loaded.pad_token_id
         self._vocabulary_size = int(loaded.model.config.get_text_config().vocab_size)
         self._device = next(loaded.model.parameters()).device
-        self._scorer = PackedScorer(loaded.model, layout).eval()
+        path = choose_path(loaded.model, self._device)
+        if layout.name != "padded":
+            logger.info("%s", path)
+        self._scorer = PackedScorer(loaded.model, layout, path=path.name).eval()
 
     @classmethod
     def from_pretrained(

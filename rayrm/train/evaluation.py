@@ -5,6 +5,7 @@ Shapes: N completions of R rows. The order of the result is the set's own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,11 +20,13 @@ from rayrm.data.planning import plan_step
 from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.model.attention import AttentionPath
+from rayrm.model.attention_path import choose_path
 from rayrm.model.cost import attention_weight_of
 from rayrm.model.forward import DeviceBatch, PackedScorer, to_device
 from rayrm.model.layout import Layout, choose_layout, unwrapped
-from rayrm.train.precision import in_precision, resolve_precision
+from rayrm.train.precision import autocast_dtype, in_precision, resolve_precision
 
+logger = logging.getLogger("rayrm.train")
 Scores = npt.NDArray[np.float64]
 DEFAULT_TOKEN_BUDGET = 8192
 _ROWS_PER_ROUND = 256
@@ -88,10 +91,14 @@ def score_model(
     """Score rows with a model in this process, in the precision that training uses."""
     device = next(model.parameters()).device
     layout = choose_layout(model, share_prefix=config.share_prefix, train=False)
-    module = PackedScorer(model, layout)
+    precision = resolve_precision(config, device)
+    path = choose_path(model, device, autocast_dtype(precision))
+    logger.info("%s", layout)
+    if layout.name != "padded":
+        logger.info("%s", path)
+    module = PackedScorer(model, layout, path=path.name)
     was_training = model.training
     module.eval()
-    precision = resolve_precision(config, device)
     try:
         return score_rows(
             lambda batch: in_precision(module, batch, precision),

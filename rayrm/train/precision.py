@@ -40,9 +40,14 @@ def resolve_precision(config: RewardConfig, device: torch.device) -> Precision:
     return "bf16"
 
 
+def autocast_dtype(precision: Precision) -> torch.dtype | None:
+    """What autocast computes in; None without autocast."""
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
 def in_precision(module: PackedScorer, batch: DeviceBatch, precision: Precision) -> torch.Tensor:
     """One forward, under autocast where the precision asks for it. Scores `[N]`, float32."""
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = autocast_dtype(precision)
     with torch.autocast(batch.ids.device.type, dtype=dtype, enabled=dtype is not None):
         scores: torch.Tensor = module(batch)
     return scores

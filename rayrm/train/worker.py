@@ -24,9 +24,10 @@ from rayrm.data.packing import pack_rows
 from rayrm.data.planning import plan_step
 from rayrm.errors import ConfigError
 from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.model.attention_path import choose_path
 from rayrm.model.cost import attention_weight_of
 from rayrm.model.forward import PackedScorer
-from rayrm.model.layout import Layout, choose_layout, unwrapped
+from rayrm.model.layout import choose_layout, unwrapped
 from rayrm.model.reward_model import TextForm, position_limit, save_model
 from rayrm.train.allocator import keep_freed_memory
 from rayrm.train.build import ModelSource, build_model
@@ -42,7 +43,7 @@ from rayrm.train.engine import Engine, TorchEngine
 from rayrm.train.evaluation import RowSet, score_rows
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from rayrm.train.optimizer import OptimizerSpec, make_optimizer, make_scheduler
-from rayrm.train.precision import resolve_precision
+from rayrm.train.precision import Precision, autocast_dtype, resolve_precision
 from rayrm.train.records import RunLog
 
 logger = logging.getLogger("rayrm.train")
@@ -125,11 +126,18 @@ class _RankRun:
         longest = max(int(s.index.lengths.max()) for s in sets)
         _check_positions(unwrapped(model), longest, self._say)
         self.layout = choose_layout(model, share_prefix=self.config.share_prefix, longest=longest)
-        self._say(_describe(self.layout))
+        self._say(str(self.layout))
+        precision = resolve_precision(self.config, rank.device)
+        path = choose_path(model, rank.device, autocast_dtype(precision))
+        if self.layout.name != "padded":
+            self._say(str(path))
         self.attention_weight = attention_weight_of(model)
         multiple = self.config.pad_to_multiple_of
         self.module = PackedScorer(
-            model, self.layout, pad_to_multiple_of=multiple if isinstance(multiple, int) else None
+            model,
+            self.layout,
+            path=path.name,
+            pad_to_multiple_of=multiple if isinstance(multiple, int) else None,
         )
         self.pad_token_id = unwrapped(model).config.get_text_config().pad_token_id
         self.order = Order(
@@ -140,7 +148,7 @@ class _RankRun:
             drop_last=self.config.dataloader_drop_last,
         )
         self.schedule = Schedule.of(self.config, self.order.steps_per_epoch)
-        self.engine = _build_engine(job, self.module, rank, self.schedule.num_steps)
+        self.engine = _build_engine(job, self.module, rank, precision, self.schedule.num_steps)
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
     def _say(self, message: str) -> None:
@@ -309,18 +317,10 @@ def _check_positions(model: Any, longest: int, say: Callable[[str], None]) -> No
     )
 
 
-def _describe(layout: Layout) -> str:
-    what = {
-        "shared": "what texts of a micro-batch begin with is computed once, without padding",
-        "packed": "rows are packed without padding, nothing is shared",
-        "padded": "rows are padded, nothing is shared",
-    }[layout.name]
-    return f"layout: {what}" + (f" ({layout.reason})" if layout.reason else "")
-
-
-def _build_engine(job: TrainJob, module: PackedScorer, rank: Rank, num_steps: int) -> Engine:
+def _build_engine(
+    job: TrainJob, module: PackedScorer, rank: Rank, precision: Precision, num_steps: int
+) -> Engine:
     config = job.config
-    precision = resolve_precision(config, rank.device)
     optimizer = make_optimizer(module, config, job.optimizer)
     scheduler = make_scheduler(optimizer, config, num_steps)
     if config.zero_stage is None and config.deepspeed is None:

@@ -1,0 +1,74 @@
+"""Which path computes a run's attention: a function of device, precision, head sizes and torch alone.
+
+So it is the same choice each time, and it is made once: when a run, an evaluation or a `RewardModel` begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rayrm.model.attention import AttentionPath
+from rayrm.model.cost import head_sizes
+from rayrm.model.layout import unwrapped
+from rayrm.model.tiled import Tiled
+
+# What torch's flash kernels for CUDA take: Ampere or newer, heads of at most 256 in steps of 8.
+_FLASH_CAPABILITY = (8, 0)
+_FLASH_HEAD = 256
+_FLASH_STEP = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenPath:
+    """A path, and why it is the one. Printed it is a line for the log."""
+
+    name: AttentionPath
+    reason: str
+
+    def __str__(self) -> str:
+        return f"attention path: {self.name} ({self.reason})"
+
+
+def choose_path(
+    model: torch.nn.Module, device: torch.device, autocast: torch.dtype | None = None
+) -> ChosenPath:
+    """The path for `model` on `device`; it computes in `autocast`, or in its own dtype where that is None."""
+    inner = unwrapped(model)
+    sizes = head_sizes(inner.config.get_text_config())
+    if device.type == "cuda":
+        return gpu_path(
+            inner.dtype if autocast is None else autocast,
+            sizes,
+            capability=torch.cuda.get_device_capability(device),
+            flash=torch.backends.cuda.is_flash_attention_available(),
+        )
+    if device.type != "cpu":
+        return ChosenPath("loop", f"a device of type {device.type}")
+    if not Tiled.available():
+        return ChosenPath("loop", "this torch has no flash kernel for CPUs")
+    if sizes is None or sizes[0] != sizes[1]:
+        return ChosenPath("loop", "the CPU's flash kernel wants keys and values of one known size")
+    return ChosenPath("tiled", "the CPU's flash kernel over tiles of queries")
+
+
+def gpu_path(
+    dtype: torch.dtype, sizes: tuple[int, int] | None, *, capability: tuple[int, int], flash: bool
+) -> ChosenPath:
+    """The path on a CUDA device of this compute capability.
+
+    `sizes`: those of a key's and a value's head, None where the config does not say; `flash`: whether torch
+    was built with flash attention.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return ChosenPath(
+            "loop", f"{str(dtype).removeprefix('torch.')}: the flash kernels take bf16 and fp16"
+        )
+    if capability < _FLASH_CAPABILITY:
+        return ChosenPath("loop", "the GPU is older than the flash kernels")
+    if not flash:
+        return ChosenPath("flex", "this torch was built without flash attention")
+    if sizes is None or sizes[0] != sizes[1] or sizes[0] > _FLASH_HEAD or sizes[0] % _FLASH_STEP:
+        return ChosenPath("flex", "the flash kernels do not take heads of this size")
+    return ChosenPath("varlen", "torch's variable-length flash kernel")
