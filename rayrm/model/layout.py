@@ -1,7 +1,8 @@
 """How a model may compute a batch: prefixes shared, padding-free, or padded; and why not better.
 
 Sharing needs a causal decoder with plain softmax attention whose result for a token depends on that token's
-own ancestors and positions alone. What a model cannot do is read off its class and config, and said once.
+own ancestors and positions alone. What a model cannot do is read off its class, its config and one forward
+over two tokens, and said once.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GPTNeoXForSequenceClassification, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
+
+from rayrm.model.attention_probe import attention_obstacle
 
 LayoutName = Literal["shared", "packed", "padded"]
 
@@ -63,7 +66,7 @@ def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
 
 
 def active_dropout(model: torch.nn.Module) -> str | None:
-    """The name of a dropout that would act in training, or None."""
+    """The name of a dropout, or of a router's noise, that would act in training, or None."""
     name: str
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
@@ -72,37 +75,56 @@ def active_dropout(model: torch.nn.Module) -> str | None:
     for key in _config_dropouts(config):
         if getattr(config, key):
             return f"config.{key}"
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key.endswith(("dropout", "jitter_noise")) and isinstance(value, float) and value > 0:
+                return f"{name}.{key}"
     return None
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Zero every `nn.Dropout` and the attention dropouts that models read from their config or attributes."""
+    """Zero every `nn.Dropout` and the dropouts that models read from their config or attributes."""
     config = unwrapped(model).config
     for key in _config_dropouts(config):
         setattr(config, key, 0.0)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for key, value in vars(module).items():
+            if key.endswith("dropout") and isinstance(value, float):
+                setattr(module, key, 0.0)
 
 
 def _config_dropouts(config: Any) -> list[str]:
     return [key for key in ("attention_dropout", "attention_probs_dropout_prob") if hasattr(config, key)]
 
 
-def _rope_types(config: Any) -> set[str]:
-    """The kinds of rotary positions; models whose layers differ have one for each layer type."""
+def scaling_rope(config: Any, longest: int | None) -> str | None:
+    """The type of a rope that turns all positions otherwise once one is beyond a limit, if one may be.
+
+    "dynamic" begins at the model's position limit, "longrope" at that of its first training. `longest` as in
+    `choose_layout`.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
-    each = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    return {str(part["rope_type"]) for part in each if "rope_type" in part}
+    limit = getattr(config, "max_position_embeddings", None)
+    reach = longest or limit
+    # Models whose layers differ have one for each layer type.
+    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        kind = part.get("rope_type")
+        if kind == "longrope":
+            limit = part.get("original_max_position_embeddings")
+        if kind in ("dynamic", "longrope") and (reach is None or limit is None or reach > limit):
+            return str(kind)
+    return None
 
 
 def _obstacle(inner: PreTrainedModel, longest: int | None) -> str:
     """Why a model must take the padded path, or an empty string."""
     config = inner.config.get_text_config()
-    if not isinstance(inner, GenericForSequenceClassification):
+    if not isinstance(inner, (GenericForSequenceClassification, GPTNeoXForSequenceClassification)):
         return f"{type(inner).__name__} is not one of transformers' generic decoder classifiers"
+    if not hasattr(inner.base_model, "layers"):
+        return f"{type(inner.base_model).__name__} is more than a decoder"
     if not getattr(inner, "_supports_attention_backend", False):
         return f"{type(inner).__name__} does not take its attention from transformers' attention interface"
     if getattr(config, "attn_logit_softcapping", None):
@@ -123,8 +145,6 @@ def _obstacle(inner: PreTrainedModel, longest: int | None) -> str:
     reach = longest or getattr(config, "max_position_embeddings", None)
     if uses_window and window is not None and (reach is None or window < reach):
         return f"a sliding window ({window}) shorter than the longest row ({reach})"
-    if scaled := _rope_types(config) & {"dynamic", "longrope"}:
-        return f"rope of type {scaled.pop()} scales with the longest position of a batch"
-    if getattr(config, "alibi", False):
-        return "ALiBi positions"
-    return ""
+    if kind := scaling_rope(config, longest):
+        return f"rope of type {kind} scales with the longest position of a batch"
+    return attention_obstacle(inner)

@@ -24,7 +24,7 @@ from rayrm.data.tokenize import TextForm, TextInput, encode
 from rayrm.errors import ScoreError
 from rayrm.model.attention_path import choose_path
 from rayrm.model.forward import PackedScorer, to_device
-from rayrm.model.layout import choose_layout
+from rayrm.model.layout import choose_layout, scaling_rope
 from rayrm.model.reward_model import LoadedModel, load_saved
 from rayrm.serve.registry import CURRENT, MANIFEST, open_published
 from rayrm.serve.request import Truncation, check_truncation, text_inputs
@@ -46,9 +46,10 @@ class RewardModel:
         self.text_form: TextForm = loaded.text_form
         self.max_positions = loaded.max_positions
         self.layout: Layout = layout.name
+        scales = scaling_rope(loaded.model.config.get_text_config(), loaded.max_positions)
         # Where positions scale with the longest text of the batch, or no pad token exists, a text travels
         # alone.
-        alone = layout.name == "padded" and (loaded.pad_token_id is None or _rope_depends_on_batch(loaded))
+        alone = layout.name == "padded" and (loaded.pad_token_id is None or scales)
         self.max_tokens_per_batch = 1 if alone else max_tokens_per_batch
         self._pad_token_id = loaded.pad_token_id
         self._vocabulary_size = int(loaded.model.config.get_text_config().vocab_size)
@@ -190,8 +191,3 @@ def _cut(ids: Ids, limit: int, truncation: Truncation | None, index: int) -> Ids
         f"input {index} has {len(ids)} tokens, the model's position limit is {limit}. Shorten it, or pass "
         'truncation="left" (cuts the beginning) or "right" (cuts the end).'
     )
-
-
-def _rope_depends_on_batch(loaded: LoadedModel) -> bool:
-    rope = getattr(loaded.model.config.get_text_config(), "rope_parameters", None) or {}
-    return rope.get("rope_type") in {"dynamic", "longrope"}

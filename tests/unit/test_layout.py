@@ -10,17 +10,28 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    DiffLlamaConfig,
+    DogeConfig,
+    FalconConfig,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     GptOssConfig,
+    JambaConfig,
     LlamaConfig,
+    MiniMaxConfig,
     MistralConfig,
+    MixtralConfig,
+    NemotronConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Starcoder2Config,
 )
 
 from rayrm.model.layout import Layout, active_dropout, choose_layout, disable_dropout
@@ -37,6 +48,11 @@ SHAPE: dict[str, Any] = {
     "num_labels": 1,
 }
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LONG_PHI3 = Phi3Config(
+    **SHAPE, sliding_window=None, rope_parameters=LONGROPE, original_max_position_embeddings=32
+)
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+MIXED = ["linear_attention", "full_attention"]
 SHARED = {
     "llama": LlamaConfig(**SHAPE),
     "qwen2": Qwen2Config(**SHAPE),
@@ -44,6 +60,9 @@ SHARED = {
     "mistral_without_window": MistralConfig(**SHAPE, sliding_window=None),
     "mistral_window_as_long_as_its_positions": MistralConfig(**SHAPE, sliding_window=128),
     "phi3": Phi3Config(**SHAPE, sliding_window=None),
+    "gemma3_window_as_long_as_its_positions": Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=128),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "dynamic_rope_within_its_positions": LlamaConfig(**SHAPE, rope_parameters=DYNAMIC),
 }
 PADDED = {
     "mistral": (MistralConfig(**SHAPE, sliding_window=16), r"sliding window \(16\).*longest row \(128\)"),
@@ -53,9 +72,41 @@ PADDED = {
     ),
     "gemma2": (Gemma2Config(**SHAPE, head_dim=8, sliding_window=128), "soft-capped"),
     "gpt_oss": (GptOssConfig(**SHAPE, head_dim=8, num_local_experts=2), "no plain softmax attention"),
-    "longrope": (
-        Phi3Config(**SHAPE, sliding_window=None, rope_parameters=LONGROPE),
-        "longrope.*longest position",
+    "longrope": (LONG_PHI3, "longrope.*longest position"),
+    "gemma3": (Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=16), r"sliding window \(16\)"),
+    "gemma3_bidirectional": (
+        Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=128, use_bidirectional_attention=True),
+        "bidirectional",
+    ),
+    "gemma3_with_images": (
+        Gemma3Config(
+            text_config={name: value for name, value in SHAPE.items() if name != "num_labels"},
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            num_labels=1,
+        ),
+        "Gemma3Model is more than a decoder",
+    ),
+    "minimax": (
+        MiniMaxConfig(**SHAPE, head_dim=8, num_local_experts=2, layer_types=MIXED),
+        "layers of kind linear_attention",
+    ),
+    "jamba": (
+        JambaConfig(**SHAPE, attn_layer_period=2, attn_layer_offset=1, num_experts=2),
+        "Jamba.* does not take its attention",
+    ),
+    "diffllama": (DiffLlamaConfig(**SHAPE), "DiffLlama.* calls attention more than once"),
+    "doge": (DogeConfig(**SHAPE), "Doge.* changes the attention mask"),
+    "nemotron": (NemotronConfig(**SHAPE), "replaced in 0 of the 2 layers of Nemotron"),
+    "falcon_alibi": (
+        FalconConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=True),
+        "Falcon",
     ),
     "gpt2": (GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=60, num_labels=1), "GPT2"),
     "opt": (
@@ -100,6 +151,53 @@ def test_a_window_longer_than_every_row_is_no_window() -> None:
     model = model_of(PADDED["mistral"][0])
     assert choose_layout(model, longest=16).name == "shared"
     assert choose_layout(model, longest=17).name == "padded"
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "limit"),
+    [(LONG_PHI3, "longrope", 32), (SHARED["dynamic_rope_within_its_positions"], "dynamic", 128)],
+)
+def test_a_rope_that_scales_is_plain_up_to_its_limit(config: Any, kind: str, limit: int) -> None:
+    model = model_of(config)
+    assert choose_layout(model, longest=limit).name == "shared"
+    layout = choose_layout(model, longest=limit + 1)
+    assert layout.name == "padded"
+    assert f"rope of type {kind}" in layout.reason
+
+
+def test_looking_at_a_model_changes_nothing() -> None:
+    model = model_of(SHARED["llama"]).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    choose_layout(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_dropout_outside_of_dropout_modules_is_seen_and_disabled() -> None:
+    config = Starcoder2Config(**SHAPE, residual_dropout=0.1, embedding_dropout=0.1, sliding_window=None)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config).train()
+    assert "embedding_dropout" in choose_layout(model).reason
+    model.config.attention_dropout = 0.0
+    disable_dropout(model)
+    assert choose_layout(model).name == "shared"
+    tokens = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_the_noise_of_a_router_counts_as_dropout() -> None:
+    quiet, noisy = (
+        model_of(MixtralConfig(**SHAPE, num_local_experts=2, router_jitter_noise=noise, sliding_window=None))
+        for noise in (0.0, 0.1)
+    )
+    assert choose_layout(quiet).name == "shared"
+    assert "jitter_noise" in choose_layout(noisy).reason
 
 
 def test_dropout_matters_in_training_only() -> None:
