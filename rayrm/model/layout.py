@@ -129,8 +129,6 @@ def _obstacle(inner: PreTrainedModel, longest: int | None) -> str:
         return f"{type(inner).__name__} does not take its attention from transformers' attention interface"
     if getattr(config, "attn_logit_softcapping", None):
         return "attention logits are soft-capped (`attn_logit_softcapping`)"
-    if not getattr(inner, "_supports_sdpa", False):
-        return f"{type(inner).__name__} has no plain softmax attention (`_supports_sdpa` is False)"
     if getattr(config, "use_bidirectional_attention", False):
         return "attention is bidirectional"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

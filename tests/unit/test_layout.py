@@ -71,7 +71,7 @@ PADDED = {
         r"sliding window \(16\)",
     ),
     "gemma2": (Gemma2Config(**SHAPE, head_dim=8, sliding_window=128), "soft-capped"),
-    "gpt_oss": (GptOssConfig(**SHAPE, head_dim=8, num_local_experts=2), "no plain softmax attention"),
+    "gpt_oss": (GptOssConfig(**SHAPE, head_dim=8, num_local_experts=4), "GptOss.* has attention sinks"),
     "longrope": (LONG_PHI3, "longrope.*longest position"),
     "gemma3": (Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=16), r"sliding window \(16\)"),
     "gemma3_bidirectional": (

@@ -1,0 +1,231 @@
+"""Each family of models gives the stock scores and gradients, in its layout and on each path.
+
+The reference is transformers' own forward: over right-padded rows as trainers call it, and row by row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BloomConfig,
+    DeepseekV3Config,
+    DiffLlamaConfig,
+    DogeConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MiniMaxConfig,
+    MistralConfig,
+    ModernBertConfig,
+    NemotronConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from rayrm.data.packing import pack_texts
+from rayrm.model.attention import AttentionPath
+from rayrm.model.attention_path import choose_path
+from rayrm.model.forward import DeviceBatch, PackedScorer, to_device
+from rayrm.model.last_layer import PooledAttention
+from rayrm.model.layout import Layout, choose_layout, disable_dropout
+from rayrm.model.varlen import Varlen
+from tests.numerics.test_attention import SHAPE, TREES
+from tests.numerics.test_attention_paths import documented_varlen
+
+CPU = torch.device("cpu")
+ROWS = [*TREES["deep"], *TREES["pair"]]
+LONGEST = max(len(row) for row in ROWS)
+HEADS = {**SHAPE, "head_dim": 8}
+WINDOW = LONGEST - 3
+BERT_SHAPE = {name: SHAPE[name] for name in SHAPE if name != "num_key_value_heads"}
+LATENT = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+
+SHARED: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama_dynamic_rope": LlamaConfig(
+        **SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    ),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1
+    ),
+    "qwen3": Qwen3Config(**HEADS),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "mistral_window_as_long_as_the_rows": MistralConfig(**SHAPE, sliding_window=LONGEST),
+    "gemma2_without_soft_cap": Gemma2Config(**HEADS, attn_logit_softcapping=None, sliding_window=LONGEST),
+    "gemma3_windows_as_long_as_the_rows": Gemma3TextConfig(**HEADS, sliding_window=LONGEST),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "phi3": Phi3Config(**SHAPE),
+    "smollm3_layers_without_positions": SmolLM3Config(**SHAPE, no_rope_layer_interval=2),
+    "olmo2": Olmo2Config(**SHAPE),
+    "deepseek_v3": DeepseekV3Config(**{**SHAPE, "num_key_value_heads": 4}, **LATENT),
+}
+PADDED: dict[str, tuple[PreTrainedConfig, str]] = {
+    "mistral_window": (
+        MistralConfig(**SHAPE, sliding_window=WINDOW),
+        rf"sliding window \({WINDOW}\) shorter than the longest row \({LONGEST}\)",
+    ),
+    "qwen2_window": (
+        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+        "sliding window",
+    ),
+    "gemma2": (Gemma2Config(**HEADS, sliding_window=128), "soft-capped"),
+    "gemma3_window": (Gemma3TextConfig(**HEADS, sliding_window=WINDOW), "sliding window"),
+    "gpt_oss": (GptOssConfig(**HEADS, num_local_experts=4), "attention sinks"),
+    "minimax": (
+        MiniMaxConfig(**HEADS, num_local_experts=4, layer_types=["linear_attention", "full_attention"]),
+        "layers of kind linear_attention",
+    ),
+    "diffllama": (DiffLlamaConfig(**SHAPE), "more than once"),
+    "doge": (DogeConfig(**SHAPE), "changes the attention mask"),
+    "nemotron": (NemotronConfig(**SHAPE), "0 of the 2 layers"),
+    "bloom_alibi": (BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0), "Bloom"),
+    "gpt2": (GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, pad_token_id=0), "GPT2"),
+    "opt": (
+        OPTConfig(
+            vocab_size=60,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=0,
+        ),
+        "OPT",
+    ),
+    "bert": (BertConfig(**BERT_SHAPE), "Bert"),
+    "modernbert": (ModernBertConfig(**BERT_SHAPE, cls_token_id=1, sep_token_id=2), "ModernBert"),
+}
+CONFIGS = SHARED | {family: config for family, (config, _) in PADDED.items()}
+Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def model_of(family: str) -> PreTrainedModel:
+    """A random model without dropout, in train mode: weights large enough for attention to differ."""
+    torch.manual_seed(0)
+    config = CONFIGS[family]
+    config.num_labels = 1
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.05))
+    disable_dropout(model)
+    return model.train()
+
+
+def outcome(model: PreTrainedModel, scores: torch.Tensor) -> Outcome:
+    """Scores `[N]`, and the gradients of a sum that weighs every score differently."""
+    (scores * torch.linspace(-1, 2, len(scores))).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert float(scores.detach().std()) > 1e-3
+    return scores.detach(), gradients
+
+
+def stock_padded(family: str) -> Outcome:
+    model = model_of(family)
+    rows = [torch.as_tensor(row).long() for row in ROWS]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    return outcome(model, model(input_ids=ids, attention_mask=mask).logits[:, 0])
+
+
+def stock_alone(family: str) -> Outcome:
+    model = model_of(family)
+    logits = [model(input_ids=torch.as_tensor(row)[None].long()).logits[:, 0] for row in ROWS]
+    return outcome(model, torch.cat(logits))
+
+
+def ours(family: str, layout: Layout, path: AttentionPath) -> Outcome:
+    model = model_of(family)
+    scorer = PackedScorer(model, layout, path="loop" if path == "varlen" else path)
+    batch = pack_texts(ROWS, 0, share=layout.name == "shared")
+    device_batch: DeviceBatch = to_device(batch, CPU, scorer.path)
+    if path == "varlen":
+        # The kernel that runs on a GPU only, as documented.
+        assert isinstance(device_batch.attention, PooledAttention)
+        plan = dataclasses.replace(
+            device_batch.attention, all_tokens=Varlen.of(batch, CPU, documented_varlen)
+        )
+        device_batch = dataclasses.replace(device_batch, attention=plan)
+    return outcome(model, scorer(device_batch))
+
+
+def assert_equal(found: Outcome, wanted: Outcome) -> None:
+    # The same float32 sums in another order, over two layers.
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-6)
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        error = float((found[1][name] - gradient).norm())
+        assert error <= 1e-4 * float(gradient.norm()) + 1e-6, name
+
+
+def paths_of(family: str) -> list[AttentionPath]:
+    paths: list[AttentionPath] = ["dense", "loop"]
+    chosen = choose_path(model_of(family), CPU).name
+    return [*paths, "varlen", "tiled"] if chosen == "tiled" else paths
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_a_family_that_shares_gives_the_stock_scores_and_gradients_on_each_path(family: str) -> None:
+    layout = choose_layout(model_of(family), longest=LONGEST)
+    assert layout == Layout("shared")
+    wanted = stock_padded(family)
+    assert_equal(stock_alone(family), wanted)
+    for path in paths_of(family):
+        assert_equal(ours(family, layout, path), wanted)
+        assert_equal(ours(family, Layout("packed"), path), wanted)
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_a_family_that_cannot_share_gives_the_stock_scores_and_gradients_padded(family: str) -> None:
+    layout = choose_layout(model_of(family), longest=LONGEST)
+    assert layout.name == "padded"
+    assert re.search(PADDED[family][1], layout.reason), layout.reason
+    found = ours(family, layout, "loop")
+    assert_equal(found, stock_padded(family))
+    assert_equal(found, stock_alone(family))
+
+
+def test_only_latent_attention_leaves_the_tiles_of_the_cpu() -> None:
+    assert [family for family in SHARED if "tiled" not in paths_of(family)] == ["deepseek_v3"]
+
+
+@pytest.mark.parametrize("path", ["dense", "loop", "tiled", "varlen"])
+def test_under_autocast_a_path_computes_in_half_precision(path: AttentionPath) -> None:
+    """Rotary positions leave queries and keys in float32 there, values in bf16: kernels want one dtype."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours("llama", Layout("shared"), path)
+    wanted = stock_padded("llama")
+    # bf16 keeps 8 bits.
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=2e-2)
+    for name, gradient in wanted[1].items():
+        assert float((found[1][name] - gradient).norm()) <= 5e-2 * float(gradient.norm()) + 1e-6, name
