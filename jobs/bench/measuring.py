@@ -109,19 +109,27 @@ def read_pairs(source: str) -> list[PreferenceRow]:
     return pairs
 
 
-def shuffled_rows(source: str, tokenizer: Any, *, count: int, max_length: int) -> list[TokenizedRow]:
-    """The first `count` pairs of a seed-0 shuffle that fit `max_length`, tokenized."""
+def shuffled_pairs(
+    source: str, tokenizer: Any, *, count: int, max_length: int
+) -> list[tuple[PreferenceRow, TokenizedRow]]:
+    """The first `count` pairs of a seed-0 shuffle that fit `max_length`, as they are read and tokenized."""
     pairs = read_pairs(source)
     random.Random(SEED).shuffle(pairs)
-    rows: list[TokenizedRow] = []
+    found: list[tuple[PreferenceRow, TokenizedRow]] = []
     for begin in range(0, len(pairs), _PAIRS_PER_CALL):
-        if len(rows) >= count:
+        if len(found) >= count:
             break
-        made = tokenize_rows(tokenizer, pairs[begin : begin + _PAIRS_PER_CALL], max_length)
-        rows.extend(row for row in made if not isinstance(row, RowError))
-    if len(rows) < count:
-        raise SystemExit(f"--pairs ({count}): {source} has {len(rows)} pairs of at most {max_length} tokens")
-    return rows[:count]
+        part = pairs[begin : begin + _PAIRS_PER_CALL]
+        made = zip(part, tokenize_rows(tokenizer, part, max_length), strict=True)
+        found.extend((pair, row) for pair, row in made if not isinstance(row, RowError))
+    if len(found) < count:
+        raise SystemExit(f"--pairs ({count}): {source} has {len(found)} pairs of at most {max_length} tokens")
+    return found[:count]
+
+
+def shuffled_rows(source: str, tokenizer: Any, *, count: int, max_length: int) -> list[TokenizedRow]:
+    """The same pairs, tokenized."""
+    return [row for _, row in shuffled_pairs(source, tokenizer, count=count, max_length=max_length)]
 
 
 class Stopwatch:

@@ -1,0 +1,254 @@
+"""The product beside its own step, and its whole wall time beside TRL's.
+
+    python jobs/bench/e2e.py --model DIR --data FILE --pairs 1000
+
+`rayrm train` runs in a process of its own with one Ray Train worker, on a file of pairs; the bare step
+(`OurStep` of train.py) runs in this process: the same weights, pairs, order, settings and number of threads
+(the worker is given as many CPUs, and Ray sets its threads by them). They take turns, `--rounds` times.
+`ratio` is the product's steady pairs/s, from its own `metrics.jsonl` without the first logging interval, over
+the bare step's over the same steps; the median of the rounds' ratios. `max_loss_delta` is between the two
+losses of each logging interval.
+
+`wall_s` is from the start of the process to the saved model: Ray's start, reading and tokenizing included.
+`trl_wall_s` is that of a plain TRL script (trl_train.py) on the same file, with the same settings, run once
+at the end; `wall_ratio` = TRL's over ours. Needs ray and trl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from measuring import (
+    add_common_arguments,
+    device_of,
+    finish,
+    machine,
+    open_model,
+    open_tokenizer,
+    shown,
+    shuffled_pairs,
+    spread,
+)
+from train import OurStep, TimedStep, settings_of
+
+from rayrm.data.preference import PreferenceRow
+from rayrm.model.attention_path import choose_path
+from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET
+
+ROOT = Path(__file__).resolve().parents[2]
+LOGGING_STEPS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class ProductRun:
+    """One `rayrm train`: its seconds from start to saved model, and its records of logging intervals."""
+
+    wall_s: float
+    records: list[dict[str, float]]
+
+
+def write_pairs(path: Path, pairs: Sequence[PreferenceRow]) -> None:
+    """The pairs as both trainers read them."""
+    with path.open("w", encoding="utf-8") as out:
+        for pair in pairs:
+            chosen, rejected = (
+                pair.completions[place] for place in sorted((0, 1), key=pair.ranks.__getitem__)
+            )
+            row = {"prompt": pair.prompt, "chosen": chosen, "rejected": rejected}
+            out.write(json.dumps({key: text for key, text in row.items() if text is not None}) + "\n")
+
+
+def timed_process(command: Sequence[str], *, threads: int, threads_by_ray: bool) -> float:
+    """Seconds of a process that must succeed."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment.pop("OMP_NUM_THREADS", None)
+    if not threads_by_ray:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    began = time.perf_counter()
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout}")
+    return seconds
+
+
+def run_product(
+    arguments: argparse.Namespace, home: Path, settings: dict[str, Any], number: int, threads: int
+) -> ProductRun:
+    """`rayrm train` with one worker."""
+    gpu = not settings["use_cpu"]
+    output_dir = home / f"product-{number}"
+    run = {
+        "model": {"name": str(home / "base")},
+        "data": {"train": str(home / "pairs.jsonl")},
+        "reward": {
+            "output_dir": str(output_dir),
+            "shuffle": False,
+            "logging_steps": LOGGING_STEPS,
+            "max_tokens_per_microbatch": arguments.max_tokens,
+            **settings,
+        },
+        "cluster": {
+            "num_workers": 1,
+            "use_gpu": gpu,
+            "resources_per_worker": {"CPU": threads, **({"GPU": 1} if gpu else {})},
+        },
+    }
+    file = home / f"product-{number}.toml"
+    file.write_text(tomli_w.dumps(run), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), str(file)]
+    wall_s = timed_process(command, threads=threads, threads_by_ray=True)
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return ProductRun(wall_s, [record for record in lines if "pairs_per_second" in record])
+
+
+def steady(records: Sequence[dict[str, float]], batch: int) -> float:
+    """Pairs/s over all logging intervals but the first."""
+    kept = records[1:]
+    pairs = LOGGING_STEPS * batch
+    return pairs * len(kept) / sum(pairs / record["pairs_per_second"] for record in kept)
+
+
+def steady_step(timed: Sequence[TimedStep], num_intervals: int, batch: int) -> float:
+    """The bare step's pairs/s over the same steps."""
+    kept = timed[LOGGING_STEPS : LOGGING_STEPS * num_intervals]
+    return batch * len(kept) / sum(step.seconds for step in kept)
+
+
+def loss_delta(records: Sequence[dict[str, float]], timed: Sequence[TimedStep]) -> float:
+    """The largest difference between the mean losses of a logging interval."""
+    deltas = []
+    for number, record in enumerate(records):
+        steps = timed[LOGGING_STEPS * number : LOGGING_STEPS * (number + 1)]
+        deltas.append(abs(record["loss"] - sum(step.loss for step in steps) / len(steps)))
+    return max(deltas)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All rounds, TRL's run, and the result."""
+    least = 2 * LOGGING_STEPS * arguments.batch
+    if arguments.pairs < least or arguments.pairs % arguments.batch:
+        raise SystemExit(
+            f"--pairs ({arguments.pairs}) must be a multiple of --batch ({arguments.batch}) and at least "
+            f"{least}, two logging intervals: the first is dropped"
+        )
+    device = device_of(arguments)
+    threads = torch.get_num_threads()
+    tokenizer, model = open_tokenizer(arguments), open_model(arguments)
+    arguments.attn = choose_path(model, device, torch.bfloat16 if arguments.dtype == "bf16" else None).name
+    settings = settings_of(arguments, device)
+    pairs, rows = zip(
+        *shuffled_pairs(arguments.data, tokenizer, count=arguments.pairs, max_length=arguments.max_length),
+        strict=True,
+    )
+    steps = [rows[begin : begin + arguments.batch] for begin in range(0, len(rows), arguments.batch)]
+    products: list[ProductRun] = []
+    bare: list[list[TimedStep]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch)
+        write_pairs(home / "pairs.jsonl", pairs)
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(home / "base")
+        tokenizer.save_pretrained(home / "base")
+        step = OurStep(model, tokenizer, arguments, share=True)
+        for number in range(arguments.rounds):
+            products.append(run_product(arguments, home, settings, number, threads))
+            bare.append(step.run(steps))
+            intervals = len(products[-1].records)
+            fast = steady(products[-1].records, arguments.batch)
+            alone = steady_step(bare[-1], intervals, arguments.batch)
+            print(
+                f"round {number + 1}: product {fast:.2f} pairs/s, bare step {alone:.2f}, ratio "
+                f"{fast / alone:.3f}; wall {products[-1].wall_s:.1f} s",
+                flush=True,
+            )
+        script = str(Path(__file__).with_name("trl_train.py"))
+        told = [str(home / "base"), str(home / "pairs.jsonl"), str(home / "trl"), json.dumps(settings)]
+        trl_wall_s = timed_process([sys.executable, script, *told], threads=threads, threads_by_ray=False)
+    return compare(arguments, products, bare, trl_wall_s) | {"machine": machine(device)}
+
+
+def compare(
+    arguments: argparse.Namespace,
+    products: list[ProductRun],
+    bare: list[list[TimedStep]],
+    trl_wall_s: float,
+) -> dict[str, Any]:
+    """Speeds, ratios, wall times."""
+    fast = [steady(run.records, arguments.batch) for run in products]
+    alone = [
+        steady_step(timed, len(run.records), arguments.batch)
+        for timed, run in zip(bare, products, strict=True)
+    ]
+    ratios = [a / b for a, b in zip(fast, alone, strict=True)]
+    wall_s = spread([run.wall_s for run in products])
+    waits = [record["data_wait_s"] for run in products for record in run.records[1:]]
+    return {
+        "bench": "e2e",
+        "model": arguments.model or arguments.shape,
+        "data": arguments.data,
+        "pairs": arguments.pairs,
+        "batch": arguments.batch,
+        "max_length": arguments.max_length,
+        "max_tokens": arguments.max_tokens,
+        "dtype": arguments.dtype,
+        "gradient_checkpointing": arguments.gradient_checkpointing,
+        "rounds": len(ratios),
+        "pairs_per_s": spread(fast)["median"],
+        "pairs_per_s_spread": spread(fast),
+        "baseline_pairs_per_s": spread(alone)["median"],
+        "baseline_pairs_per_s_spread": spread(alone),
+        "ratio": spread(ratios)["median"],
+        "ratio_spread": spread(ratios),
+        "data_wait_s_per_interval": max(waits),
+        "max_loss_delta": max(
+            loss_delta(run.records, timed) for run, timed in zip(products, bare, strict=True)
+        ),
+        "wall_s": wall_s["median"],
+        "wall_s_spread": wall_s,
+        "trl_wall_s": trl_wall_s,
+        "wall_ratio": trl_wall_s / wall_s["median"],
+    }
+
+
+def report(result: dict[str, Any]) -> None:
+    """The result in words."""
+    print(
+        f"product {result['pairs_per_s']:.2f} pairs/s, bare step {result['baseline_pairs_per_s']:.2f}: ratio "
+        f"{shown(list(result['ratio_spread'].values()), 3)}; waits for data at most "
+        f"{result['data_wait_s_per_interval']:.3f} s an interval of {LOGGING_STEPS} steps\n"
+        f"start to saved model: {result['wall_s']:.1f} s, TRL {result['trl_wall_s']:.1f} s "
+        f"({result['wall_ratio']:.2f} times)\n"
+        f"max loss delta {result['max_loss_delta']:.1e}"
+    )
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_common_arguments(parser)
+    parser.add_argument("--pairs", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=8, help="pairs in one optimizer step")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="on in all (default: off)")
+    parser.add_argument("--max-tokens", type=int, default=DEFAULT_TOKEN_BUDGET, help="a micro-batch's budget")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    measured = measure(arguments)
+    report(measured)
+    finish(measured, arguments.json)
