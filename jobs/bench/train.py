@@ -11,9 +11,10 @@ ours with its planning and packing; TRL's is its own `RewardTrainer.train()`, ti
 `ratio` is our pairs/s over the baseline's, the median of the rounds' ratios. `max_loss_delta` and
 `max_grad_norm_delta` (relative, before clipping) are over all steps of all rounds. `mfu` = (6 x non-embedding
 parameters x the step's distinct tokens + attention over the (query, key) pairs computed) / time / peak, where
-peak is the best matmul of this process (2048 cubed; 8192 cubed on a GPU); it means something without
-gradient checkpointing only. `mfu_executed` counts only FLOPs that are executed: the last layer's queries and
-MLP at the pooled tokens. Neither ray nor deepspeed is needed, trl only for `--against trl`.
+peak is the best of the matmuls right before and after the round (2048 cubed; 8192 cubed on a GPU), since a
+machine's clock drifts; it means something without gradient checkpointing only. `mfu_executed` counts only
+FLOPs that are executed: the last layer's queries and MLP at the pooled tokens. Neither ray nor deepspeed is
+needed, trl only for `--against trl`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -49,8 +50,10 @@ from rayrm.data.blocks import index_of, table_of_rows
 from rayrm.data.packing import PackedBatch, pack_rows
 from rayrm.data.planning import plan_step
 from rayrm.data.tokenize import TokenizedRow
+from rayrm.model.attention import AttentionPath
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import choose_layout
+from rayrm.train.allocator import keep_freed_memory
 from rayrm.train.build import ModelSource, build_model
 from rayrm.train.engine import TorchEngine
 from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET
@@ -112,7 +115,7 @@ class OurStep:
             raise SystemExit(f"{type(model).__name__} takes the {layout.name} layout: {layout.reason}")
         self._share = share
         self._pad_token_id = tokenizer.pad_token_id
-        self._scorer = PackedScorer(built, layout)
+        self._scorer = PackedScorer(built, layout, path=arguments.attn)
         self._initial = {name: value.clone() for name, value in self._scorer.state_dict().items()}
 
     def prepare(self, rows: Sequence[TokenizedRow]) -> list[PackedBatch]:
@@ -148,11 +151,13 @@ class OurStep:
         )
         engine.train(True)
         watch, timed = Stopwatch(self._device), []
-        for rows in steps:
-            watch.start()
-            totals = train_step(engine, self.prepare(rows), len(rows))
-            seconds = watch.stop()
-            timed.append(TimedStep(seconds, float(totals.sums[0]), float(totals.grad_norm)))
+        with keep_freed_memory(self._device):
+            for rows in steps:
+                watch.start()
+                totals = train_step(engine, self.prepare(rows), len(rows))
+                seconds = watch.stop()
+                timed.append(TimedStep(seconds, float(totals.sums[0]), float(totals.grad_norm)))
+        engine.release()
         scorer.cpu()
         return timed
 
@@ -273,12 +278,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     ours = Side("ours", lambda: shared.run(steps), [])
 
     timed: dict[str, list[list[TimedStep]]] = {ours.name: [], baseline.name: []}
-    peaks = [matmul_peak(device, arguments.dtype)]
+    peaks: list[float] = []
     for number in range(arguments.rounds):
+        before = matmul_peak(device, arguments.dtype)
         for side in (ours, baseline):
             with peak_memory(device, side.peak_memory_gib):
                 timed[side.name].append(side.run())
-            peaks.append(matmul_peak(device, arguments.dtype))
+            if side is ours:
+                peaks.append(max(before, matmul_peak(device, arguments.dtype)))
         speeds = [pairs_per_s(timed[side.name][-1], arguments.batch) for side in (ours, baseline)]
         print(
             f"round {number + 1}: ours {speeds[0]:.2f} pairs/s, {baseline.name} {speeds[1]:.2f}, "
@@ -290,7 +297,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     result["tokens"] = count_tokens(rows, steps, prepared)
     if trl_step is not None:
         result["tokens"]["padded"] = trl_step.padded_tokens
-    result |= utilisation(cost, prepared, shared, steps, timed[ours.name], max(peaks))
+    result |= utilisation(cost, prepared, shared, steps, timed[ours.name], peaks)
     result["peak_gflops"] = {"best": max(peaks) / 1e9, "median": float(np.median(peaks)) / 1e9}
     if device.type == "cuda":
         result["peak_memory_gib"] = {side.name: max(side.peak_memory_gib) for side in (ours, baseline)}
@@ -348,17 +355,18 @@ def utilisation(
     shared: OurStep,
     steps: Sequence[Sequence[TokenizedRow]],
     timed: Sequence[Sequence[TimedStep]],
-    peak: float,
+    peaks: Sequence[float],
 ) -> dict[str, Any]:
-    """Our share of the matmul peak, by the definition and by the FLOPs executed, a figure for each round."""
+    """Our share of the matmul peak, by the definition and by the FLOPs executed: each round's of its peak."""
     kept = list(zip(prepared, steps, strict=True))[WARM_UP_STEPS:]
     defined = sum(cost.training(batches, shared.distinct_tokens(rows)) for batches, rows in kept)
     executed = sum(cost.executed(batches) for batches, _ in kept)
     seconds = [sum(step.seconds for step in round_[WARM_UP_STEPS:]) for round_ in timed]
+    at_peak = [s * peak for s, peak in zip(seconds, peaks, strict=True)]
     return {
-        "mfu": spread([defined / s / peak for s in seconds])["median"],
-        "mfu_spread": spread([defined / s / peak for s in seconds]),
-        "mfu_executed": spread([executed / s / peak for s in seconds])["median"],
+        "mfu": spread([defined / flops for flops in at_peak])["median"],
+        "mfu_spread": spread([defined / flops for flops in at_peak]),
+        "mfu_executed": spread([executed / flops for flops in at_peak])["median"],
         "flops_a_step": defined / len(kept),
     }
 
@@ -386,6 +394,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="pairs in one optimizer step")
     parser.add_argument("--against", choices=("trl", "packed"), default="trl")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="on in both (default: off)")
+    parser.add_argument("--attn", choices=get_args(AttentionPath), default="tiled", help="attention path")
     parser.add_argument("--max-tokens", type=int, default=DEFAULT_TOKEN_BUDGET, help="a micro-batch's budget")
     return parser.parse_args(words)
 

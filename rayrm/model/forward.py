@@ -6,7 +6,7 @@ same scores; the head's product is in float32 whatever the autocast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from rayrm.model.attention import (
 )
 from rayrm.model.last_layer import PooledAttention, pool_last_layer
 from rayrm.model.layout import Layout, unwrapped
+from rayrm.model.rms_norm import block_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,10 @@ def to_device(batch: PackedBatch, device: torch.device, path: AttentionPath | No
 class PackedScorer(torch.nn.Module):
     """A sequence-classification model with one label that takes packed batches.
 
-    `model` is a transformers model or a PEFT wrapper around one. While it is wrapped its attention
-    implementation is ours; `release()` gives it back as it was. `path` computes the attention of packed
-    batches (None with the padded layout). `pooled_last_layer=False` computes the last layer for every token.
+    `model` is a transformers model or a PEFT wrapper around one. While it is wrapped its attention, its last
+    layer and, on a CPU, its norms compute by our code; `release()` gives it back as it was. `path` computes
+    the attention of packed batches (None with the padded layout). `pooled_last_layer=False` computes the last
+    layer for every token.
     """
 
     def __init__(
@@ -90,19 +92,19 @@ class PackedScorer(torch.nn.Module):
         self.model = model
         self.layout = layout
         self.path: AttentionPath | None = None if layout.name == "padded" else path
-        self._before = "sdpa"
-        self._unpool: Callable[[], None] | None = None
+        self._pools_last_layer = self.path is not None and pooled_last_layer
+        self._undo = contextlib.ExitStack()
+        self._undo.callback(block_norms(model))
         if self.path is not None:
-            self._before = enable_forest_attention(unwrapped(model))
-            if pooled_last_layer:
-                self._unpool = pool_last_layer(unwrapped(model).base_model)
+            before = enable_forest_attention(unwrapped(model))
+            self._undo.callback(restore_attention, unwrapped(model), before)
+        if self._pools_last_layer:
+            self._undo.callback(pool_last_layer(unwrapped(model).base_model))
 
     def release(self) -> torch.nn.Module:
-        """The model, with the attention implementation it had."""
-        restore_attention(unwrapped(self.model), self._before)
-        if self._unpool is not None:
-            self._unpool()
-            self._unpool = None
+        """The model, computing as it did before it was wrapped."""
+        self._undo.close()
+        self._pools_last_layer = False
         return self.model
 
     def forward(self, batch: DeviceBatch) -> torch.Tensor:
@@ -119,7 +121,7 @@ class PackedScorer(torch.nn.Module):
             use_cache=False,
             forest=batch.attention,
         ).last_hidden_state[0]
-        if self._unpool is None:
+        if not self._pools_last_layer:
             hidden = hidden[batch.pooled]
         with torch.autocast(hidden.device.type, enabled=False):
             scores: torch.Tensor = inner.score(hidden.to(inner.score.weight.dtype))

@@ -157,7 +157,7 @@ def test_without_a_forest_the_enabled_model_computes_what_sdpa_computes() -> Non
         scorer = PackedScorer(model, Layout("shared"))
         enabled = model(input_ids=tokens, attention_mask=mask).logits
     assert model.config._attn_implementation != "sdpa"
-    assert torch.equal(stock, enabled)
+    torch.testing.assert_close(stock, enabled, rtol=0, atol=1e-7)  # norms are computed by blocks
     assert scorer.release().config._attn_implementation == "sdpa"  # type: ignore[union-attr]
 
 
