@@ -25,6 +25,7 @@ from rayrm.config import RewardConfig
 from rayrm.data.ingest import TokenizedSet
 from rayrm.data.preference import parse_row
 from rayrm.data.tokenize import TokenizedRow, tokenize_rows
+from rayrm.model.layout import choose_layout
 from rayrm.train.build import ModelSource
 from rayrm.train.checkpoint import checkpoints
 from rayrm.train.worker import TrainJob, train_rank
@@ -93,7 +94,8 @@ def job_of(variant: Variant, output_dir: Path, rows: Sequence[TokenizedRow]) -> 
     model = tiny_model(seed=1)
     if variant.padded:
         # Llama does not read this flag; the layout does, and takes the stock forward.
-        model.config.alibi = True
+        model.config.attn_logit_softcapping = 50.0
+        assert choose_layout(model).name == "padded"
     if variant.gradients_times != 1.0:
         for parameter in model.parameters():
             parameter.register_hook(lambda gradient: gradient * variant.gradients_times)
