@@ -7,7 +7,7 @@ How it cuts:
 2. Groups and single rows go to ranks costliest first, each to the rank with the least so far. Where groups
    make the ranks uneven they are cut finer, as far as that makes the heaviest rank lighter.
 3. Within a rank they fill as few micro-batches as first-fit finds, then are spread evenly over as many as the
-   rank with the most has.
+   rank with the most has, unless they are padded.
 4. Ranks get equally many micro-batches, heaviest first, filled up with dummies: their rows have weight 0.
    ZeRO's collectives need every rank to run the same number of forwards and backwards, and ranks that run in
    step wait least when the micro-batches of one place are alike.
@@ -15,13 +15,15 @@ How it cuts:
 Invariants, each a test:
 
 1. Every row of the step is in exactly one micro-batch with weight 1; a dummy is a micro-batch of its own.
-2. No micro-batch exceeds the budget in distinct tokens: shared is only what equal keys show to be.
+2. No micro-batch exceeds the budget in distinct tokens: shared is only what equal keys show to be. Where rows
+   are padded it does not exceed it with its padding.
 3. All ranks have equally many micro-batches, at least one; only one where every rank's rows fit the budget.
 4. Without sharing, no two ranks differ by more than the costliest row.
 5. With sharing, where each rank has one micro-batch, the heaviest rank is no heavier than the mean without
    sharing and one row.
 6. On one rank, a group that fits the budget is in one micro-batch.
-7. A rank's micro-batches differ by no more than the largest row where there is room to spread them.
+7. A rank's micro-batches differ by no more than the largest row where there is room to spread them. Padded
+   rows are not spread: those of like length stand together.
 8. The plan is a function of its arguments: costs are integers, and ties go by the step's order.
 
 The cut cannot change the loss: it is a sum over rows, divided once by the step's row count.
@@ -58,12 +60,15 @@ class RowCosts:
     """What the rows of a step cost, each `[n]`: `tokens` computed when a row stands alone (at least 1), and
     `attention`, its (query, key) pairs.
 
-    `prefix_keys` uint32 `[n, 8]` (see `prefix_keys.py`); None where rows share nothing.
+    `prefix_keys` uint32 `[n, 8]` (see `prefix_keys.py`); None where rows share nothing. `padded` int64
+    `[n, 2]`, each row's number of sequences and the length of its longest, where a micro-batch is padded to
+    its longest sequence (to a multiple beyond that is not counted); None where nothing is padded.
     """
 
     tokens: npt.NDArray[np.integer]
     attention: npt.NDArray[np.integer]
     prefix_keys: npt.NDArray[np.uint32] | None = None
+    padded: npt.NDArray[np.integer] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +81,23 @@ class Microbatch:
 
 @dataclass(slots=True)
 class _Load:
-    """Rows computed together; `beginnings` they share with others -> (tokens, cost), each counted once."""
+    """Rows computed together; `beginnings` they share with others -> (tokens, cost), each counted once.
+
+    Where rows are padded they have `num_sequences`, all of them as long as the `longest`.
+    """
 
     rows: list[int] = field(default_factory=list)
     tokens: int = 0
     cost: int = 0
     beginnings: dict[int, tuple[int, int]] = field(default_factory=dict)
+    num_sequences: int = 0
+    longest: int = 0
 
     def with_load(self, other: _Load) -> tuple[int, int]:
         """(tokens, cost) if `other` were added."""
         tokens, cost = self.tokens + other.tokens, self.cost + other.cost
+        if other.longest:
+            tokens = (self.num_sequences + other.num_sequences) * max(self.longest, other.longest)
         for beginning, (known_tokens, known_cost) in other.beginnings.items():
             if beginning in self.beginnings:
                 tokens -= known_tokens
@@ -94,6 +106,8 @@ class _Load:
 
     def add(self, other: _Load) -> None:
         self.tokens, self.cost = self.with_load(other)
+        self.num_sequences += other.num_sequences
+        self.longest = max(self.longest, other.longest)
         self.rows.extend(other.rows)
         self.beginnings.update(other.beginnings)
 
@@ -146,6 +160,7 @@ def _check(rows: RowCosts, max_tokens: int) -> None:
     if not len(rows.tokens):
         raise ValueError("a step needs at least one row")
     assert len(rows.attention) == len(rows.tokens)
+    assert rows.prefix_keys is None or rows.padded is None
     assert rows.prefix_keys is None or rows.prefix_keys.shape == (len(rows.tokens), len(BOUNDARIES))
     longest = int(max(rows.tokens))
     if longest > max_tokens:
@@ -163,6 +178,9 @@ def _read(rows: RowCosts, attention_weight: float) -> tuple[list[_Load], list[li
         _Load([row], tokens, cost)
         for row, (tokens, cost) in enumerate(zip(rows.tokens.tolist(), costs.tolist(), strict=True))
     ]
+    if rows.padded is not None:
+        for load, (num_sequences, longest) in zip(loads, rows.padded.tolist(), strict=True):
+            load.num_sequences, load.longest = num_sequences, longest
     if rows.prefix_keys is None:
         return loads, []
     groups: dict[int, list[_Load]] = {}
@@ -249,12 +267,15 @@ def _microbatches(pieces: Sequence[_Load], num_ranks: int, max_tokens: int) -> l
         ranks[rank].add(piece)
         heapq.heapreplace(least, (ranks[rank].cost, num_pieces + 1, rank))
     for share in shares:
-        share.sort(key=lambda piece: (-piece.tokens, piece.rows[0]))
+        share.sort(key=lambda piece: (-(piece.longest or piece.tokens), piece.rows[0]))
     first_fits = [_first_fit(share, max_tokens) for share in shares]
-    most = max(len(loads) for loads in first_fits)
-    plans = [
-        _spread(share, most, max_tokens) or loads for share, loads in zip(shares, first_fits, strict=True)
-    ]
+    plans = first_fits
+    # Padded rows of like length stay together as first-fit put them: spread evenly they would be padded more.
+    if not pieces[0].longest:
+        most = max(len(loads) for loads in first_fits)
+        plans = [
+            _spread(share, most, max_tokens) or loads for share, loads in zip(shares, first_fits, strict=True)
+        ]
     return [sorted(loads, key=lambda load: (-load.tokens, load.rows[0])) for loads in plans]
 
 
@@ -281,7 +302,7 @@ def _spread(pieces: Sequence[_Load], num_loads: int, max_tokens: int) -> list[_L
 
 
 def _tokens_with(piece: _Load, load: _Load) -> int:
-    return load.with_load(piece)[0] if piece.beginnings else load.tokens + piece.tokens
+    return load.with_load(piece)[0] if piece.beginnings or piece.longest else load.tokens + piece.tokens
 
 
 def _heaviest_and_mean(plan: Sequence[Sequence[_Load]]) -> tuple[int, float]:

@@ -115,22 +115,37 @@ class RowIndex:
             self.ranks[places],
         )
 
-    def tokens(self, *, share: bool) -> Places:
+    def tokens(self, *, share: bool, padded: bool = False) -> Places:
         """What each row costs alone, in tokens, int64 `[R]`.
 
         With `share` the prefix of all its completions counts once. That is exact for a pair; where some
-        completions of a longer row share more than all do, it is more than the row costs.
+        completions of a longer row share more than all do, it is more than the row costs. `padded`: all
+        completions count as much as the row's longest.
         """
+        if padded:
+            return self.num_completions * self._longest()
         return self._sums(self.lengths.astype(np.int64), self.prefix_lengths.astype(np.int64), share=share)
 
     def attention(self, *, share: bool) -> Places:
         """The (query, key) pairs of each row alone, int64 `[R]`, by the same rule as `tokens`."""
         return self._sums(_triangle(self.lengths), _triangle(self.prefix_lengths), share=share)
 
-    def costs(self, *, share: bool) -> RowCosts:
-        """What a plan needs to know of the rows; with `share` they share what they begin with, too."""
+    def costs(self, *, share: bool, padded: bool = False) -> RowCosts:
+        """What a plan needs to know of the rows; with `share` they share what they begin with, too.
+
+        `padded`: a micro-batch is padded to its longest completion. Then nothing is shared.
+        """
+        if padded:
+            sequences = np.stack([self.num_completions, self._longest()], axis=1)
+            return RowCosts(
+                self.tokens(share=False, padded=True), self.attention(share=False), None, sequences
+            )
         keys = self.prefix_keys if share else None
         return RowCosts(self.tokens(share=share), self.attention(share=share), keys)
+
+    def _longest(self) -> Places:
+        """The length of each row's longest completion, int64 `[R]`."""
+        return np.maximum.reduceat(self.lengths, self.first[:-1]).astype(np.int64)
 
     def comparisons(self) -> Comparisons:
         """All comparisons, row after row; those of a row by the places of better, then of worse."""

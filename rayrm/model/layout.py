@@ -145,4 +145,6 @@ def _obstacle(inner: PreTrainedModel, longest: int | None) -> str:
         return f"a sliding window ({window}) shorter than the longest row ({reach})"
     if kind := scaling_rope(config, longest):
         return f"rope of type {kind} scales with the longest position of a batch"
+    if getattr(config, "alibi", False):
+        return "ALiBi positions"
     return attention_obstacle(inner)

@@ -62,7 +62,7 @@ def score_rows(
     found = np.zeros(len(rows.index.lengths))
     for begin in range(0, rows.num_rows, _ROWS_PER_ROUND * world):
         chosen = np.arange(begin, min(begin + _ROWS_PER_ROUND * world, rows.num_rows))
-        costs = rows.index.take(chosen).costs(share=shares)
+        costs = rows.index.take(chosen).costs(share=shares, padded=layout.name == "padded")
         budget = max(max_tokens, int(costs.tokens.max()))
         plan = plan_step(costs, num_ranks=world, max_tokens=budget, attention_weight=attention_weight)
         for microbatch in plan[rank]:

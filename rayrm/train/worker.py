@@ -211,7 +211,7 @@ class _RankRun:
         index = self.job.train_set.index.take(step.rows)
         shares = self.layout.name == "shared"
         plan = plan_step(
-            index.costs(share=shares),
+            index.costs(share=shares, padded=self.layout.name == "padded"),
             num_ranks=self.rank.count,
             max_tokens=self.job.max_tokens,
             attention_weight=self.attention_weight,

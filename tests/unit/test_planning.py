@@ -117,6 +117,37 @@ def test_with_shared_beginnings_too_the_distinct_tokens_stay_under_the_budget(
         assert step.distinct_tokens(microbatch.rows) <= max_tokens
 
 
+PADDED = st.lists(st.tuples(st.integers(2, 4), st.integers(1, 50)), min_size=1, max_size=40)
+
+
+def padded(rows: list[tuple[int, int]]) -> RowCosts:
+    """Rows of (number of sequences, length of the longest)."""
+    tokens = np.array([count * longest for count, longest in rows])
+    return RowCosts(tokens, tokens, padded=np.array(rows))
+
+
+def padded_tokens(rows: list[tuple[int, int]]) -> int:
+    return sum(count for count, _ in rows) * max(longest for _, longest in rows)
+
+
+@given(PADDED, st.integers(1, 5), st.integers(200, 500), WEIGHTS)
+def test_the_budget_counts_padding_where_rows_are_padded(
+    rows: list[tuple[int, int]], num_ranks: int, max_tokens: int, weight: float
+) -> None:
+    plans = plan_step(padded(rows), num_ranks=num_ranks, max_tokens=max_tokens, attention_weight=weight)
+    check_every_row_once(plans, len(rows), num_ranks)
+    for plan in plans:
+        sizes = [padded_tokens([rows[row] for row in part.rows]) for part in real(plan)]
+        assert max(sizes, default=0) <= max_tokens
+        assert sizes == sorted(sizes, reverse=True)
+
+
+def test_padded_rows_of_like_length_stand_together() -> None:
+    rows = [(2, 10), (2, 100), (2, 12), (2, 90), (2, 11), (2, 95)]
+    (plan,) = plan_step(padded(rows), num_ranks=1, max_tokens=600)
+    assert [part.rows for part in plan] == [(1, 3, 5), (0, 2, 4)]
+
+
 @given(TOKENS, st.integers(1, 5), st.integers(50, 120))
 def test_ranks_whose_rows_fit_the_budget_have_one_microbatch_and_none_wastes_half_its_budget(
     tokens: list[int], num_ranks: int, max_tokens: int

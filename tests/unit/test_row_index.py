@@ -98,3 +98,12 @@ def test_a_plan_is_told_of_common_beginnings_only_where_they_are_shared(rows: li
         assert costs.attention.tolist() == index.attention(share=share).tolist()
     assert index.costs(share=True).prefix_keys is index.prefix_keys
     assert index.costs(share=False).prefix_keys is None
+
+
+@given(ROWS)
+def test_padded_rows_count_each_completion_as_the_longest(rows: list[TokenizedRow]) -> None:
+    costs = index_of_rows(rows).costs(share=False, padded=True)
+    assert costs.padded is not None
+    assert costs.padded.tolist() == [[len(row.lengths), max(row.lengths)] for row in rows]
+    assert costs.tokens.tolist() == [len(row.lengths) * max(row.lengths) for row in rows]
+    assert costs.prefix_keys is None
