@@ -4,7 +4,7 @@
 #   make test    create the environment, install, run the tests (all but those marked slow or gpu)
 #
 # Also: make env (the environment alone), make check (format, lint, types), make fmt, make clean;
-# make test PYTEST_ARGS=tests/unit runs a part.
+# make bench MODEL=DIR DATA=FILE (an hour; README, "How fast"); make test PYTEST_ARGS=tests/unit runs a part.
 # Nothing needs an activated environment: everything runs by .venv/bin/. PYTHON=python3.12 chooses the Python.
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | 
 QUIET_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt env clean
+.PHONY: help demo test bench check fmt env clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,8p'
@@ -30,6 +30,16 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(QUIET_ENV) $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+# Each benchmark prints its figures, and one JSON object as its last line; BENCH_ARGS="--rounds 1" is for all.
+bench: $(STAMP)
+	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo 'make bench needs both: make bench MODEL=DIR DATA=FILE'; exit 2; }
+	$(BIN)/python jobs/bench/train.py --model "$(MODEL)" --data "$(DATA)" $(BENCH_ARGS)
+	$(BIN)/python jobs/bench/train.py --model "$(MODEL)" --data "$(DATA)" --gradient-checkpointing $(BENCH_ARGS)
+	$(BIN)/python jobs/bench/train.py --model "$(MODEL)" --data "$(DATA)" --against packed $(BENCH_ARGS)
+	$(BIN)/python jobs/bench/score.py --model "$(MODEL)" --data "$(DATA)" $(BENCH_ARGS)
+	$(BIN)/python jobs/bench/scaling.py --model "$(MODEL)" --data "$(DATA)" $(BENCH_ARGS)
+	$(BIN)/python jobs/bench/e2e.py --model "$(MODEL)" --data "$(DATA)" $(BENCH_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check $(SOURCES)

@@ -9,9 +9,9 @@ order: two workers take 64 a step where one takes 32, so one makes twice the ste
 step of two are a warm-up. `ratio` is the pairs/s of two over one, of a step from forward to optimizer, the
 wait for data and the step's log line included; the median of the rounds' ratios.
 
-`collectives_s_per_step` is what a rank spends in collectives: `least` of the two is about the reduction
-itself, what `most` is above it is waiting for the slower rank. The two ranks also share the machine's memory
-bandwidth, which no count of collectives shows: the rest of what is lost.
+`collectives_s_per_step` is what a rank spends in collectives between forward and optimizer: `least` of the
+two is about the reduction itself, what `most` is above it is waiting for the slower rank. The two ranks also
+share the machine's memory bandwidth, which no count of collectives shows: the rest of what is lost.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from measuring import (
 from rayrm import RewardConfig
 from rayrm.data.ingest import TokenizedSet
 from rayrm.data.tokenize import TokenizedRow
+from rayrm.train import loop
 from rayrm.train.build import ModelSource
 from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET
 from rayrm.train.worker import TrainJob, train_rank
@@ -72,13 +74,16 @@ class Turn:
 
 
 class CollectiveClock:
-    """Adds up the seconds of this process's blocking collectives, from `begin` on."""
+    """The seconds that this process's blocking collectives take in each step of `train_rank`."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.steps: list[float] = []
+        self._seconds = 0.0
         self._depth = 0
         for name in COLLECTIVES:
             setattr(dist, name, self._timed(getattr(dist, name)))
+        self._train_step = loop.train_step
+        loop.train_step = self._step
 
     def _timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(collective)
@@ -90,9 +95,15 @@ class CollectiveClock:
             finally:
                 self._depth -= 1
                 if self._depth == 0:  # one that is made of others counts once
-                    self.seconds += time.perf_counter() - began
+                    self._seconds += time.perf_counter() - began
 
         return timed
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        self._seconds = 0.0
+        totals = self._train_step(*args, **kwargs)
+        self.steps.append(self._seconds)
+        return totals
 
 
 def job_of(arguments: argparse.Namespace, output_dir: Path, rows: Sequence[TokenizedRow]) -> TrainJob:
@@ -140,7 +151,7 @@ def rank_main(
         dist.init_process_group("gloo", store=store, rank=rank, world_size=num_workers)
     clock = CollectiveClock()
     train_rank(job, lambda record: None)
-    (output_dir / f"collectives-{rank}.json").write_text(json.dumps(clock.seconds))
+    (output_dir / f"collectives-{rank}.json").write_text(json.dumps(clock.steps))
     if num_workers > 1:
         dist.destroy_process_group()
 
@@ -156,9 +167,10 @@ def take_turn(
     steps = [record for record in lines if "pairs_per_second" in record]
     each = arguments.pairs_per_worker * num_workers
     # The warm-up is one step of all workers.
-    timed = steps[WORKERS // num_workers :]
+    warm_up = WORKERS // num_workers
+    timed = steps[warm_up:]
     in_collectives = [
-        json.loads((output_dir / f"collectives-{rank}.json").read_text()) / len(steps)
+        mean(json.loads((output_dir / f"collectives-{rank}.json").read_text())[warm_up:])
         for rank in range(num_workers)
     ]
     return Turn(

@@ -3,8 +3,9 @@
     python jobs/bench/score.py --model DIR --data FILE --groups 32 --group-size 8
 
 The texts are real prompts of the data (the first of a seed-0 shuffle; of a row without a prompt, what its
-sides share up to the line in which they part), each with `--group-size` completions drawn by the same seed
-from all of the data's. A text above `--max-length` is left out and another completion drawn.
+sides share up to the line, or in one line the word, in which they part), each with `--group-size` completions
+drawn by the same seed from all of the data's. A text above `--max-length` is left out and another completion
+drawn.
 
 The baseline is what `GRPOTrainer._calculate_rewards` does with a `PreTrainedModel`: right-padded ids and
 their mask through the stock model, under `inference_mode`. It runs one forward for each group: that is GRPO's
@@ -76,7 +77,7 @@ def split_row(row: PreferenceRow) -> tuple[Text, list[Text]]:
     )
     shared = sides[0][:alike]  # characters, or messages
     if isinstance(shared, str):
-        shared = shared[: shared.rfind("\n") + 1]
+        shared = shared[: shared.rfind("\n" if "\n" in shared else " ") + 1]
     return shared, [side[len(shared) :] for side in sides]
 
 
