@@ -41,7 +41,7 @@ from measuring import (
     shuffled_pairs,
     spread,
 )
-from train import OurStep, TimedStep, settings_of
+from steps import OurStep, TimedStep, settings_of
 
 from rayrm.data.preference import PreferenceRow
 from rayrm.model.attention_path import choose_path

@@ -25,6 +25,7 @@ from rayrm.model.attention import (
 from rayrm.model.last_layer import PooledAttention, pool_last_layer
 from rayrm.model.layout import Layout, unwrapped
 from rayrm.model.rms_norm import block_norms
+from rayrm.model.rope import fuse_rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +74,9 @@ class PackedScorer(torch.nn.Module):
     """A sequence-classification model with one label that takes packed batches.
 
     `model` is a transformers model or a PEFT wrapper around one. While it is wrapped its attention, its last
-    layer and, on a CPU, its norms compute by our code; `release()` gives it back as it was. `path` computes
-    the attention of packed batches (None with the padded layout). `pooled_last_layer=False` computes the last
-    layer for every token.
+    layer and, on a CPU, its norms and rotations compute by our code; `release()` gives it back as it was.
+    `path` computes the attention of packed batches (None with the padded layout). `pooled_last_layer=False`
+    computes the last layer for every token.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class PackedScorer(torch.nn.Module):
         self._pools_last_layer = self.path is not None and pooled_last_layer
         self._undo = contextlib.ExitStack()
         self._undo.callback(block_norms(model))
+        self._undo.callback(fuse_rope(model))
         if self.path is not None:
             before = enable_forest_attention(unwrapped(model))
             self._undo.callback(restore_attention, unwrapped(model), before)
