@@ -127,6 +127,7 @@ class _RankRun:
         _check_positions(unwrapped(model), longest, self._say)
         self.layout = choose_layout(model, share_prefix=self.config.share_prefix, longest=longest)
         self._say(str(self.layout))
+        self.max_tokens = self._token_budget()
         precision = resolve_precision(self.config, rank.device)
         path = choose_path(model, rank.device, autocast_dtype(precision))
         if self.layout.name != "padded":
@@ -150,6 +151,17 @@ class _RankRun:
         self.schedule = Schedule.of(self.config, self.order.steps_per_epoch)
         self.engine = _build_engine(job, self.module, rank, precision, self.schedule.num_steps)
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
+
+    def _token_budget(self) -> int:
+        """The budget as set; one that was chosen before the layout was known grows to the longest row."""
+        index, layout = self.job.train_set.index, self.layout.name
+        longest = int(index.tokens(share=layout == "shared", padded=layout == "padded").max())
+        if longest > self.job.max_tokens and self.config.max_tokens_per_microbatch is not None:
+            raise ConfigError(
+                f"`max_tokens_per_microbatch` ({self.job.max_tokens}) is below the longest row ({longest} "
+                f"tokens, {layout}). Raise it to {longest} or lower `max_length`."
+            )
+        return max(longest, self.job.max_tokens)
 
     def _say(self, message: str) -> None:
         if self.rank.index == 0:
@@ -213,7 +225,7 @@ class _RankRun:
         plan = plan_step(
             index.costs(share=shares, padded=self.layout.name == "padded"),
             num_ranks=self.rank.count,
-            max_tokens=self.job.max_tokens,
+            max_tokens=self.max_tokens,
             attention_weight=self.attention_weight,
         )
         packed = [
@@ -244,7 +256,7 @@ class _RankRun:
                 layout=self.layout,
                 path=self.module.path,
                 pad_token_id=self.pad_token_id,
-                max_tokens=self.job.max_tokens,
+                max_tokens=self.max_tokens,
                 attention_weight=self.attention_weight,
                 device=self.rank.device,
             )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from rayrm.errors import ConfigError
 from tests.numerics.ranks import NUM_STEPS, Outcome, Variant, outcome_of, run_variants, tokenized
 from tests.tiny import tiny_model
 
@@ -51,6 +52,8 @@ def forms() -> list[Variant]:
             max_tokens=longest,
         ),
         Variant("checkpointed", {"gradient_checkpointing": True}),
+        # The budget grows to the longest row: the others of its step are padded beside none.
+        Variant("padded_row_by_row", padded=True, max_tokens=1),
         Variant("padded_checkpointed", {"gradient_checkpointing": True}, padded=True),
         *(Variant(f"zero{stage}", {"zero_stage": stage}, max_tokens=2 * longest) for stage in range(4)),
     ]
@@ -193,3 +196,18 @@ def untimed(directory: Path) -> list[dict[str, float]]:
     records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     clocked = ("per_second", "runtime", "_s")
     return [{key: value for key, value in record.items() if not key.endswith(clocked)} for record in records]
+
+
+def test_a_budget_below_a_padded_row_is_refused_at_the_start_with_the_number_to_type(tmp_path: Path) -> None:
+    rows = [row for row in tokenized() if abs(row.lengths[0] - row.lengths[1]) > 2]
+    padded = max(2 * max(row.lengths) for row in rows)
+    assert padded > max(sum(row.lengths) for row in rows)
+    for budget in (padded - 1, padded):
+        variant = Variant(f"{budget}", {"max_tokens_per_microbatch": budget}, padded=True, max_tokens=budget)
+        if budget < padded:
+            with pytest.raises(
+                ConfigError, match=rf"longest row \({padded} tokens, padded\). Raise it to {padded}"
+            ):
+                run_variants([variant], tmp_path, rows)
+        else:
+            run_variants([variant], tmp_path, rows)
