@@ -7,6 +7,7 @@ same scores; the head's product is in float32 whatever the autocast.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,9 @@ class PackedScorer(torch.nn.Module):
         self.layout = layout
         self.path: AttentionPath | None = None if layout.name == "padded" else path
         self._pools_last_layer = self.path is not None and pooled_last_layer
+        # A decoder would keep the keys and values of every layer for texts that do not go on.
+        takes_cache = "use_cache" in inspect.signature(unwrapped(model).forward).parameters
+        self._options = {"use_cache": False} if takes_cache else {}
         self._undo = contextlib.ExitStack()
         self._undo.callback(block_norms(model))
         self._undo.callback(fuse_rope(model))
@@ -140,5 +144,5 @@ class PackedScorer(torch.nn.Module):
         ids = F.pad(ids, (0, -ids.shape[1] % self._multiple), value=pad)
         lengths = torch.tensor(batch.segment_lengths, device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-        scores: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).logits
+        scores: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, **self._options).logits
         return scores[:, 0].float()

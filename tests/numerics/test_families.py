@@ -22,6 +22,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    JambaConfig,
     LlamaConfig,
     MiniMaxConfig,
     MistralConfig,
@@ -103,6 +104,10 @@ PADDED: dict[str, tuple[PreTrainedConfig, str]] = {
     "minimax": (
         MiniMaxConfig(**HEADS, num_local_experts=4, layer_types=["linear_attention", "full_attention"]),
         "layers of kind linear_attention",
+    ),
+    "jamba": (
+        JambaConfig(**SHAPE, attn_layer_period=2, attn_layer_offset=1, num_experts=4, mamba_d_state=4),
+        "does not take its attention",
     ),
     "diffllama": (DiffLlamaConfig(**SHAPE), "more than once"),
     "doge": (DogeConfig(**SHAPE), "changes the attention mask"),
@@ -213,6 +218,15 @@ def test_a_family_that_cannot_share_gives_the_stock_scores_and_gradients_padded(
     found = ours(family, layout, "loop")
     assert_equal(found, stock_padded(family))
     assert_equal(found, stock_alone(family))
+
+
+@pytest.mark.parametrize("family", ["mistral_window", "bert"])
+def test_the_padded_forward_keeps_no_keys_for_later(family: str) -> None:
+    model = model_of(family)
+    kept: list[object] = []
+    model.register_forward_hook(lambda _, __, output: kept.append(output.get("past_key_values")))
+    PackedScorer(model, Layout("padded"))(to_device(pack_texts(ROWS, 0, share=False), CPU, None))
+    assert kept == [None]
 
 
 def test_only_latent_attention_leaves_the_tiles_of_the_cpu() -> None:
