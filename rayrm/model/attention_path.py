@@ -18,6 +18,8 @@ from rayrm.model.tiled import Tiled
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_HEAD = 256
 _FLASH_STEP = 8
+# FlexAttention takes no smaller head on a GPU.
+_FLEX_HEAD = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,10 @@ def gpu_path(
         )
     if capability < _FLASH_CAPABILITY:
         return ChosenPath("loop", "the GPU is older than the flash kernels")
-    if not flash:
-        return ChosenPath("flex", "this torch was built without flash attention")
-    if sizes is None or sizes[0] != sizes[1] or sizes[0] > _FLASH_HEAD or sizes[0] % _FLASH_STEP:
-        return ChosenPath("flex", "the flash kernels do not take heads of this size")
-    return ChosenPath("varlen", "torch's variable-length flash kernel")
+    fits = sizes is not None and sizes[0] == sizes[1] <= _FLASH_HEAD and sizes[0] % _FLASH_STEP == 0
+    if flash and fits:
+        return ChosenPath("varlen", "torch's variable-length flash kernel")
+    why = "the flash kernels do not take its heads" if flash else "torch was built without flash attention"
+    if sizes is None or min(sizes) < _FLEX_HEAD:
+        return ChosenPath("loop", f"{why}, FlexAttention neither")
+    return ChosenPath("flex", why)

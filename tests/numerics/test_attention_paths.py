@@ -22,7 +22,7 @@ from rayrm.model.flex import Flex
 from rayrm.model.varlen import Varlen
 
 CPU = torch.device("cpu")
-NUM_HEADS, NUM_KEY_HEADS, HEAD_SIZE = 4, 2, 8
+NUM_HEADS, NUM_KEY_HEADS, HEAD_SIZE = 4, 2, 16
 
 # Two ids: short sequences already branch on every level, repeat, and begin one another.
 forests = st.lists(st.lists(st.sampled_from([3, 4]), min_size=1, max_size=9), min_size=1, max_size=7).map(

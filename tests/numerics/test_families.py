@@ -5,6 +5,7 @@ The reference is transformers' own forward: over right-padded rows as trainers c
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 
@@ -41,7 +42,8 @@ from transformers import (
 
 from rayrm.data.packing import pack_texts
 from rayrm.model.attention import AttentionPath
-from rayrm.model.attention_path import choose_path
+from rayrm.model.attention_path import choose_path, gpu_path
+from rayrm.model.cost import head_sizes
 from rayrm.model.forward import DeviceBatch, PackedScorer, to_device
 from rayrm.model.last_layer import PooledAttention
 from rayrm.model.layout import Layout, choose_layout, disable_dropout
@@ -130,6 +132,7 @@ PADDED: dict[str, tuple[PreTrainedConfig, str]] = {
     "modernbert": (ModernBertConfig(**BERT_SHAPE, cls_token_id=1, sep_token_id=2), "ModernBert"),
 }
 CONFIGS = SHARED | {family: config for family, (config, _) in PADDED.items()}
+GPU_FAMILIES = ["llama", "qwen2", "qwen3", "gpt_neox", "gemma3_windows_as_long_as_the_rows"]
 Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
@@ -148,7 +151,7 @@ def model_of(family: str) -> PreTrainedModel:
 
 def outcome(model: PreTrainedModel, scores: torch.Tensor) -> Outcome:
     """Scores `[N]`, and the gradients of a sum that weighs every score differently."""
-    (scores * torch.linspace(-1, 2, len(scores))).sum().backward()
+    (scores * torch.linspace(-1, 2, len(scores), device=scores.device)).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert float(scores.detach().std()) > 1e-3
     return scores.detach(), gradients
@@ -243,3 +246,40 @@ def test_under_autocast_a_path_computes_in_half_precision(path: AttentionPath) -
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=2e-2)
     for name, gradient in wanted[1].items():
         assert float((found[1][name] - gradient).norm()) <= 5e-2 * float(gradient.norm()) + 1e-6, name
+
+
+def wide_heads(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same with heads of 16: FlexAttention takes none smaller on a GPU."""
+    wide = copy.deepcopy(config)
+    wide.num_attention_heads, wide.num_key_value_heads, wide.head_dim = 2, 1, 16
+    return wide
+
+
+@pytest.mark.parametrize("family", GPU_FAMILIES)
+def test_the_families_for_a_gpu_have_heads_that_its_kernels_take(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIGS, family, wide_heads(CONFIGS[family]))
+    sizes = head_sizes(CONFIGS[family])
+    assert gpu_path(torch.bfloat16, sizes, capability=(8, 0), flash=False).name == "flex"
+    assert_equal(ours(family, Layout("shared"), "varlen"), stock_padded(family))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["varlen", "flex"])
+@pytest.mark.parametrize("family", GPU_FAMILIES)
+def test_on_a_gpu_a_path_gives_the_stock_scores_and_gradients(
+    family: str, path: AttentionPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda")
+    monkeypatch.setitem(CONFIGS, family, wide_heads(CONFIGS[family]))
+    model = model_of(family).to(device)
+    scorer = PackedScorer(model, Layout("shared"), path=path)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = outcome(model, scorer(to_device(pack_texts(ROWS, 0), device, path)))
+    wanted = stock_padded(family)
+    # bf16 keeps 8 bits.
+    torch.testing.assert_close(found[0].cpu(), wanted[0], rtol=0, atol=2e-2)
+    for name, gradient in wanted[1].items():
+        error = float((found[1][name].cpu() - gradient).norm())
+        assert error <= 5e-2 * float(gradient.norm()) + 1e-5, name

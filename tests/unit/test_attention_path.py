@@ -58,10 +58,16 @@ def test_a_gpu_takes_the_varlen_kernel_in_half_precision(dtype: torch.dtype) -> 
     assert gpu_path(dtype, (256, 256), capability=AMPERE, flash=True).name == "varlen"
 
 
-@pytest.mark.parametrize("sizes", [(192, 128), (288, 288), (20, 20), None])
+@pytest.mark.parametrize("sizes", [(192, 128), (288, 288), (20, 20)])
 def test_heads_that_the_flash_kernel_does_not_take_go_to_flex(sizes: tuple[int, int] | None) -> None:
     path = gpu_path(torch.bfloat16, sizes, capability=AMPERE, flash=True)
-    assert (path.name, path.reason) == ("flex", "the flash kernels do not take heads of this size")
+    assert (path.name, path.reason) == ("flex", "the flash kernels do not take its heads")
+
+
+@pytest.mark.parametrize("sizes", [(12, 8), None])
+def test_heads_that_no_kernel_takes_go_to_the_loop(sizes: tuple[int, int] | None) -> None:
+    path = gpu_path(torch.bfloat16, sizes, capability=AMPERE, flash=True)
+    assert str(path).endswith("loop (the flash kernels do not take its heads, FlexAttention neither)")
 
 
 def test_a_gpu_without_the_flash_kernel_or_in_full_precision() -> None:
