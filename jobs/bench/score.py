@@ -26,7 +26,6 @@ import argparse
 import copy
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -59,14 +58,6 @@ from rayrm.serve.scorer import DEFAULT_MAX_TOKENS, RewardModel
 _DRAWS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A prompt's texts, prompt and completion, as ids."""
-
-    prompt: int
-    sequences: list[Ids]
-
-
 def split_row(row: PreferenceRow) -> tuple[Text, list[Text]]:
     """The row's prompt and its completions; where the row gives no prompt, what its sides begin with."""
     sides = list(row.completions)
@@ -83,8 +74,8 @@ def split_row(row: PreferenceRow) -> tuple[Text, list[Text]]:
 
 def draw_groups(
     source: str, tokenizer: Any, *, groups: int, group_size: int, max_length: int
-) -> tuple[TextForm, list[Group]]:
-    """The text form of the data, and the groups to score."""
+) -> tuple[TextForm, list[list[Ids]]]:
+    """The text form of the data, and the groups to score: of each prompt its texts, as ids."""
     rng = random.Random(SEED)
     rows = [row for row in read_pairs(source) if row.ids is None]
     forms = {form_of(row) for row in rows}
@@ -97,7 +88,7 @@ def draw_groups(
     split = [split_row(row) for row in rows]
     pool = [completion for _, completions in split for completion in completions if completion]
     prompts: list[Text] = []
-    found: list[Group] = []
+    found: list[list[Ids]] = []
     for prompt, _ in split:
         if len(found) == groups:
             break
@@ -108,7 +99,7 @@ def draw_groups(
         encoded = encode(tokenizer, form, [TextInput(prompt, completion) for completion in drawn])
         kept = [ids for ids in encoded if len(ids) <= max_length][:group_size]
         if len(kept) == group_size:
-            found.append(Group(len(found), kept))
+            found.append(kept)
     if len(found) < groups:
         raise SystemExit(
             f"--groups ({groups}): {source} has {len(found)} prompts with {group_size} completions of "
@@ -121,10 +112,10 @@ class GrpoForward:
     """The stock model on right-padded groups, one forward each."""
 
     def __init__(
-        self, model: PreTrainedModel, groups: Sequence[Group], pad_token_id: int, device: torch.device
+        self, model: PreTrainedModel, groups: Sequence[Sequence[Ids]], pad_token_id: int, device: torch.device
     ) -> None:
         self._model = model.to(device).eval()
-        self._batches = [self._padded(group.sequences, pad_token_id, device) for group in groups]
+        self._batches = [self._padded(group, pad_token_id, device) for group in groups]
 
     @staticmethod
     def _padded(sequences: Sequence[Ids], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -158,10 +149,10 @@ def timed(
         return watch.stop(), scores
 
 
-def computed_tokens(ours: RewardModel, sequences: Sequence[Ids], prompts: Sequence[int]) -> tuple[int, int]:
+def computed_tokens(ours: RewardModel, sequences: Sequence[Ids]) -> tuple[int, int]:
     """How many tokens our batches compute, and in how many batches."""
     queue = ScoreQueue(ours.max_tokens_per_batch, ours.layout)
-    queue.add(0, sequences, prompts)
+    queue.add(0, sequences)
     costs = []
     while texts := queue.take():
         cost = BatchCost(ours.layout)
@@ -189,16 +180,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         model.to(device).eval(), tokenizer, form, tokenizer.pad_token_id, position_limit(model)
     )
     ours = RewardModel(loaded, max_tokens_per_batch=arguments.max_tokens)
-    sequences = [ids for group in groups for ids in group.sequences]
-    prompts = [group.prompt for group in groups for _ in group.sequences]
+    sequences = [ids for group in groups for ids in group]
 
     # Untimed: the first call of each builds what later calls reuse.
-    first = groups[0].sequences
-    ours.score_ids(first, prompts=[0] * len(first))
+    ours.score_ids(groups[0])
     GrpoForward(baseline._model, groups[:1], tokenizer.pad_token_id, device).scores()
 
     sides: dict[str, Callable[[], list[float]]] = {
-        "ours": lambda: ours.score_ids(sequences, prompts=prompts),
+        "ours": lambda: ours.score_ids(sequences),
         "padded": baseline.scores,
     }
     speeds: dict[str, list[float]] = {name: [] for name in sides}
@@ -215,7 +204,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             f"ratio {speeds['ours'][-1] / speeds['padded'][-1]:.2f}",
             flush=True,
         )
-    computed, batches = computed_tokens(ours, sequences, prompts)
+    computed, batches = computed_tokens(ours, sequences)
     tokens = {
         "padded": baseline.num_tokens,
         "unpadded": sum(len(ids) for ids in sequences),

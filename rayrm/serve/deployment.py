@@ -1,10 +1,10 @@
 """[RAY] The reward service: a Serve application whose replicas compute a batch whenever the model is free.
 
 Requests queue up while the model computes; then the next batch is planned (`scheduler.py`: under the token
-budget, grouped by prompt, across requests), computed in a thread beside the event loop, and every request
-whose last text is done is answered, with the version that scored it. A cancelled request leaves the queue
-before it is computed; a bad input fails its own request only. Everything wrong with the model's files is
-raised by `deploy` before Serve starts. Scoring without a cluster is `RewardModel`.
+budget, texts that begin alike together, across requests), computed in a thread beside the event loop, and
+every request whose last text is done is answered, with the version that scored it. A cancelled request leaves
+the queue before it is computed; a bad input fails its own request only. Everything wrong with the model's
+files is raised by `deploy` before Serve starts. Scoring without a cluster is `RewardModel`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rayrm.serve.client import RewardClient
 from rayrm.serve.registry import CURRENT, MANIFEST, PublishedModel, content_version, open_published
 from rayrm.serve.request import Truncation
 from rayrm.serve.scheduler import QueuedText, ScoreQueue
-from rayrm.serve.scorer import RewardModel, check_finite, prompt_key
+from rayrm.serve.scorer import RewardModel, check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class RewardReplica:
         request = self._num_requests
         self._num_requests += 1
         answer = self._answers[request] = running.create_future()
-        self._queue.add(request, sequences, [prompt_key(entry) for entry in inputs])
+        self._queue.add(request, sequences)
         self._arrived.set()
         try:
             return await answer, self._version

@@ -4,25 +4,31 @@ A `ScoreQueue` holds the texts of many requests. Whenever the model is free, `ta
 `answer()` turns its scores into finished requests. Strategy of `take`:
 
 1. start with the oldest waiting text;
-2. pull forward the waiting texts that have its prompt, of whatever request, oldest first;
-3. go on with the oldest text still waiting, until the next one would exceed the token budget.
+2. pull forward, of whatever request, the texts that begin like it: with at least a quarter of its tokens;
+3. go on with the oldest text still waiting and those that begin like it, until they would exceed the budget.
+   A group that fits a batch of its own is then left for the next one, any other is cut.
+
+What texts begin with is read off their ids, so groups need no name: completions of one prompt, the turns of
+one dialogue and the texts under one long system prompt are found alike.
 
 Invariants, each a test:
 
 1. Every text is taken exactly once, or never when its request was dropped first.
 2. The oldest waiting text is in the next batch, so that nothing starves.
 3. A batch costs at most `max_tokens`, unless one text alone costs more: it then travels alone.
-4. Within a batch, texts of one prompt stand together; a text overtakes older ones only to join its prompt.
-5. A request is answered once, with its scores in its own order, when its last text is done.
+4. A text overtakes older ones only to join a text that has a quarter of its tokens in common with it; without
+   sharing none does.
+5. Texts that begin alike and fit one batch are in one batch, if they wait when the first of them is taken.
+6. A request is answered once, with its scores in its own order, when its last text is done.
 
 The cost of a batch is the number of tokens the model computes: shared beginnings once (`shared`), every text
-in full (`packed`), or every text as long as the longest (`padded`). Planning costs about 10 us a text.
+in full (`packed`), or every text as long as the longest (`padded`). Planning costs about 40 us a text.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,15 +36,17 @@ from rayrm.data.packing import Ids, common_prefix_length
 
 Layout = Literal["shared", "packed", "padded"]
 
+_WORTHWHILE = 4
+"""A text is pulled forward to one that has at least a quarter of its own tokens in common with it."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QueuedText:
-    """Text number `index` of request `request`; texts with equal `prompt` are computed together."""
+    """Text number `index` of request `request`."""
 
     request: int
     index: int
     ids: Ids
-    prompt: Hashable
 
 
 @dataclass(slots=True)
@@ -78,6 +86,20 @@ class BatchCost:
         if self.layout == "shared":
             insort(self._sorted, (_token_order(ids), ids), key=_first)
 
+    def fill(self, texts: Sequence[QueuedText], max_tokens: int) -> int:
+        """Add texts from the first on while the cost stays within `max_tokens`; how many were added."""
+        for number, text in enumerate(texts):
+            if self.with_text(text.ids) > max_tokens:
+                return number
+            self.add(text.ids)
+        return len(texts)
+
+    def copy(self) -> BatchCost:
+        twin = BatchCost(self.layout)
+        twin.tokens, twin._num_texts, twin._longest = self.tokens, self._num_texts, self._longest
+        twin._sorted = list(self._sorted)
+        return twin
+
 
 class ScoreQueue:
     """The state of a scorer: what waits, in order of arrival, and which answers are still incomplete."""
@@ -86,7 +108,8 @@ class ScoreQueue:
         self.max_tokens = max_tokens
         self.layout: Layout = layout
         self._waiting: dict[int, QueuedText] = {}
-        self._by_prompt: dict[Hashable, dict[int, None]] = {}
+        # (token order, ticket) of what waits, sorted: texts that begin alike are neighbours.
+        self._alike: list[tuple[bytes, int]] = []
         self._requests: dict[int, _Request] = {}
         self._next_ticket = 0
 
@@ -99,17 +122,17 @@ class ScoreQueue:
         """How many requests are not answered yet."""
         return len(self._requests)
 
-    def add(self, request: int, sequences: Sequence[Ids], prompts: Sequence[Hashable | None]) -> None:
-        """Queue a request's texts (at least one); a `prompt` of None is like no other."""
+    def add(self, request: int, sequences: Sequence[Ids]) -> None:
+        """Queue a request's texts (at least one)."""
         assert request not in self._requests
-        assert len(sequences) == len(prompts) > 0
+        assert sequences
         entry = _Request(scores=[0.0] * len(sequences), num_missing=len(sequences))
-        for index, (ids, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+        for index, ids in enumerate(sequences):
             ticket = self._next_ticket
             self._next_ticket += 1
-            key: Hashable = ("only", ticket) if prompt is None else ("prompt", prompt)
-            self._waiting[ticket] = QueuedText(request, index, ids, key)
-            self._by_prompt.setdefault(key, {})[ticket] = None
+            self._waiting[ticket] = QueuedText(request, index, ids)
+            if self.layout == "shared":
+                insort(self._alike, (_token_order(ids), ticket))
             entry.tickets.append(ticket)
         self._requests[request] = entry
 
@@ -125,15 +148,23 @@ class ScoreQueue:
         cost = BatchCost(self.layout)
         taken: list[QueuedText] = []
         while self._waiting:
-            oldest = self._waiting[next(iter(self._waiting))]
-            for ticket in list(self._by_prompt[oldest.prompt]):
-                text = self._waiting[ticket]
-                if taken and cost.with_text(text.ids) > self.max_tokens:
-                    return taken
-                cost.add(text.ids)
-                taken.append(text)
-                self._remove(ticket)
+            tickets = self._group()
+            group = [self._waiting[ticket] for ticket in tickets]
+            with_group = cost.copy()
+            fits = with_group.fill(group, self.max_tokens)
+            if fits < len(group) and taken and self._fits(group):
+                return taken
+            # A text above the budget by itself, the first of its group, travels alone.
+            alone = not taken and not fits
+            for ticket in tickets[: fits + alone]:
+                taken.append(self._remove(ticket))
+            if alone or fits < len(group):
+                return taken
+            cost = with_group
         return taken
+
+    def _fits(self, group: Sequence[QueuedText]) -> bool:
+        return BatchCost(self.layout).fill(group, self.max_tokens) == len(group)
 
     def answer(self, texts: Sequence[QueuedText], scores: Sequence[float]) -> list[tuple[int, list[float]]]:
         """Note a taken batch's scores; returns the requests complete now, each with all its scores."""
@@ -149,12 +180,38 @@ class ScoreQueue:
                 del self._requests[text.request]
         return complete
 
-    def _remove(self, ticket: int) -> None:
+    def _group(self) -> list[int]:
+        """The oldest waiting text and those that begin like it, oldest first; no more than fill a batch.
+
+        In token order what texts have in common with this one only shrinks with distance, and what a text
+        adds to those up to it is what goes beyond its neighbour.
+        """
+        oldest = next(iter(self._waiting))
+        if self.layout != "shared":
+            return [oldest]
+        ids = self._waiting[oldest].ids
+        place = bisect_left(self._alike, (_token_order(ids), oldest))
+        group = [oldest]
+        for direction in (-1, 1):
+            known, room = len(ids), self.max_tokens - len(ids)
+            nearer, at = ids, place + direction
+            while room >= 0 and 0 <= at < len(self._alike):
+                ticket = self._alike[at][1]
+                other = self._waiting[ticket].ids
+                beyond = common_prefix_length([nearer, other])
+                known = min(known, beyond)
+                if _WORTHWHILE * known < len(ids):
+                    break
+                group.append(ticket)
+                room -= len(other) - beyond
+                nearer, at = other, at + direction
+        return sorted(group)
+
+    def _remove(self, ticket: int) -> QueuedText:
         text = self._waiting.pop(ticket)
-        group = self._by_prompt[text.prompt]
-        del group[ticket]
-        if not group:
-            del self._by_prompt[text.prompt]
+        if self.layout == "shared":
+            del self._alike[bisect_left(self._alike, (_token_order(text.ids), ticket))]
+        return text
 
 
 def _token_order(ids: Ids) -> bytes:

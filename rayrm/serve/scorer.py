@@ -1,17 +1,17 @@
 """Texts -> scores in this process: the published (or any saved) reward model, without Ray.
 
-Each shared prompt is computed once for all its completions; batches are cut by tokens (`scheduler.py`) and
-the answer comes in input order. A score is a finite float or a `ScoreError`; it does not depend on what else
-is in the batch (float32: below 1e-5) and equals stock `AutoModelForSequenceClassification` (below 1e-4). One
-model computes one batch at a time: to score from many processes at once, `deploy` it and use `RewardClient`.
+What texts begin with, such as the prompt of several completions, is computed once; batches are cut by tokens
+(`scheduler.py`) and the answer comes in input order. A score is a finite float or a `ScoreError`; it does
+not depend on what else is in the batch (float32: below 1e-5) and equals that of stock
+`AutoModelForSequenceClassification` (below 1e-4). One model computes one batch at a time: to score from many
+processes at once, `deploy` it and use `RewardClient`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +102,18 @@ class RewardModel:
     ) -> list[float]:
         """One score for each input, in order. Raises ScoreError naming the input that cannot be scored."""
         sequences = self.encode(inputs, truncation=truncation)
-        return self.score_ids(sequences, prompts=[prompt_key(entry) for entry in inputs])
+        return self.score_ids(sequences)
 
-    def score_ids(
-        self, sequences: Sequence[Ids], *, prompts: Sequence[Hashable | None] | None = None
-    ) -> list[float]:
+    def score_ids(self, sequences: Sequence[Ids]) -> list[float]:
         """One score for each sequence of token ids (int32 `[length]`), in order.
 
-        `prompts`: equal keys are computed together, so that their common tokens are computed once.
+        Sequences that begin alike are computed together, and what they begin with once.
         """
         if not sequences:
             return []
         self._check_ids(sequences)
         queue = ScoreQueue(self.max_tokens_per_batch, self.layout)
-        queue.add(0, sequences, [None] * len(sequences) if prompts is None else prompts)
+        queue.add(0, sequences)
         scores: list[float] = []
         while texts := queue.take():
             for _, scores in queue.answer(texts, self.compute([text.ids for text in texts])):
@@ -162,13 +160,6 @@ class RewardModel:
                 )
             if self.max_positions is not None and len(ids) > self.max_positions:
                 _cut(ids, self.max_positions, None, index)
-
-
-def prompt_key(entry: TextInput) -> str | None:
-    """Equal for inputs with the same prompt, whose first tokens are therefore the same; None without one."""
-    if entry.prompt is None or isinstance(entry.prompt, str):
-        return entry.prompt
-    return json.dumps([entry.prompt, entry.tools], sort_keys=True, default=repr)
 
 
 def check_finite(scores: Sequence[float]) -> None:

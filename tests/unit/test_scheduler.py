@@ -14,8 +14,7 @@ from rayrm.serve.scheduler import BatchCost, Layout, QueuedText, ScoreQueue
 
 # Few distinct tokens and short texts, so that prefixes, duplicates and empty tails really occur.
 TEXT = st.lists(st.integers(1, 3), min_size=1, max_size=12)
-REQUEST = st.lists(st.tuples(st.sampled_from([None, "a", "b", "c"]), TEXT), min_size=1, max_size=6)
-REQUESTS = st.lists(REQUEST, min_size=1, max_size=6)
+REQUESTS = st.lists(st.lists(TEXT, min_size=1, max_size=6), min_size=1, max_size=6)
 LAYOUTS = st.sampled_from(["shared", "packed", "padded"])
 
 
@@ -23,11 +22,22 @@ def ids_of(tokens: list[int]) -> np.ndarray:
     return np.asarray(tokens, np.int32)
 
 
-def filled(requests: list[list[tuple[str | None, list[int]]]], budget: int, layout: Layout) -> ScoreQueue:
+def filled(requests: list[list[list[int]]], budget: int, layout: Layout) -> ScoreQueue:
     queue = ScoreQueue(budget, layout)
     for number, request in enumerate(requests):
-        queue.add(number, [ids_of(t) for _, t in request], [p for p, _ in request])
+        queue.add(number, [ids_of(tokens) for tokens in request])
     return queue
+
+
+def place_of(text: QueuedText) -> tuple[int, int]:
+    """When a text of `filled` arrived, as a place that sorts so."""
+    return text.request, text.index
+
+
+def begins_like(text: QueuedText, other: QueuedText) -> bool:
+    """Whether `text` is worth pulling forward to `other`: a quarter of whose tokens it begins with."""
+    known = sum(1 for _ in itertools.takewhile(bool, map(np.equal, text.ids, other.ids)))
+    return 4 * known >= len(other.ids)
 
 
 def drained(queue: ScoreQueue) -> list[list[QueuedText]]:
@@ -79,21 +89,66 @@ def test_the_oldest_waiting_text_is_in_the_next_batch(requests, budget, layout) 
         waiting = [place for place in waiting if place not in {(t.request, t.index) for t in batch}]
 
 
+def batches_and_waiting(
+    requests: list[list[list[int]]], budget: int, layout: Layout
+) -> list[tuple[list[QueuedText], list[QueuedText]]]:
+    """Each batch, and what was left waiting behind it, in order of arrival."""
+    batches = drained(filled(requests, budget, layout))
+    return [
+        (batch, sorted(itertools.chain(*batches[number + 1 :]), key=place_of))
+        for number, batch in enumerate(batches)
+    ]
+
+
+@given(REQUESTS, st.integers(1, 40), LAYOUTS)
+def test_a_text_overtakes_older_ones_only_to_join_one_that_it_begins_like(requests, budget, layout) -> None:
+    for batch, left in batches_and_waiting(requests, budget, layout):
+        for text in batch:
+            if left and place_of(left[0]) < place_of(text):
+                assert layout == "shared"
+                older = [other for other in batch if place_of(other) < place_of(text)]
+                assert any(begins_like(text, other) for other in older)
+
+
 @given(REQUESTS, st.integers(1, 40))
-def test_texts_of_one_prompt_stand_together(requests, budget) -> None:
-    for batch in drained(filled(requests, budget, "shared")):
-        prompts = [t.prompt for t in batch]
-        changes = sum(a != b for a, b in itertools.pairwise(prompts))
-        assert changes == len(set(prompts)) - 1
+def test_texts_that_begin_like_the_oldest_are_in_its_batch_if_they_all_fit(requests, budget) -> None:
+    for batch, left in batches_and_waiting(requests, budget, "shared"):
+        alike = [text for text in [*batch, *left] if begins_like(text, batch[0])]
+        if cost_of([text.ids for text in alike], "shared") <= budget:
+            assert {place_of(text) for text in alike} <= {place_of(text) for text in batch}
 
 
-def test_texts_are_grouped_by_prompt_across_requests() -> None:
+@given(REQUESTS, st.integers(1, 40))
+def test_a_group_is_cut_only_where_it_is_too_large_for_a_batch(requests, budget) -> None:
+    for batch, left in batches_and_waiting(requests, budget, "shared"):
+        # Who led a group: the oldest of those that waited, when those before it were in the batch.
+        for number, leader in enumerate(batch[1:], 1):
+            waited = sorted([*batch[number:], *left], key=place_of)
+            alike = [text for text in waited if begins_like(text, leader)]
+            if leader is waited[0] and cost_of([text.ids for text in alike], "shared") <= budget:
+                older = [other for other in batch[:number] if begins_like(leader, other)]
+                assert older or {place_of(text) for text in alike} <= {place_of(text) for text in batch}
+
+
+def test_texts_that_begin_alike_meet_across_requests_without_being_told() -> None:
     queue = ScoreQueue(max_tokens=8)
-    prompt_a, prompt_b = [1, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2]
-    queue.add(0, [ids_of([*prompt_a, 3])], ["a"])
-    queue.add(1, [ids_of([*prompt_b, 3])], ["b"])
-    queue.add(2, [ids_of([*prompt_a, 4])], ["a"])
+    queue.add(0, [ids_of([1, 1, 1, 1, 1, 1, 3])])
+    queue.add(1, [ids_of([2, 2, 2, 2, 2, 2, 3])])
+    queue.add(2, [ids_of([1, 1, 1, 1, 1, 1, 4])])
     assert [[t.request for t in batch] for batch in drained(queue)] == [[0, 2], [1]]
+
+
+def test_a_group_that_fits_the_next_batch_is_not_cut() -> None:
+    queue = ScoreQueue(max_tokens=10)
+    queue.add(0, [ids_of([1, 1, 1, 1, 1, 1])])
+    queue.add(1, [ids_of([2, 2, 2, n]) for n in (3, 4, 5)])
+    assert [[t.request for t in batch] for batch in drained(queue)] == [[0], [1, 1, 1]]
+
+
+def test_texts_above_the_budget_together_fill_batches() -> None:
+    queue = ScoreQueue(max_tokens=10)
+    queue.add(0, [ids_of([1, 1, 1, 1, n, n]) for n in range(2, 8)])
+    assert [[t.index for t in batch] for batch in drained(queue)] == [[0, 1, 2], [3, 4, 5]]
 
 
 @given(REQUESTS, st.integers(1, 40))
@@ -130,5 +185,5 @@ def test_an_empty_queue_gives_an_empty_batch() -> None:
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_a_text_above_the_budget_travels_alone(layout: Layout) -> None:
     queue = ScoreQueue(4, layout)
-    queue.add(0, [ids_of([1]), ids_of([2] * 9), ids_of([3])], [None, None, None])
+    queue.add(0, [ids_of([1]), ids_of([2] * 9), ids_of([3])])
     assert [[t.index for t in batch] for batch in drained(queue)] == [[0], [1], [2]]
