@@ -326,8 +326,9 @@ class ServeConfig:
     """The Serve application's name: what `RewardClient(name)` calls."""
     num_replicas: Count = 1
     """Copies of the model that answer."""
-    max_tokens_per_batch: Count = 16384
-    """Tokens a replica computes in one forward pass, at most: it sets memory."""
+    max_tokens_per_batch: OptionalCount = None
+    """Tokens a replica computes in one forward pass, at most: it sets memory. None: 16384 on a GPU, 4096 on a
+    CPU."""
     num_cpus: NonNegativeFloat = 1.0
     """CPUs Ray reserves for each replica."""
     num_gpus: NonNegativeFloat = 0.0

@@ -17,6 +17,7 @@ neither, and padding and masking not for the baseline. Both take turns in this p
 `ratio` is our scores/s over the baseline's, the median of the rounds' ratios. `bound` is what counting tokens
 allows: those of the padded groups over the distinct ones (each distinct beginning once). `share_of_bound` =
 ratio / bound; above 1 where the last layer, computed at the pooled tokens alone, saves more than is lost.
+`--dtype bf16` gives both models bf16 weights; `--attn` takes the place of the path that RewardModel chooses.
 Neither ray nor deepspeed nor trl is needed.
 """
 
@@ -27,7 +28,7 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from measuring import (
@@ -50,9 +51,10 @@ from rayrm.data.messages import Text
 from rayrm.data.packing import Ids, pack_texts
 from rayrm.data.preference import PreferenceRow, form_of
 from rayrm.data.tokenize import TextForm, TextInput, encode
+from rayrm.model.attention import AttentionPath
 from rayrm.model.reward_model import LoadedModel, position_limit
 from rayrm.serve.scheduler import BatchCost, ScoreQueue
-from rayrm.serve.scorer import DEFAULT_MAX_TOKENS, RewardModel
+from rayrm.serve.scorer import RewardModel
 
 # Completions drawn for a prompt, in multiples of the group size, before a prompt too long for most is left.
 _DRAWS = 3
@@ -139,11 +141,11 @@ class GrpoForward:
 
 
 def timed(
-    score: Callable[[], list[float]], device: torch.device, dtype: str, peaks: list[float]
+    score: Callable[[], list[float]], device: torch.device, peaks: list[float]
 ) -> tuple[float, list[float]]:
     """Seconds, and the scores."""
     watch = Stopwatch(device)
-    with peak_memory(device, peaks), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+    with peak_memory(device, peaks):
         watch.start()
         scores = score()
         return watch.stop(), scores
@@ -167,6 +169,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     device = device_of(arguments)
     tokenizer = open_tokenizer(arguments)
     model = open_model(arguments)
+    if arguments.dtype == "bf16":
+        model = model.to(torch.bfloat16)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     form, groups = draw_groups(
         arguments.data,
@@ -180,6 +184,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         model.to(device).eval(), tokenizer, form, tokenizer.pad_token_id, position_limit(model)
     )
     ours = RewardModel(loaded, max_tokens_per_batch=arguments.max_tokens)
+    if arguments.attn is not None:
+        ours._scorer.path = arguments.attn
     sequences = [ids for group in groups for ids in group]
 
     # Untimed: the first call of each builds what later calls reuse.
@@ -196,7 +202,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for number in range(arguments.rounds):
         scores: dict[str, list[float]] = {}
         for name, score in sides.items():
-            seconds, scores[name] = timed(score, device, arguments.dtype, peaks[name])
+            seconds, scores[name] = timed(score, device, peaks[name])
             speeds[name].append(len(sequences) / seconds)
         delta = max(delta, *(abs(a - b) for a, b in zip(scores["ours"], scores["padded"], strict=True)))
         print(
@@ -212,14 +218,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "computed": computed,
         "batches": batches,
     }
-    result = compare(arguments, speeds["ours"], speeds["padded"], tokens) | {"max_score_delta": delta}
+    result = compare(arguments, ours, speeds["ours"], speeds["padded"], tokens) | {"max_score_delta": delta}
     if device.type == "cuda":
         result["peak_memory_gib"] = {name: max(found) for name, found in peaks.items()}
     return result | {"machine": machine(device)}
 
 
 def compare(
-    arguments: argparse.Namespace, ours: list[float], theirs: list[float], tokens: dict[str, int]
+    arguments: argparse.Namespace,
+    model: RewardModel,
+    ours: list[float],
+    theirs: list[float],
+    tokens: dict[str, int],
 ) -> dict[str, Any]:
     """Speeds, ratio, and the ratio that counting tokens allows."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
@@ -231,8 +241,9 @@ def compare(
         "groups": arguments.groups,
         "group_size": arguments.group_size,
         "max_length": arguments.max_length,
-        "max_tokens": arguments.max_tokens,
+        "max_tokens": model.max_tokens_per_batch,
         "dtype": arguments.dtype,
+        "attention_path": model._scorer.path,
         "rounds": len(ratios),
         "scores_per_s": spread(ours)["median"],
         "scores_per_s_spread": spread(ours),
@@ -264,7 +275,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add_common_arguments(parser)
     parser.add_argument("--groups", type=int, default=32, help="how many prompts")
     parser.add_argument("--group-size", type=int, default=8, help="completions a prompt")
-    parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, help="a batch's token budget")
+    parser.add_argument("--max-tokens", type=int, help="a batch's token budget (default: RewardModel's)")
+    parser.add_argument("--attn", choices=get_args(AttentionPath), help="attention path (default: chosen)")
     return parser.parse_args(words)
 
 

@@ -45,7 +45,7 @@ _MAX_ONGOING_REQUESTS = 4096
 class RewardReplica:
     """One copy of the model and its queue; Serve calls `score` and `check_health`."""
 
-    def __init__(self, path: str, version: str, max_tokens_per_batch: int) -> None:
+    def __init__(self, path: str, version: str, max_tokens_per_batch: int | None) -> None:
         self._model = RewardModel.from_pretrained(path, max_tokens_per_batch=max_tokens_per_batch)
         # Broken weights end the start of the replica here, and not the first caller's request.
         self._model.score_ids([np.zeros(1, np.int32)])

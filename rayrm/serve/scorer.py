@@ -32,13 +32,16 @@ from rayrm.serve.scheduler import Layout, ScoreQueue
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_TOKENS = 16384
+_ON_GPU = 16384
+_ON_CPU = 4096
+"""A CPU gains nothing by larger batches: their activations leave its caches, and are mapped anew each time
+(6 layers of 576: 16384 tokens are 3-6% slower than 4096)."""
 
 
 class RewardModel:
     """A loaded reward model; `text_form` says whether it takes messages or plain strings."""
 
-    def __init__(self, loaded: LoadedModel, *, max_tokens_per_batch: int = DEFAULT_MAX_TOKENS) -> None:
+    def __init__(self, loaded: LoadedModel, *, max_tokens_per_batch: int | None = None) -> None:
         layout = choose_layout(loaded.model, train=False)
         if layout.reason:
             logger.info("prompts are not shared among completions: %s", layout.reason)
@@ -50,10 +53,11 @@ class RewardModel:
         # Where positions scale with the longest text of the batch, or no pad token exists, a text travels
         # alone.
         alone = layout.name == "padded" and (loaded.pad_token_id is None or scales)
-        self.max_tokens_per_batch = 1 if alone else max_tokens_per_batch
+        self._device = next(loaded.model.parameters()).device
+        budget = max_tokens_per_batch or (_ON_CPU if self._device.type == "cpu" else _ON_GPU)
+        self.max_tokens_per_batch = 1 if alone else budget
         self._pad_token_id = loaded.pad_token_id
         self._vocabulary_size = int(loaded.model.config.get_text_config().vocab_size)
-        self._device = next(loaded.model.parameters()).device
         path = choose_path(loaded.model, self._device)
         if layout.name != "padded":
             logger.info("%s", path)
@@ -66,12 +70,13 @@ class RewardModel:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
-        max_tokens_per_batch: int = DEFAULT_MAX_TOKENS,
+        max_tokens_per_batch: int | None = None,
     ) -> RewardModel:
         """Load a published version, a run's output, a checkpoint, or a stock transformers reward model.
 
-        `device` None: a GPU if there is one. `dtype` None: float32. `max_tokens_per_batch` bounds memory and
-        cannot change a score. Raises ModelError for what is not a one-label model.
+        `device` None: a GPU if there is one. `dtype` None: float32. `max_tokens_per_batch` (None: 4096 on a
+        CPU, else 16384) bounds memory and cannot change a score. Raises ModelError for what is not a
+        one-label model.
         """
         if (Path(path) / MANIFEST).is_file() or (Path(path) / CURRENT).is_file():
             path = open_published(path).path  # compares every file with its checksum

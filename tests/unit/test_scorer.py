@@ -84,6 +84,11 @@ def test_scores_equal_stock_transformers(kind: str, budget: int, request: pytest
     assert all(type(score) is float for score in scores)
 
 
+def test_the_budget_is_the_callers_or_that_of_the_device(standard: Path) -> None:
+    assert RewardModel.from_pretrained(standard, device="cpu").max_tokens_per_batch == 4096
+    assert RewardModel.from_pretrained(standard, max_tokens_per_batch=60).max_tokens_per_batch == 60
+
+
 def test_conversational_scores_equal_stock_transformers_with_the_template(chat: Path) -> None:
     pairs = [messages(p, c) for p, c in zip(*some_texts(8), strict=True)]
     prompts, completions = [p for p, _ in pairs], [c for _, c in pairs]
