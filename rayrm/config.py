@@ -187,7 +187,7 @@ class RewardConfig:
 
     # Ours.
     max_tokens_per_microbatch: OptionalCount = None
-    """Most tokens in one forward pass: sets memory, cannot change the loss. None: chosen at the start."""
+    """Most tokens in one forward pass: sets memory, cannot change the loss. None: measured at the start."""
     share_prefix: bool = True
     """Compute the tokens that both sides of a pair begin with once (causal decoders)."""
     shuffle: bool = True

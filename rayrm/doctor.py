@@ -24,6 +24,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
+from rayrm.train.system_memory import available_memory
+
 Status = Literal["ok", "warn", "fail"]
 _SHOWN: Final = ("torch", "transformers", "ray", "deepspeed", "peft", "datasets", "trl")
 _GIB: Final = 2**30
@@ -72,7 +74,7 @@ def examine(*, start_ray: bool = False) -> list[Check]:
         ),
         check_room(
             "memory",
-            _available_memory(),
+            available_memory(),
             2 * _GIB,
             6 * _GIB,
             "End other programs, or set `max_tokens_per_microbatch`.",
@@ -274,18 +276,3 @@ def check_ray(ask: Callable[[], str]) -> Check:
 def _ask_ray() -> str:
     command = [sys.executable, "-c", _START_RAY]
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
-
-
-def _available_memory() -> int | None:
-    """Bytes a new program can have: the machine's, or less where a container's limit is lower."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), flags=re.MULTILINE)
-    if found is None:
-        return None
-    available = int(found[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return max(0, available)

@@ -20,13 +20,16 @@ from typing import Any
 
 from rayrm.config import RewardConfig
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
+from rayrm.runfile import dump_run, read_run
 from rayrm.train.checkpoint import checkpoints, verify_checkpoint
 from rayrm.train.records import METRICS, PROGRESS, replace_text
 
 IDENTITY = "identity.json"
+RUN_TOML = "run.toml"
+_BUDGET = "max_tokens_per_microbatch"
 # What a run writes into its directory: a file of one of these names that is not ours would be lost.
 _WRITTEN = (
-    METRICS, PROGRESS, IDENTITY, "run.toml", "quarantine.jsonl", "tensorboard", "checkpoint-*", "README.md",
+    METRICS, PROGRESS, IDENTITY, RUN_TOML, "quarantine.jsonl", "tensorboard", "checkpoint-*", "README.md",
     "config.json", "adapter_*", "*.safetensors*", "rayrm.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "trainer_state.json",
 )  # fmt: skip
@@ -40,7 +43,7 @@ _FREE = {
     # Named by what they make together: rows_per_step.
     "per_device_train_batch_size", "gradient_accumulation_steps",
     # Decided once and then kept: see `RunStart.max_tokens`.
-    "max_tokens_per_microbatch",
+    _BUDGET,
 }  # fmt: skip
 
 
@@ -123,7 +126,7 @@ def examine(
         )
     if newest is not None:
         verify_checkpoint(newest)
-    return RunStart(newest, before.get("max_tokens_per_microbatch"))
+    return RunStart(newest, before.get(_BUDGET))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -191,12 +194,29 @@ def check_writable(output_dir: Path) -> None:
         ) from error
 
 
-def claim(output_dir: Path, identity: dict[str, Any], max_tokens: int, run_toml: str) -> None:
-    """Write what makes the directory this run's: identity, token budget and the resolved run."""
+def claim(output_dir: Path, identity: dict[str, Any], max_tokens: int | None, run_toml: str) -> None:
+    """Write what makes the directory this run's: identity, token budget (None: not chosen), resolved run."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    kept = {"identity": identity, "max_tokens_per_microbatch": max_tokens}
+    kept = {"identity": identity, _BUDGET: max_tokens}
     replace_text(output_dir / IDENTITY, json.dumps(kept, indent=2, default=str))
-    replace_text(output_dir / "run.toml", run_toml)
+    replace_text(output_dir / RUN_TOML, run_toml)
+
+
+def recorded_budget(output_dir: Path) -> int | None:
+    """The token budget that the run chose before; None where none is written."""
+    file = output_dir / IDENTITY
+    return _read(file).get(_BUDGET) if file.exists() else None
+
+
+def record_budget(output_dir: Path, max_tokens: int) -> None:
+    """Write the budget where a resume reads it, and into `run.toml`, if the directory is a run's."""
+    file, run_toml = output_dir / IDENTITY, output_dir / RUN_TOML
+    if not file.exists():
+        return
+    run = read_run(run_toml)
+    run.reward.max_tokens_per_microbatch = max_tokens
+    replace_text(run_toml, dump_run(run))
+    replace_text(file, json.dumps({**_read(file), _BUDGET: max_tokens}, indent=2))
 
 
 def _refuse_foreign(output_dir: Path) -> None:

@@ -29,7 +29,7 @@ from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, load_tokenizer, save_model
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.display import Display
-from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET, Scores, score_model
+from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.records import read_records
 from rayrm.train.rundir import RunStart, check_writable, claim, examine, identity_of, only_run
 from rayrm.train.worker import TrainJob
@@ -311,23 +311,18 @@ class RewardTrainer:
         self._quarantine = kept
         return RunStart(start.resume, budget)
 
-    def _budget(self, start: RunStart) -> int:
-        """The token budget of a micro-batch: as set, as chosen when the run began, or the default."""
-        index = self.train_set.index
-        longest = int(index.tokens(share=self.args.share_prefix).max())
-        budget = self.args.max_tokens_per_microbatch or start.max_tokens
-        if budget is None:
-            # The whole row: a model that cannot share prefixes must fit its rows too.
-            budget = max(DEFAULT_TOKEN_BUDGET, int(index.tokens(share=False).max()))
-            logger.info("max_tokens_per_microbatch: %d tokens (the longest pair has %d)", budget, longest)
-        elif budget < longest:
+    def _budget(self, start: RunStart) -> int | None:
+        """The token budget of a micro-batch: as set, or as chosen when the run began; None: ranks choose."""
+        longest = int(self.train_set.index.tokens(share=self.args.share_prefix).max())
+        budget = self.args.max_tokens_per_microbatch
+        if budget is not None and budget < longest:
             raise ConfigError(
                 f"`max_tokens_per_microbatch` ({budget}) is below the longest pair kept by `max_length` "
                 f"({longest} tokens). Raise it to {longest} or lower `max_length`."
             )
-        return budget
+        return budget or start.max_tokens
 
-    def _run_toml(self, budget: int) -> str:
+    def _run_toml(self, budget: int | None) -> str:
         from rayrm.config import ClusterConfig, DataConfig
         from rayrm.runfile import Run, dump_run
 
@@ -340,7 +335,6 @@ class RewardTrainer:
         return dump_run(dataclasses.replace(run, reward=reward))
 
     def _job(self, start: RunStart) -> TrainJob:
-        assert start.max_tokens is not None
         return TrainJob(
             config=self.args,
             source=self._source,

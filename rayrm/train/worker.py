@@ -30,6 +30,7 @@ from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import choose_layout, unwrapped
 from rayrm.model.reward_model import TextForm, position_limit, save_model
 from rayrm.train.allocator import keep_freed_memory
+from rayrm.train.budget import Probe, decide_budget
 from rayrm.train.build import ModelSource, build_model
 from rayrm.train.checkpoint import (
     TrainState,
@@ -54,8 +55,8 @@ _STEPS_AHEAD = 2
 class TrainJob:
     """One training run, as every rank is told it. `resume` is the checkpoint to begin from, if any.
 
-    `max_tokens` is the token budget of a micro-batch, decided once on the driver. `built` is the model where
-    training runs in the process that built it: it is updated in place.
+    `max_tokens` is the token budget of a micro-batch; None: the ranks choose one at the start. `built`
+    is the model where training runs in the process that built it: it is updated in place.
     """
 
     config: RewardConfig
@@ -65,7 +66,7 @@ class TrainJob:
     train_set: RowSet
     eval_sets: dict[str, RowSet]
     output_dir: Path
-    max_tokens: int
+    max_tokens: int | None
     resume: Path | None = None
     built: torch.nn.Module | None = None
     optimizer: OptimizerSpec | None = None
@@ -127,7 +128,6 @@ class _RankRun:
         _check_positions(unwrapped(model), longest, self._say)
         self.layout = choose_layout(model, share_prefix=self.config.share_prefix, longest=longest)
         self._say(str(self.layout))
-        self.max_tokens = self._token_budget()
         precision = resolve_precision(self.config, rank.device)
         path = choose_path(model, rank.device, autocast_dtype(precision))
         if self.layout.name != "padded":
@@ -141,6 +141,16 @@ class _RankRun:
             pad_to_multiple_of=multiple if isinstance(multiple, int) else None,
         )
         self.pad_token_id = unwrapped(model).config.get_text_config().pad_token_id
+        probe = Probe(self.module, precision, rank.device, self.pad_token_id)
+        self.max_tokens = decide_budget(
+            probe,
+            job.train_set,
+            self.config,
+            job.max_tokens,
+            output_dir=job.output_dir,
+            rank=rank.index,
+            num_ranks=rank.count,
+        )
         self.order = Order(
             job.train_set.num_rows,
             self.config.train_batch_rows(rank.count),
@@ -151,17 +161,6 @@ class _RankRun:
         self.schedule = Schedule.of(self.config, self.order.steps_per_epoch)
         self.engine = _build_engine(job, self.module, rank, precision, self.schedule.num_steps)
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
-
-    def _token_budget(self) -> int:
-        """The budget as set; one that was chosen before the layout was known grows to the longest row."""
-        index, layout = self.job.train_set.index, self.layout.name
-        longest = int(index.tokens(share=layout == "shared", padded=layout == "padded").max())
-        if longest > self.job.max_tokens and self.config.max_tokens_per_microbatch is not None:
-            raise ConfigError(
-                f"`max_tokens_per_microbatch` ({self.job.max_tokens}) is below the longest row ({longest} "
-                f"tokens, {layout}). Raise it to {longest} or lower `max_length`."
-            )
-        return max(longest, self.job.max_tokens)
 
     def _say(self, message: str) -> None:
         if self.rank.index == 0:

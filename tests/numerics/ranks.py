@@ -45,7 +45,8 @@ class Variant:
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     padded: bool = False
-    max_tokens: int = PLENTY
+    # None: chosen from memory.
+    max_tokens: int | None = PLENTY
     num_ranks: int = 1
     gradients_times: float = 1.0
     # Stop in the middle of this step, then train again in the same directory.
