@@ -168,11 +168,11 @@ def choose_budget(
     budget: int = max(longest, min(most, 1 << (fits.bit_length() - 1)))
     say(
         f"max_tokens_per_microbatch: {budget} tokens (measured: {found.per_token / 2**10:.0f} KiB a token, "
-        f"{room / _GIB:.1f} GiB for them; the longest row has {longest})"
+        f"{room / _GIB:.3g} GiB for them; the longest row has {longest})"
     )
     if found.of(longest) > room:
         say(
-            f"the longest row ({longest} tokens) takes {found.of(longest) / _GIB:.1f} GiB and may not fit. "
+            f"the longest row ({longest} tokens) takes {found.of(longest) / _GIB:.2g} GiB and may not fit. "
             "Where memory runs out, lower `max_length`, or set `gradient_checkpointing=true` or "
             "`zero_stage=3`"
         )
@@ -184,7 +184,7 @@ def choose_budget(
         if without <= room:
             say(
                 f"gradient checkpointing is not needed: without it a micro-batch of {budget} tokens takes "
-                f"{without / _GIB:.1f} of {room / _GIB:.1f} GiB. To save the time it takes: "
+                f"{without / _GIB:.2g} of {room / _GIB:.3g} GiB. To save the time it takes: "
                 "`gradient_checkpointing=false`"
             )
     return budget

@@ -49,6 +49,8 @@ class Variant:
     max_tokens: int | None = PLENTY
     num_ranks: int = 1
     gradients_times: float = 1.0
+    # Train an adapter and the head, with the base frozen.
+    lora: bool = False
     # Stop in the middle of this step, then train again in the same directory.
     stop_in: int | None = None
 
@@ -114,7 +116,7 @@ def job_of(variant: Variant, output_dir: Path, rows: Sequence[TokenizedRow]) -> 
     }
     return TrainJob(
         config=RewardConfig(str(output_dir), **settings),
-        source=ModelSource(model),
+        source=ModelSource(model, _adapter() if variant.lora else None),
         tokenizer=tiny_tokenizer(),
         text_form="standard",
         train_set=TokenizedSet.from_rows(rows),
@@ -122,6 +124,12 @@ def job_of(variant: Variant, output_dir: Path, rows: Sequence[TokenizedRow]) -> 
         output_dir=output_dir,
         max_tokens=variant.max_tokens,
     )
+
+
+def _adapter() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules="all-linear")
 
 
 def run_variants(variants: Sequence[Variant], root: Path, rows: Sequence[TokenizedRow] | None = None) -> None:
@@ -174,8 +182,9 @@ def outcome_of(directory: Path) -> Outcome:
     """What a run left in its directory."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     records = [record for line in lines if "train_loss" not in (record := json.loads(line))]
+    whole, adapter = directory / "model.safetensors", directory / "adapter_model.safetensors"
     return Outcome(
         np.array([record["loss"] for record in records]),
         np.array([record["grad_norm"] for record in records]),
-        load_file(directory / "model.safetensors"),
+        load_file(whole if whole.exists() else adapter),
     )
