@@ -5,9 +5,10 @@
 
 One worker and two take turns, `--rounds` times, each in fresh processes that run what a worker of `rayrm
 train` runs (`train_rank`), without Ray around it, over gloo. Every turn trains on the same pairs in the same
-order: two workers take 64 a step where one takes 32, so one makes twice the steps. The pairs of the first
-step of two are a warm-up. `ratio` is the pairs/s of two over one, of a step from forward to optimizer, the
-wait for data and the step's log line included; the median of the rounds' ratios.
+order: two workers take 64 a step where one takes 32, so one makes twice the steps. The pairs of the first two
+steps of two are a warm-up: there memory is mapped that later steps use again. `ratio` is the pairs/s of two
+over one, of a step from forward to optimizer, the wait for data and the step's log line included; the median
+of the rounds' ratios.
 
 `collectives_s_per_step` is what a rank spends in collectives between forward and optimizer: `least` of the
 two is about the reduction itself, what `most` is above it is waiting for the slower rank. The two ranks also
@@ -50,6 +51,7 @@ from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET
 from rayrm.train.worker import TrainJob, train_rank
 
 WORKERS = 2
+WARM_UP_STEPS = 2  # of two workers
 LEARNING_RATE = 1e-5
 # What torch's engine and DeepSpeed's stages call; DeepSpeed looks them up here too.
 COLLECTIVES = (
@@ -166,8 +168,7 @@ def take_turn(
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in lines if "pairs_per_second" in record]
     each = arguments.pairs_per_worker * num_workers
-    # The warm-up is one step of all workers.
-    warm_up = WORKERS // num_workers
+    warm_up = WARM_UP_STEPS * WORKERS // num_workers
     timed = steps[warm_up:]
     in_collectives = [
         mean(json.loads((output_dir / f"collectives-{rank}.json").read_text())[warm_up:])
@@ -192,7 +193,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = shuffled_rows(
         arguments.data,
         open_tokenizer(arguments),
-        count=both + arguments.pairs,
+        count=WARM_UP_STEPS * both + arguments.pairs,
         max_length=arguments.max_length,
     )
     turns: dict[int, list[Turn]] = {1: [], WORKERS: []}
@@ -257,7 +258,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_common_arguments(parser)
     parser.set_defaults(threads=1)
-    parser.add_argument("--pairs", type=int, default=128, help="pairs timed in each turn")
+    parser.add_argument("--pairs", type=int, default=256, help="pairs timed in each turn")
     parser.add_argument("--pairs-per-worker", type=int, default=32, help="pairs a worker and step")
     parser.add_argument("--zero-stage", type=int, choices=range(4), help="DeepSpeed (default: torch)")
     parser.add_argument("--max-tokens", type=int, default=DEFAULT_TOKEN_BUDGET, help="a micro-batch's budget")
