@@ -3,7 +3,7 @@
     python jobs/bench/e2e.py --model DIR --data FILE --pairs 1000
 
 `rayrm train` runs in a process of its own with one Ray Train worker, on a file of pairs; the bare step
-(`OurStep` of train.py) runs in this process: the same weights, pairs, order, settings and number of threads
+(`OurStep` of steps.py) runs in this process: the same weights, pairs, order, settings and number of threads
 (the worker is given as many CPUs, and Ray sets its threads by them). They take turns, `--rounds` times.
 `ratio` is the product's steady pairs/s, from its own `metrics.jsonl` without the first logging interval, over
 the bare step's over the same steps; the median of the rounds' ratios. `max_loss_delta` is between the two
