@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,8 @@ class PackedScorer(torch.nn.Module):
             self._undo.callback(restore_attention, unwrapped(model), before)
         if self._pools_last_layer:
             self._undo.callback(pool_last_layer(unwrapped(model).base_model))
+        # A scorer that is dropped gives back what it took, as one that is released.
+        weakref.finalize(self, self._undo.close)
 
     def release(self) -> torch.nn.Module:
         """The model, computing as it did before it was wrapped."""

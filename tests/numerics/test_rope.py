@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -13,10 +15,22 @@ from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
+from rayrm.model import rope
+from rayrm.model.forward import PackedScorer
+from rayrm.model.layout import Layout
 from rayrm.model.rope import fuse_rope
 from tests.tiny import tiny_model
 
 FILES = [modeling_llama, modeling_qwen3, modeling_gpt_neox, modeling_cohere]
+
+
+@pytest.fixture(autouse=True)
+def files_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of other tests may be using our function."""
+    monkeypatch.setattr(rope, "_users", Counter())
+    for file in FILES:
+        rotate: Any = file.apply_rotary_pos_emb  # type: ignore[attr-defined]
+        monkeypatch.setattr(file, "apply_rotary_pos_emb", getattr(rotate, "original", rotate))
 
 
 def model_of(file: ModuleType) -> torch.nn.Module:
@@ -65,4 +79,13 @@ def test_the_last_model_of_a_file_takes_the_function_back() -> None:
     undo_one()
     assert modeling_llama.apply_rotary_pos_emb is not stock
     undo_other()
+    assert modeling_llama.apply_rotary_pos_emb is stock
+
+
+def test_a_scorer_that_is_dropped_gives_the_function_back() -> None:
+    stock = modeling_llama.apply_rotary_pos_emb
+    scorer = PackedScorer(tiny_model(), Layout("shared"))
+    assert modeling_llama.apply_rotary_pos_emb is not stock
+    del scorer
+    gc.collect()
     assert modeling_llama.apply_rotary_pos_emb is stock
