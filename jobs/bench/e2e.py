@@ -31,21 +31,20 @@ from typing import Any
 import tomli_w
 import torch
 from measuring import (
-    add_common_arguments,
+    bench_parser,
+    compared,
     device_of,
-    finish,
     machine,
     open_model,
     open_tokenizer,
+    run_bench,
     shown,
     shuffled_pairs,
     spread,
 )
-from steps import OurStep, TimedStep, settings_of
+from steps import OurStep, TimedStep, add_step_arguments, in_steps, settings_of
 
 from rayrm.data.preference import PreferenceRow
-from rayrm.model.attention_path import choose_path
-from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGING_STEPS = 10
@@ -149,13 +148,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     device = device_of(arguments)
     threads = torch.get_num_threads()
     tokenizer, model = open_tokenizer(arguments), open_model(arguments)
-    arguments.attn = choose_path(model, device, torch.bfloat16 if arguments.dtype == "bf16" else None).name
     settings = settings_of(arguments, device)
     pairs, rows = zip(
         *shuffled_pairs(arguments.data, tokenizer, count=arguments.pairs, max_length=arguments.max_length),
         strict=True,
     )
-    steps = [rows[begin : begin + arguments.batch] for begin in range(0, len(rows), arguments.batch)]
+    steps = in_steps(rows, arguments.batch)
     products: list[ProductRun] = []
     bare: list[list[TimedStep]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -194,26 +192,13 @@ def compare(
         steady_step(timed, len(run.records), arguments.batch)
         for timed, run in zip(bare, products, strict=True)
     ]
-    ratios = [a / b for a, b in zip(fast, alone, strict=True)]
     wall_s = spread([run.wall_s for run in products])
     waits = [record["data_wait_s"] for run in products for record in run.records[1:]]
-    return {
-        "bench": "e2e",
-        "model": arguments.model or arguments.shape,
-        "data": arguments.data,
+    return compared("e2e", arguments, "pairs_per_s", fast, alone) | {
         "pairs": arguments.pairs,
         "batch": arguments.batch,
-        "max_length": arguments.max_length,
         "max_tokens": arguments.max_tokens,
-        "dtype": arguments.dtype,
         "gradient_checkpointing": arguments.gradient_checkpointing,
-        "rounds": len(ratios),
-        "pairs_per_s": spread(fast)["median"],
-        "pairs_per_s_spread": spread(fast),
-        "baseline_pairs_per_s": spread(alone)["median"],
-        "baseline_pairs_per_s_spread": spread(alone),
-        "ratio": spread(ratios)["median"],
-        "ratio_spread": spread(ratios),
         "data_wait_s_per_interval": max(waits),
         "max_loss_delta": max(
             loss_delta(run.records, timed) for run, timed in zip(products, bare, strict=True)
@@ -238,17 +223,11 @@ def report(result: dict[str, Any]) -> None:
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_common_arguments(parser)
+    parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=8, help="pairs in one optimizer step")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="on in all (default: off)")
-    parser.add_argument("--max-tokens", type=int, default=DEFAULT_TOKEN_BUDGET, help="a micro-batch's budget")
+    add_step_arguments(parser)
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    measured = measure(arguments)
-    report(measured)
-    finish(measured, arguments.json)
+    run_bench(parse_arguments(), measure, report)

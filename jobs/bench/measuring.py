@@ -12,7 +12,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from rayrm.data.preference import PreferenceRow, parse_row
 from rayrm.data.sources import plan_sources, read_work
 from rayrm.data.tokenize import TokenizedRow, prepare_tokenizer, tokenize_rows
 from rayrm.errors import RowError
+from rayrm.model.cost import head_sizes
 from rayrm.model.reward_model import load_model, load_tokenizer
 
 SEED = 0
@@ -54,8 +55,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark that runs a model in this process can be told."""
+def bench_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser of what every benchmark can be told; `doc` is the benchmark's own."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--model", help="a model directory; one with a config.json only gets random weights")
     where.add_argument("--shape", choices=sorted(SHAPES), help="a published shape with random weights")
@@ -66,6 +68,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result here too")
+    return parser
 
 
 def device_of(arguments: argparse.Namespace) -> torch.device:
@@ -201,8 +204,9 @@ class ModelCost:
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelCost:
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        sizes_of_head = head_sizes(config)
+        if sizes_of_head is None:
+            raise SystemExit(f"{type(model).__name__} does not say how wide its attention is: no MFU")
         embeddings = model.get_input_embeddings()
         skipped = {id(parameter) for parameter in embeddings.parameters()}
         last = f"layers.{config.num_hidden_layers - 1}."
@@ -217,7 +221,7 @@ class ModelCost:
             last_keys=total(r"k_proj|v_proj|qkv|query_key_value"),
             last_queries=total(r"q_proj"),
             num_layers=config.num_hidden_layers,
-            channels=heads * head_size,
+            channels=config.num_attention_heads * sum(sizes_of_head) // 2,
         )
 
     def training(self, batches: Sequence[PackedBatch], distinct_tokens: int) -> float:
@@ -270,8 +274,33 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def finish(result: dict[str, Any], path: Path | None) -> None:
-    """Print the result as the last line of stdout, and write it to `path` if there is one."""
+def compared(
+    bench: str, arguments: argparse.Namespace, unit: str, ours: Sequence[float], baseline: Sequence[float]
+) -> dict[str, Any]:
+    """What every result says: what ran, both speeds in `unit`, and ours over the baseline, round by round."""
+    ratios = [a / b for a, b in zip(ours, baseline, strict=True)]
+    result: dict[str, Any] = {
+        "bench": bench,
+        "model": arguments.model or arguments.shape,
+        "data": arguments.data,
+        "max_length": arguments.max_length,
+        "dtype": arguments.dtype,
+        "rounds": len(ratios),
+    }
+    for name, values in ((unit, ours), (f"baseline_{unit}", baseline), ("ratio", ratios)):
+        result |= {name: spread(values)["median"], f"{name}_spread": spread(values)}
+    return result
+
+
+def run_bench(
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measure, and end with the result: in words, then as the last line of stdout and in `--json`."""
+    result = measure(arguments)
+    report(result)
+    path: Path | None = arguments.json
     line = json.dumps(result)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

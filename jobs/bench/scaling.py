@@ -32,11 +32,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from measuring import (
-    add_common_arguments,
-    finish,
+    bench_parser,
+    compared,
     machine,
     open_model,
     open_tokenizer,
+    run_bench,
     shown,
     shuffled_rows,
     spread,
@@ -215,24 +216,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def compare(arguments: argparse.Namespace, one: list[Turn], two: list[Turn]) -> dict[str, Any]:
     """Speeds and ratio, and where two workers spend what is lost."""
     slow, fast = [turn.pairs_per_s for turn in one], [turn.pairs_per_s for turn in two]
-    ratios = [b / a for a, b in zip(slow, fast, strict=True)]
-    return {
-        "bench": "scaling",
-        "model": arguments.model or arguments.shape,
-        "data": arguments.data,
+    return compared("scaling", arguments, "pairs_per_s", fast, slow) | {
         "pairs": arguments.pairs,
         "pairs_per_worker": arguments.pairs_per_worker,
-        "max_length": arguments.max_length,
         "max_tokens": arguments.max_tokens,
         "zero_stage": arguments.zero_stage,
-        "dtype": arguments.dtype,
-        "rounds": len(ratios),
-        "pairs_per_s": spread(fast)["median"],
-        "pairs_per_s_spread": spread(fast),
-        "baseline_pairs_per_s": spread(slow)["median"],
-        "baseline_pairs_per_s_spread": spread(slow),
-        "ratio": spread(ratios)["median"],
-        "ratio_spread": spread(ratios),
         "step_s": spread([WORKERS * arguments.pairs_per_worker / speed for speed in fast])["median"],
         "collectives_s_per_step": {
             "least": spread([min(turn.collectives_s) for turn in two])["median"],
@@ -255,8 +243,7 @@ def report(result: dict[str, Any]) -> None:
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_common_arguments(parser)
+    parser = bench_parser(__doc__)
     parser.set_defaults(threads=1)
     parser.add_argument("--pairs", type=int, default=256, help="pairs timed in each turn")
     parser.add_argument("--pairs-per-worker", type=int, default=32, help="pairs a worker and step")
@@ -266,7 +253,4 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    measured = measure(arguments)
-    report(measured)
-    finish(measured, arguments.json)
+    run_bench(parse_arguments(), measure, report)

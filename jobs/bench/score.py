@@ -34,16 +34,16 @@ import torch
 from measuring import (
     SEED,
     Stopwatch,
-    add_common_arguments,
+    bench_parser,
+    compared,
     device_of,
-    finish,
     machine,
     open_model,
     open_tokenizer,
     peak_memory,
     read_pairs,
+    run_bench,
     shown,
-    spread,
 )
 from transformers import PreTrainedModel
 
@@ -232,27 +232,15 @@ def compare(
     tokens: dict[str, int],
 ) -> dict[str, Any]:
     """Speeds, ratio, and the ratio that counting tokens allows."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    found = compared("score", arguments, "scores_per_s", ours, theirs)
     bound = tokens["padded"] / tokens["distinct"]
-    return {
-        "bench": "score",
-        "model": arguments.model or arguments.shape,
-        "data": arguments.data,
+    return found | {
         "groups": arguments.groups,
         "group_size": arguments.group_size,
-        "max_length": arguments.max_length,
         "max_tokens": model.max_tokens_per_batch,
-        "dtype": arguments.dtype,
         "attention_path": model._scorer.path,
-        "rounds": len(ratios),
-        "scores_per_s": spread(ours)["median"],
-        "scores_per_s_spread": spread(ours),
-        "baseline_scores_per_s": spread(theirs)["median"],
-        "baseline_scores_per_s_spread": spread(theirs),
-        "ratio": spread(ratios)["median"],
-        "ratio_spread": spread(ratios),
         "bound": bound,
-        "share_of_bound": spread(ratios)["median"] / bound,
+        "share_of_bound": found["ratio"] / bound,
         "tokens": tokens,
     }
 
@@ -271,8 +259,7 @@ def report(result: dict[str, Any]) -> None:
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_common_arguments(parser)
+    parser = bench_parser(__doc__)
     parser.add_argument("--groups", type=int, default=32, help="how many prompts")
     parser.add_argument("--group-size", type=int, default=8, help="completions a prompt")
     parser.add_argument("--max-tokens", type=int, help="a batch's token budget (default: RewardModel's)")
@@ -281,7 +268,4 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    measured = measure(arguments)
-    report(measured)
-    finish(measured, arguments.json)
+    run_bench(parse_arguments(), measure, report)

@@ -24,6 +24,7 @@ from rayrm.model.layout import choose_layout
 from rayrm.train.allocator import keep_freed_memory
 from rayrm.train.build import ModelSource, build_model
 from rayrm.train.engine import TorchEngine
+from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET
 from rayrm.train.optimizer import make_optimizer, make_scheduler
 from rayrm.train.step import train_step
 
@@ -37,6 +38,18 @@ class TimedStep:
     seconds: float
     loss: float
     grad_norm: float
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a step can be told."""
+    parser.add_argument("--batch", type=int, default=8, help="pairs in one optimizer step")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="on in all (default: off)")
+    parser.add_argument("--max-tokens", type=int, default=DEFAULT_TOKEN_BUDGET, help="a micro-batch's budget")
+
+
+def in_steps(rows: Sequence[TokenizedRow], batch: int) -> list[Sequence[TokenizedRow]]:
+    """The rows of each step, in order."""
+    return [rows[begin : begin + batch] for begin in range(0, len(rows), batch)]
 
 
 def settings_of(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -61,7 +74,13 @@ class OurStep:
     """rayrm's step, made of what its workers call: plan, pack, train_step."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, arguments: argparse.Namespace, *, share: bool
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        arguments: argparse.Namespace,
+        *,
+        share: bool,
+        path: AttentionPath | None = None,
     ) -> None:
         self._device = device_of(arguments)
         self._arguments = arguments
@@ -71,8 +90,7 @@ class OurStep:
         if self._layout.name != ("shared" if share else "packed"):
             raise SystemExit(f"{type(model).__name__} is {self._layout.name}: {self._layout.reason}")
         autocast = torch.bfloat16 if arguments.dtype == "bf16" else None
-        chosen = choose_path(self._model, self._device, autocast)
-        self.path: AttentionPath = arguments.attn or chosen.name
+        self.path = path or choose_path(self._model, self._device, autocast).name
         self._share = share
         self._pad_token_id = tokenizer.pad_token_id
         self._initial = {name: value.clone() for name, value in self._model.state_dict().items()}
@@ -158,7 +176,6 @@ class TrlStep:
                 "rejected_ids": [row.sequences[1].tolist() for row in rows],
             }
         )
-        self.padded_tokens = 0
 
     def run(self) -> list[TimedStep]:
         import trl
@@ -180,9 +197,6 @@ class TrlStep:
                 callbacks=[clock],
             )
             trainer.remove_callback(_printer())
-            if not self.padded_tokens:
-                batches = trainer.get_train_dataloader()
-                self.padded_tokens = sum(batch["input_ids"].numel() for batch in batches)
             trainer.train()
         self._model.cpu()
         logged = [record for record in trainer.state.log_history if "grad_norm" in record]

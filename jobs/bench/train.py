@@ -28,24 +28,24 @@ from typing import Any, get_args
 import numpy as np
 from measuring import (
     ModelCost,
-    add_common_arguments,
+    bench_parser,
+    compared,
     device_of,
-    finish,
     machine,
     matmul_peak,
     open_model,
     open_tokenizer,
     peak_memory,
+    run_bench,
     shown,
     shuffled_rows,
     spread,
 )
-from steps import OurStep, TimedStep, TrlStep
+from steps import OurStep, TimedStep, TrlStep, add_step_arguments, in_steps
 
 from rayrm.data.packing import PackedBatch
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.model.attention import AttentionPath
-from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET
 
 WARM_UP_STEPS = 2
 
@@ -87,16 +87,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     tokenizer = open_tokenizer(arguments)
     model = open_model(arguments)
     rows = shuffled_rows(arguments.data, tokenizer, count=arguments.pairs, max_length=arguments.max_length)
-    steps = [rows[begin : begin + arguments.batch] for begin in range(0, len(rows), arguments.batch)]
+    steps = in_steps(rows, arguments.batch)
     cost = ModelCost.of(model)
-    trl_step: TrlStep | None = None
     if arguments.against == "trl":
-        trl_step = TrlStep(copy.deepcopy(model), tokenizer, arguments, rows)
-        baseline = Side("trl", trl_step.run, [])
+        baseline = Side("trl", TrlStep(copy.deepcopy(model), tokenizer, arguments, rows).run, [])
     else:
-        packed = OurStep(copy.deepcopy(model), tokenizer, arguments, share=False)
+        packed = OurStep(copy.deepcopy(model), tokenizer, arguments, share=False, path=arguments.attn)
         baseline = Side("packed", lambda: packed.run(steps), [])
-    shared = OurStep(model, tokenizer, arguments, share=True)
+    shared = OurStep(model, tokenizer, arguments, share=True, path=arguments.attn)
     ours = Side("ours", lambda: shared.run(steps), [])
 
     timed: dict[str, list[list[TimedStep]]] = {ours.name: [], baseline.name: []}
@@ -118,8 +116,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     result = compare(arguments, timed[ours.name], timed[baseline.name])
     result["attn"] = shared.path
     result["tokens"] = count_tokens(rows, steps, prepared)
-    if trl_step is not None:
-        result["tokens"]["padded"] = trl_step.padded_tokens
     result |= utilisation(cost, prepared, shared, steps, timed[ours.name], peaks)
     result["peak_gflops"] = {"best": max(peaks) / 1e9, "median": float(np.median(peaks)) / 1e9}
     if device.type == "cuda":
@@ -133,26 +129,13 @@ def compare(
     """Speeds, ratio and how far apart the two trajectories are."""
     fast = [pairs_per_s(timed, arguments.batch) for timed in ours]
     slow = [pairs_per_s(timed, arguments.batch) for timed in theirs]
-    ratios = [a / b for a, b in zip(fast, slow, strict=True)]
     apart = [deltas(a, b) for a, b in zip(ours, theirs, strict=True)]
-    return {
-        "bench": "train",
-        "model": arguments.model or arguments.shape,
-        "data": arguments.data,
+    return compared("train", arguments, "pairs_per_s", fast, slow) | {
         "against": arguments.against,
         "pairs": arguments.pairs,
         "batch": arguments.batch,
-        "max_length": arguments.max_length,
         "max_tokens": arguments.max_tokens,
-        "dtype": arguments.dtype,
         "gradient_checkpointing": arguments.gradient_checkpointing,
-        "rounds": len(ratios),
-        "pairs_per_s": spread(fast)["median"],
-        "pairs_per_s_spread": spread(fast),
-        "baseline_pairs_per_s": spread(slow)["median"],
-        "baseline_pairs_per_s_spread": spread(slow),
-        "ratio": spread(ratios)["median"],
-        "ratio_spread": spread(ratios),
         "max_loss_delta": max(loss for loss, _ in apart),
         "max_grad_norm_delta": max(norm for _, norm in apart),
     }
@@ -211,19 +194,13 @@ def report(result: dict[str, Any]) -> None:
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_common_arguments(parser)
+    parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=8, help="pairs in one optimizer step")
     parser.add_argument("--against", choices=("trl", "packed"), default="trl")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="on in both (default: off)")
+    add_step_arguments(parser)
     parser.add_argument("--attn", choices=get_args(AttentionPath), help="attention path (default: as chosen)")
-    parser.add_argument("--max-tokens", type=int, default=DEFAULT_TOKEN_BUDGET, help="a micro-batch's budget")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    measured = measure(arguments)
-    report(measured)
-    finish(measured, arguments.json)
+    run_bench(parse_arguments(), measure, report)

@@ -35,7 +35,7 @@ def block_norms(model: torch.nn.Module) -> Callable[[], None]:
 def _replace(module: Any) -> bool:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     parameters = dict(module.named_parameters())
-    if not isinstance(epsilon, float) or list(parameters) != ["weight"] or not _is_ours(module.weight):
+    if not isinstance(epsilon, float) or list(parameters) != ["weight"] or not is_cpu_float32(module.weight):
         return False
     original = module.forward
     example = torch.randn(4, module.weight.shape[-1], generator=torch.Generator().manual_seed(0))
@@ -49,7 +49,7 @@ def _replace(module: Any) -> bool:
         return False
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        if not _is_ours(hidden_states) or torch.is_autocast_enabled("cpu"):
+        if not is_cpu_float32(hidden_states) or torch.is_autocast_enabled("cpu"):
             return original(hidden_states)  # type: ignore[no-any-return]
         return _RMSNorm.apply(hidden_states, module.weight, epsilon)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -57,7 +57,8 @@ def _replace(module: Any) -> bool:
     return True
 
 
-def _is_ours(tensor: torch.Tensor) -> bool:
+def is_cpu_float32(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one that the CPU's formulas of ours (here and in `rope.py`) were written for."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 

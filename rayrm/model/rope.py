@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from rayrm.model.rms_norm import is_cpu_float32
+
 _NAME = "apply_rotary_pos_emb"
 _users: Counter[ModuleType] = Counter()
 
@@ -26,7 +28,7 @@ def fuse_rope(model: torch.nn.Module) -> Callable[[], None]:
     Calls on another device, in another precision or with other shapes stay the file's own.
     """
     parameter = next(model.parameters())
-    if not _is_ours(parameter):
+    if not is_cpu_float32(parameter):
         return lambda: None
     files = {sys.modules[type(module).__module__] for module in model.modules()}
     taken = [file for file in files if _users[file] or _replace(file)]
@@ -61,7 +63,7 @@ def _replace(file: ModuleType) -> bool:
     def rotate(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if rest or options or not _is_ours(q) or q.shape[-1] != cos.shape[-1] or cos.dtype != q.dtype:
+        if rest or options or not is_cpu_float32(q) or q.shape[-1] != cos.shape[-1] or cos.dtype != q.dtype:
             return original(q, k, cos, sin, *rest, **options)  # type: ignore[no-any-return]
         cos, sin = cos[:, None], sin[:, None]
         return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)  # type: ignore[no-untyped-call]
@@ -69,10 +71,6 @@ def _replace(file: ModuleType) -> bool:
     rotate.original = original  # type: ignore[attr-defined]
     setattr(file, _NAME, rotate)
     return True
-
-
-def _is_ours(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 class _Rotate(torch.autograd.Function):
