@@ -45,6 +45,7 @@ from measuring import (
 from steps import OurStep, TimedStep, add_step_arguments, in_steps, settings_of
 
 from rayrm.data.preference import PreferenceRow
+from rayrm.train.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGING_STEPS = 10
@@ -165,7 +166,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         step = OurStep(model, tokenizer, arguments, share=True)
         for number in range(arguments.rounds):
             products.append(run_product(arguments, home, settings, number, threads))
-            bare.append(step.run(steps))
+            with keep_freed_memory(device):
+                bare.append(step.run(steps))
             intervals = len(products[-1].records)
             fast = steady(products[-1].records, arguments.batch)
             alone = steady_step(bare[-1], intervals, arguments.batch)

@@ -21,7 +21,6 @@ from rayrm.model.attention import AttentionPath
 from rayrm.model.attention_path import choose_path
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import choose_layout
-from rayrm.train.allocator import keep_freed_memory
 from rayrm.train.build import ModelSource, build_model
 from rayrm.train.engine import TorchEngine
 from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET
@@ -71,7 +70,10 @@ def settings_of(arguments: argparse.Namespace, device: torch.device) -> dict[str
 
 
 class OurStep:
-    """rayrm's step, made of what its workers call: plan, pack, train_step."""
+    """rayrm's step, made of what its workers call: plan, pack, train_step.
+
+    Around it they keep freed memory (`keep_freed_memory`); here the caller does.
+    """
 
     def __init__(
         self,
@@ -130,12 +132,11 @@ class OurStep:
         )
         engine.train(True)
         watch, timed = Stopwatch(self._device), []
-        with keep_freed_memory(self._device):
-            for rows in steps:
-                watch.start()
-                totals = train_step(engine, self.prepare(rows), len(rows))
-                seconds = watch.stop()
-                timed.append(TimedStep(seconds, float(totals.sums[0]), float(totals.grad_norm)))
+        for rows in steps:
+            watch.start()
+            totals = train_step(engine, self.prepare(rows), len(rows))
+            seconds = watch.stop()
+            timed.append(TimedStep(seconds, float(totals.sums[0]), float(totals.grad_norm)))
         engine.release()
         scorer.release().cpu()
         return timed

@@ -2,30 +2,34 @@
 
     python jobs/bench/train.py --model DIR --data FILE --pairs 128 --batch 8 --against trl
 
-Both take turns in this process, `--rounds` times, from the same weights, over the same pairs in the same
-order (the first N of a seed-0 shuffle that fit `--max-length`), with the same AdamW (fused, constant lr 1e-5)
-and clipping at 1.0. Timed are whole steps from forward to optimizer, two warm-up steps a round dropped:
-ours with its planning and packing; TRL's is its own `RewardTrainer.train()`, timed from `on_step_begin` to
-`on_optimizer_step`, so that its collation is not counted. Tokenization is counted for neither.
+Both take turns, `--rounds` times, from the same weights, over the same pairs in the same order (the first N
+of a seed-0 shuffle that fit `--max-length`), with the same AdamW (fused, constant lr 1e-5) and clipping at
+1.0. Each has a process of its own, which waits while the other computes: in one process either would compute
+in a heap that the other has shaped (TRL's step was a quarter slower in ours). Timed are whole steps from
+forward to optimizer, two warm-up steps a round dropped: ours with its planning and packing; TRL's is its own
+`RewardTrainer.train()`, timed from `on_step_begin` to `on_optimizer_step`, so that its collation is not
+counted. Tokenization is counted for neither.
 
 `ratio` is our pairs/s over the baseline's, the median of the rounds' ratios. `max_loss_delta` and
 `max_grad_norm_delta` (relative, before clipping) are over all steps of all rounds. `mfu` = (6 x non-embedding
 parameters x the step's distinct tokens + attention over the (query, key) pairs computed) / time / peak, where
-peak is the best of the matmuls right before and after the round (2048 cubed; 8192 cubed on a GPU), since a
-machine's clock drifts; it means something without gradient checkpointing only. `mfu_executed` counts only
-FLOPs that are executed: the last layer's queries and MLP at the pooled tokens. Neither ray nor deepspeed is
-needed, trl only for `--against trl`.
+peak is the best of the matmuls right before and after the round, in the same process and threads (2048 cubed;
+8192 cubed on a GPU), since a machine's clock drifts; it means something without gradient checkpointing only.
+`mfu_executed` counts only FLOPs that are executed: the last layer's queries and MLP at the pooled tokens.
+Neither ray nor deepspeed is needed, trl only for `--against trl`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import Any, get_args
 
-import numpy as np
 from measuring import (
     ModelCost,
     bench_parser,
@@ -46,17 +50,63 @@ from steps import OurStep, TimedStep, TrlStep, add_step_arguments, in_steps
 from rayrm.data.packing import PackedBatch
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.model.attention import AttentionPath
+from rayrm.train.allocator import keep_freed_memory
 
 WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """One of the two that are compared: `run` trains all steps from the initial weights."""
+class Turn:
+    """One round of one side: all steps from the initial weights, and the matmul peak around them."""
 
-    name: str
-    run: Callable[[], list[TimedStep]]
+    steps: list[TimedStep]
+    peak_flops: float
     peak_memory_gib: list[float]
+
+
+class Side:
+    """One of the two that are compared ("ours", "packed" or "trl"), in a process of its own."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, rows: Sequence[TokenizedRow]) -> None:
+        self.name = name
+        self.turns: list[Turn] = []
+        self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._process.submit(_open, name, arguments, rows).result()
+
+    def take_turn(self) -> None:
+        self.turns.append(self._process.submit(_take_turn).result())
+
+
+_turn: Callable[[], Turn]
+"""What a side's process does when it is its turn."""
+_kept = ExitStack()
+"""What is in force as long as a side's process lives."""
+
+
+def _open(name: str, arguments: argparse.Namespace, rows: Sequence[TokenizedRow]) -> None:
+    global _turn
+    device, tokenizer, model = device_of(arguments), open_tokenizer(arguments), open_model(arguments)
+    run: Callable[[], list[TimedStep]]
+    if name == "trl":
+        run = TrlStep(model, tokenizer, arguments, rows).run
+    else:
+        step = OurStep(model, tokenizer, arguments, share=name == "ours", path=arguments.attn)
+        run = partial(step.run, in_steps(rows, arguments.batch))
+        # As in training, where memory is mapped in the first steps and then stays.
+        _kept.enter_context(keep_freed_memory(device))
+
+    def turn() -> Turn:
+        memory: list[float] = []
+        before = matmul_peak(device, arguments.dtype)
+        with peak_memory(device, memory):
+            steps = run()
+        return Turn(steps, max(before, matmul_peak(device, arguments.dtype)), memory)
+
+    _turn = turn
+
+
+def _take_turn() -> Turn:
+    return _turn()
 
 
 def padded_tokens(steps: Sequence[Sequence[TokenizedRow]]) -> int:
@@ -89,37 +139,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = shuffled_rows(arguments.data, tokenizer, count=arguments.pairs, max_length=arguments.max_length)
     steps = in_steps(rows, arguments.batch)
     cost = ModelCost.of(model)
-    if arguments.against == "trl":
-        baseline = Side("trl", TrlStep(copy.deepcopy(model), tokenizer, arguments, rows).run, [])
-    else:
-        packed = OurStep(copy.deepcopy(model), tokenizer, arguments, share=False, path=arguments.attn)
-        baseline = Side("packed", lambda: packed.run(steps), [])
-    shared = OurStep(model, tokenizer, arguments, share=True, path=arguments.attn)
-    ours = Side("ours", lambda: shared.run(steps), [])
-
-    timed: dict[str, list[list[TimedStep]]] = {ours.name: [], baseline.name: []}
-    peaks: list[float] = []
+    counted = OurStep(model, tokenizer, arguments, share=True, path=arguments.attn)  # it never runs here
+    sides = [Side(name, arguments, rows) for name in ("ours", arguments.against)]
+    ours, baseline = sides
     for number in range(arguments.rounds):
-        before = matmul_peak(device, arguments.dtype)
-        for side in (ours, baseline):
-            with peak_memory(device, side.peak_memory_gib):
-                timed[side.name].append(side.run())
-            if side is ours:
-                peaks.append(max(before, matmul_peak(device, arguments.dtype)))
-        speeds = [pairs_per_s(timed[side.name][-1], arguments.batch) for side in (ours, baseline)]
+        for side in sides:
+            side.take_turn()
+        fast, slow = (pairs_per_s(side.turns[-1].steps, arguments.batch) for side in sides)
         print(
-            f"round {number + 1}: ours {speeds[0]:.2f} pairs/s, {baseline.name} {speeds[1]:.2f}, "
-            f"ratio {speeds[0] / speeds[1]:.2f}, matmul peak {peaks[-1] / 1e9:.0f} GFLOP/s",
+            f"round {number + 1}: ours {fast:.2f} pairs/s, {baseline.name} {slow:.2f}, "
+            f"ratio {fast / slow:.2f}, matmul peak {ours.turns[-1].peak_flops / 1e9:.0f} GFLOP/s",
             flush=True,
         )
-    prepared = [shared.prepare(step) for step in steps]
-    result = compare(arguments, timed[ours.name], timed[baseline.name])
-    result["attn"] = shared.path
+    prepared = [counted.prepare(step) for step in steps]
+    result = compare(arguments, *([turn.steps for turn in side.turns] for side in sides))
+    result["attn"] = counted.path
     result["tokens"] = count_tokens(rows, steps, prepared)
-    result |= utilisation(cost, prepared, shared, steps, timed[ours.name], peaks)
-    result["peak_gflops"] = {"best": max(peaks) / 1e9, "median": float(np.median(peaks)) / 1e9}
+    result |= utilisation(cost, prepared, counted, steps, ours.turns)
     if device.type == "cuda":
-        result["peak_memory_gib"] = {side.name: max(side.peak_memory_gib) for side in (ours, baseline)}
+        result["peak_memory_gib"] = {
+            side.name: max(gib for turn in side.turns for gib in turn.peak_memory_gib) for side in sides
+        }
     return result | {"machine": machine(device)}
 
 
@@ -158,22 +198,22 @@ def count_tokens(
 def utilisation(
     cost: ModelCost,
     prepared: Sequence[Sequence[PackedBatch]],
-    shared: OurStep,
+    counted: OurStep,
     steps: Sequence[Sequence[TokenizedRow]],
-    timed: Sequence[Sequence[TimedStep]],
-    peaks: Sequence[float],
+    turns: Sequence[Turn],
 ) -> dict[str, Any]:
     """Our share of the matmul peak, by the definition and by the FLOPs executed: each round's of its peak."""
     kept = list(zip(prepared, steps, strict=True))[WARM_UP_STEPS:]
-    defined = sum(cost.training(batches, shared.distinct_tokens(rows)) for batches, rows in kept)
+    defined = sum(cost.training(batches, counted.distinct_tokens(rows)) for batches, rows in kept)
     executed = sum(cost.executed(batches) for batches, _ in kept)
-    seconds = [sum(step.seconds for step in round_[WARM_UP_STEPS:]) for round_ in timed]
-    at_peak = [s * peak for s, peak in zip(seconds, peaks, strict=True)]
+    at_peak = [sum(step.seconds for step in turn.steps[WARM_UP_STEPS:]) * turn.peak_flops for turn in turns]
+    peaks = [turn.peak_flops / 1e9 for turn in turns]
     return {
         "mfu": spread([defined / flops for flops in at_peak])["median"],
         "mfu_spread": spread([defined / flops for flops in at_peak]),
         "mfu_executed": spread([executed / flops for flops in at_peak])["median"],
         "flops_a_step": defined / len(kept),
+        "peak_gflops": {"best": max(peaks), "median": spread(peaks)["median"]},
     }
 
 
