@@ -57,6 +57,7 @@ NO_TORCH_ON_IMPORT = [
     "runfile",
     "errors",
     "data.packing",
+    "data.loads",
     "data.planning",
     "data.prefix_keys",
     "data.order",

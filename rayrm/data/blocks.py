@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rayrm.data.packing import distinct_cost
 from rayrm.data.preference import PairForm, PreferenceRow, form_of, parse_row
-from rayrm.data.prefix_keys import BOUNDARIES, prefix_keys
+from rayrm.data.prefix_keys import BOUNDARIES, prefix_keys, text_key
 from rayrm.data.row_index import Places, RowIndex
 from rayrm.data.sources import SourceRow
 from rayrm.data.tokenize import TokenizedRow, tokenize_rows
@@ -38,7 +39,10 @@ SCHEMA = pa.schema(
         ("lengths", pa.list_(pa.int32())),
         ("ranks", pa.list_(pa.int32())),
         ("margin", pa.float64()),
+        ("tokens", pa.int32()),  # distinct ones
+        ("attention", pa.int64()),  # of those
         ("prefix_keys", pa.binary(_KEYS_SIZE)),
+        ("text_keys", pa.list_(pa.uint64())),
         ("digest", pa.binary(DIGEST_SIZE)),
         ("form", pa.string()),
         ("reason", pa.string()),  # null: accepted
@@ -130,6 +134,9 @@ def index_of(table: pa.Table) -> BlockIndex:
             pa.compute.list_value_length(kept.column("lengths")).to_numpy(),
             pa.compute.list_flatten(kept.column("lengths")).to_numpy(),
             pa.compute.list_flatten(kept.column("ranks")).to_numpy(),
+            kept.column("tokens").to_numpy(),
+            kept.column("attention").to_numpy(),
+            pa.compute.list_flatten(kept.column("text_keys")).to_numpy(),
         ),
         np.frombuffer(b"".join(kept.column("digest").to_pylist()), np.uint8).reshape(-1, DIGEST_SIZE),
         forms,
@@ -183,6 +190,7 @@ def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str |
     assert outcome is not None
     place = {"source": row.source, "row": row.number, "form": form}
     if isinstance(outcome, TokenizedRow):
+        tokens, attention = distinct_cost(outcome.sequences)
         return {
             **place,
             "ids": outcome.ids,
@@ -190,7 +198,10 @@ def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str |
             "lengths": outcome.lengths,
             "ranks": outcome.ranks,
             "margin": outcome.margin,
+            "tokens": tokens,
+            "attention": attention,
             "prefix_keys": prefix_keys(outcome.ids, outcome.prefix_length).tobytes(),
+            "text_keys": [text_key(ids) for ids in outcome.sequences],
             "digest": _digest(outcome),
         }
     return {
@@ -200,7 +211,10 @@ def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str |
         "lengths": [],
         "ranks": [],
         "margin": 0.0,
+        "tokens": 0,
+        "attention": 0,
         "prefix_keys": bytes(_KEYS_SIZE),
+        "text_keys": [],
         "digest": bytes(DIGEST_SIZE),
         "reason": outcome.reason,
         "message": f"{row.where}: {outcome}",

@@ -1,6 +1,6 @@
 """[RAY] A source of preference rows -> a `TokenizedSet`, read and tokenized in parallel by Ray Data.
 
-The tokenized blocks stay in Ray's object store; the driver keeps an index of about 80 bytes a pair. Rows
+The tokenized blocks stay in Ray's object store; the driver keeps an index of about 110 bytes a pair. Rows
 stand in the data's own order whatever the number of tasks. Every row is counted: accepted, or refused with a
 reason and written to the quarantine file. A bad source raises `DataError` here, before any worker starts.
 Cost: the ids, 4 bytes a token with the shared prefix once, in the object store (which spills to disk).

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -112,6 +113,20 @@ def common_prefix_length(sequences: Sequence[Ids], begin: int = 0) -> int:
         if differs.any():
             end = begin + int(np.argmax(differs))
     return end
+
+
+def distinct_cost(sequences: Sequence[Ids]) -> tuple[int, int]:
+    """Tokens of the forest that these sequences make, and the (query, key) pairs of its attention.
+
+    In sorted order a sequence adds what it does not share with its neighbour before.
+    """
+    ordered = sequences
+    if len(sequences) > 2:
+        ordered = sorted(sequences, key=lambda ids: ids.astype(">u4").tobytes())
+    lengths = [len(ids) for ids in ordered]
+    known = [0, *(common_prefix_length(pair) for pair in pairwise(ordered))]
+    tokens = sum(lengths) - sum(known)
+    return tokens, sum(n * (n + 1) // 2 for n in lengths) - sum(n * (n + 1) // 2 for n in known)
 
 
 def _grow(

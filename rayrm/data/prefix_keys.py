@@ -1,12 +1,13 @@
-"""Keys of a row's beginning: which rows of a step begin alike, read off 32 bytes a row instead of their ids.
+"""Keys of texts: which rows of a step begin alike or have a text in common, without reading their ids.
 
 Key j of a row is a hash of the first `BOUNDARIES[j]` tokens that all its sequences share, and 0 where they
 share fewer. Two rows with equal, non-zero keys at j have at least `BOUNDARIES[j]` tokens in common: a lower
-bound, within a factor of two of the truth between the first boundary and the last.
+bound, within a factor of two of the truth between the first boundary and the last. A text's own key is a hash
+of all of it, by which a completion that stands in several pairs is known.
 
 Invariants, each a test: equal beginnings give equal keys, whatever follows and whatever the ids' type; a
 change of any token changes every key from its boundary on; a key is 0 exactly where the shared beginning is
-shorter.
+shorter; equal texts have equal keys, and texts that differ in any token do not.
 
 A hash of 32 bits may, rarely, call two beginnings equal that differ (once in about 500 steps of 4096 rows).
 Keys only guide the plan: what is computed once is decided later, by comparing ids.
@@ -14,6 +15,7 @@ Keys only guide the plan: what is computed once is decided later, by comparing i
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 
 import numpy as np
@@ -37,3 +39,9 @@ def prefix_keys(ids: npt.NDArray[np.integer], length: int) -> npt.NDArray[np.uin
         keys[level] = key or 1
         done = boundary
     return keys
+
+
+def text_key(ids: npt.NDArray[np.integer]) -> int:
+    """64 bits: the key of a whole text."""
+    content = np.ascontiguousarray(ids, dtype="<i4")
+    return int.from_bytes(hashlib.blake2b(content.data, digest_size=8).digest(), "little")

@@ -1,7 +1,7 @@
 """What a set knows of its rows without reading their ids: lengths, ranks, margins, keys of shared beginnings.
 
 Enough to order a set, to plan its steps, and to turn scores into metrics. R rows have N completions in all,
-C comparisons between them. Cost: 52 bytes a row and 8 a completion. Pure numpy.
+C comparisons between them. Cost: 64 bytes a row and 16 a completion. Pure numpy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rayrm.data.planning import RowCosts
+from rayrm.data.loads import RowCosts, SharedTexts
 from rayrm.data.prefix_keys import BOUNDARIES
 
 Counts = npt.NDArray[np.int32]
@@ -38,7 +38,8 @@ class RowIndex:
     """R rows, N completions. The completions of row r stand at `first[r] .. first[r + 1]`.
 
     `prefix_lengths` (what all completions of the row share), `margins` `[R]`; `prefix_keys` uint32 `[R, 8]`;
-    `first` int64 `[R + 1]`; `lengths` (whole), `ranks` `[N]`.
+    `first` int64 `[R + 1]`; `lengths` (whole), `ranks`, `text_keys` uint64 `[N]`. `distinct_tokens` and
+    `distinct_attention` `[R]`: what a row costs alone where its completions share what they begin with.
     """
 
     prefix_lengths: Counts
@@ -47,6 +48,9 @@ class RowIndex:
     first: Places
     lengths: Counts
     ranks: Counts
+    distinct_tokens: Counts
+    distinct_attention: Places
+    text_keys: npt.NDArray[np.uint64]
 
     @classmethod
     def of(
@@ -57,8 +61,11 @@ class RowIndex:
         num_completions: npt.ArrayLike,
         lengths: npt.ArrayLike,
         ranks: npt.ArrayLike,
+        distinct_tokens: npt.ArrayLike,
+        distinct_attention: npt.ArrayLike,
+        text_keys: npt.ArrayLike,
     ) -> RowIndex:
-        """From columns: `num_completions` `[R]`, `lengths` and `ranks` `[N]`, row after row."""
+        """From columns: `num_completions` `[R]`; `lengths`, `ranks`, `text_keys` `[N]`, row after row."""
         counts = np.asarray(num_completions, np.int64).reshape(-1)
         return cls(
             np.asarray(prefix_lengths, np.int32),
@@ -67,6 +74,9 @@ class RowIndex:
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             np.asarray(lengths, np.int32),
             np.asarray(ranks, np.int32),
+            np.asarray(distinct_tokens, np.int32),
+            np.asarray(distinct_attention, np.int64),
+            np.asarray(text_keys, np.uint64),
         )
 
     @classmethod
@@ -79,6 +89,9 @@ class RowIndex:
             np.concatenate([part.num_completions for part in parts]),
             np.concatenate([part.lengths for part in parts]),
             np.concatenate([part.ranks for part in parts]),
+            np.concatenate([part.distinct_tokens for part in parts]),
+            np.concatenate([part.distinct_attention for part in parts]),
+            np.concatenate([part.text_keys for part in parts]),
         )
 
     @property
@@ -113,22 +126,24 @@ class RowIndex:
             self.num_completions[wanted],
             self.lengths[places],
             self.ranks[places],
+            self.distinct_tokens[wanted],
+            self.distinct_attention[wanted],
+            self.text_keys[places],
         )
 
     def tokens(self, *, share: bool, padded: bool = False) -> Places:
         """What each row costs alone, in tokens, int64 `[R]`.
 
-        With `share` the prefix of all its completions counts once. That is exact for a pair; where some
-        completions of a longer row share more than all do, it is more than the row costs. `padded`: all
-        completions count as much as the row's longest.
+        With `share` what its completions begin with counts once. `padded`: all completions count as much as
+        the row's longest.
         """
         if padded:
             return self.num_completions * self._longest()
-        return self._sums(self.lengths.astype(np.int64), self.prefix_lengths.astype(np.int64), share=share)
+        return self.distinct_tokens.astype(np.int64) if share else self._sums(self.lengths.astype(np.int64))
 
     def attention(self, *, share: bool) -> Places:
         """The (query, key) pairs of each row alone, int64 `[R]`, by the same rule as `tokens`."""
-        return self._sums(_triangle(self.lengths), _triangle(self.prefix_lengths), share=share)
+        return self.distinct_attention if share else self._sums(_triangle(self.lengths))
 
     def costs(self, *, share: bool, padded: bool = False) -> RowCosts:
         """What a plan needs to know of the rows; with `share` they share what they begin with, too.
@@ -140,8 +155,8 @@ class RowIndex:
             return RowCosts(
                 self.tokens(share=False, padded=True), self.attention(share=False), None, sequences
             )
-        keys = self.prefix_keys if share else None
-        return RowCosts(self.tokens(share=share), self.attention(share=share), keys)
+        shared = SharedTexts(self.first, self.lengths, self.text_keys, self.prefix_lengths, self.prefix_keys)
+        return RowCosts(self.tokens(share=share), self.attention(share=share), shared if share else None)
 
     def _longest(self) -> Places:
         """The length of each row's longest completion, int64 `[R]`."""
@@ -170,9 +185,8 @@ class RowIndex:
             1.0 / num_comparisons[row_of],
         )
 
-    def _sums(self, whole: Places, prefix: Places, *, share: bool) -> Places:
-        totals = np.bincount(self.row_of, weights=whole, minlength=self.num_rows).astype(np.int64)
-        return totals - (self.num_completions - 1) * prefix if share else totals
+    def _sums(self, whole: Places) -> Places:
+        return np.bincount(self.row_of, weights=whole, minlength=self.num_rows).astype(np.int64)
 
 
 def _triangle(lengths: Counts) -> Places:

@@ -31,6 +31,9 @@ def index_of(
             1 if lengths is None else lengths[r][k] for r, row in enumerate(ranks) for k in range(len(row))
         ],
         ranks=[rank for row in ranks for rank in row],
+        distinct_tokens=[1] * count,
+        distinct_attention=[1] * count,
+        text_keys=np.arange(sum(map(len, ranks))),
     )
 
 

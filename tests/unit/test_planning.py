@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrm.data.planning import Microbatch, RowCosts, plan_step
-from rayrm.data.prefix_keys import BOUNDARIES, prefix_keys
+from rayrm.data.blocks import index_of, table_of_rows
+from rayrm.data.loads import RowCosts, SharedTexts
+from rayrm.data.planning import Microbatch, plan_step
+from rayrm.data.prefix_keys import BOUNDARIES
+from rayrm.data.tokenize import TokenizedRow
 from rayrm.errors import ConfigError
 
 TOKENS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
@@ -32,6 +35,18 @@ class Step:
 
     sequences: list[list[bytes]]
     rows: RowCosts
+
+    @classmethod
+    def of(cls, rows: list[list[npt.NDArray[np.int32]]]) -> Step:
+        """As an index tells a plan."""
+        made = [TokenizedRow.of(texts, range(len(texts)), 0.0) for texts in rows]
+        costs = index_of(table_of_rows(made)).rows.costs(share=True)
+        return cls([[ids.tobytes() for ids in texts] for texts in rows], costs)
+
+    @property
+    def shared(self) -> SharedTexts:
+        assert self.rows.shared is not None
+        return self.rows.shared
 
     def distinct_tokens(self, wanted: tuple[int, ...] | range) -> int:
         """By definition: how many distinct beginnings the rows' sequences have."""
@@ -56,20 +71,27 @@ def steps(draw: st.DrawFn) -> Step:
         st.lists(st.integers(1, 60), min_size=2, max_size=3),
         st.integers(0, 2**16),
     )
-    sequences, tokens, attention, keys = [], [], [], []
+    rows = []
     for prompt, tails, seed in draw(st.lists(kinds, min_size=1, max_size=20)):
         begin = np.arange(system + prompts[prompt], dtype=np.int32)
         begin[system:] += 100_000 * (prompt + 1)
         rng = np.random.default_rng(seed)
-        whole = [np.concatenate([begin, rng.integers(1, 2**20, n, dtype=np.int32)]) for n in tails]
-        lengths = [len(ids) for ids in whole]
-        shared = int(np.cumprod(whole[0][: min(lengths)] == whole[1][: min(lengths)]).sum())
-        shared = min(shared, len(begin))
-        sequences.append([ids.tobytes() for ids in whole])
-        tokens.append(sum(lengths) - (len(lengths) - 1) * shared)
-        attention.append(sum(map(triangle, lengths)) - (len(lengths) - 1) * triangle(shared))
-        keys.append(prefix_keys(whole[0], shared))
-    return Step(sequences, RowCosts(np.array(tokens), np.array(attention), np.stack(keys)))
+        rows.append([np.concatenate([begin, rng.integers(1, 2**20, n, dtype=np.int32)]) for n in tails])
+    return Step.of(rows)
+
+
+@st.composite
+def comparisons(draw: st.DrawFn) -> Step:
+    """Pairs drawn from the completions of a few prompts, in any order: a completion stands in several."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    rows = []
+    for prompt in range(draw(st.integers(1, 4))):
+        begin = rng.integers(1, 2**20, draw(st.integers(1, 70)), dtype=np.int32)
+        lengths = draw(st.lists(st.integers(1, 60), min_size=2, max_size=5))
+        texts = [np.concatenate([begin, rng.integers(1, 2**20, n, dtype=np.int32)]) for n in lengths]
+        pairs = [[one, other] for i, one in enumerate(texts) for other in texts[:i]]
+        rows += draw(st.lists(st.sampled_from(pairs), min_size=1, max_size=8)) if prompt else pairs
+    return Step.of(draw(st.permutations(rows)))
 
 
 def triangle(length: int) -> int:
@@ -106,7 +128,7 @@ def test_every_row_is_planned_once_and_no_microbatch_exceeds_the_budget(
         assert sum(tokens[row] for row in microbatch.rows) <= max_tokens
 
 
-@given(steps(), st.integers(1, 4), st.integers(0, 600), WEIGHTS)
+@given(st.one_of(steps(), comparisons()), st.integers(1, 4), st.integers(0, 600), WEIGHTS)
 def test_with_shared_beginnings_too_the_distinct_tokens_stay_under_the_budget(
     step: Step, num_ranks: int, room: int, weight: float
 ) -> None:
@@ -192,7 +214,7 @@ def test_rows_fill_whatever_microbatch_has_room() -> None:
     assert [part.rows for part in plan] == [(0, 3), (1, 2)]
 
 
-@given(steps(), st.integers(1, 4), WEIGHTS)
+@given(st.one_of(steps(), comparisons()), st.integers(1, 4), WEIGHTS)
 def test_sharing_makes_no_rank_heavier_than_the_mean_without_it_and_one_row(
     step: Step, num_ranks: int, weight: float
 ) -> None:
@@ -208,18 +230,50 @@ def test_sharing_makes_no_rank_heavier_than_the_mean_without_it_and_one_row(
 
 @given(steps(), st.integers(0, 600))
 def test_on_one_rank_a_group_that_fits_the_budget_is_in_one_microbatch(step: Step, room: int) -> None:
-    keys, tokens = step.rows.prefix_keys, step.rows.tokens
-    assert keys is not None
+    keys, tokens = step.shared.prefix_keys, step.rows.tokens
     max_tokens = int(tokens.max()) + room
     (plan,) = plan_step(step.rows, num_ranks=1, max_tokens=max_tokens)
     for level, boundary in enumerate(BOUNDARIES):
         for key in set(keys[:, level].tolist()) - {0}:
             group = np.flatnonzero(keys[:, level] == key)
             known = boundary * (len(group) - 1)
-            worthwhile = 4 * boundary * len(group) >= tokens[group].sum()
+            worthwhile = 8 * boundary * len(group) >= tokens[group].sum()
             if worthwhile and tokens[group].sum() - known <= max_tokens:
                 homes = [part for part in real(plan) if set(part.rows) & set(group.tolist())]
                 assert len(homes) == 1
+
+
+@given(comparisons(), st.integers(0, 200))
+def test_on_one_rank_a_completion_is_computed_once_whichever_pairs_it_stands_in(
+    step: Step, room: int
+) -> None:
+    """Where the completions of one prompt fit the budget."""
+    prompts: list[set[bytes]] = []
+    for texts in step.sequences:
+        tied = [known for known in prompts if known & set(texts)]
+        prompts = [known for known in prompts if known not in tied] + [set(texts).union(*tied)]
+    # A completion counts whole: no more than that is computed for it.
+    max_tokens = max(sum(len(ids) // 4 for ids in known) for known in prompts) + room
+    (plan,) = plan_step(step.rows, num_ranks=1, max_tokens=max_tokens)
+    homes = Counter(text for part in plan for text in {t for row in part.rows for t in step.sequences[row]})
+    assert set(homes.values()) == {1}
+
+
+def test_all_pairs_of_a_step_that_fits_the_budget_compute_its_distinct_tokens() -> None:
+    """Eight prompts of 150 tokens, the six pairs of four answers of 250 each: 9200 tokens, not 24 800."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(8):
+        prompt = rng.integers(1, 2**20, 150, dtype=np.int32)
+        texts = [np.concatenate([prompt, rng.integers(1, 2**20, 250, dtype=np.int32)]) for _ in range(4)]
+        rows += [[one, other] for i, one in enumerate(texts) for other in texts[:i]]
+    step = Step.of([rows[place] for place in rng.permutation(len(rows))])
+    assert step.distinct_tokens(range(48)) == 8 * (150 + 4 * 250)
+    for num_ranks, max_tokens in ((1, 9200), (1, 8192), (1, 2048), (2, 8192), (4, 8192)):
+        plans = plan_step(step.rows, num_ranks=num_ranks, max_tokens=max_tokens)
+        computed = [[step.distinct_tokens(part.rows) for part in real(plan)] for plan in plans]
+        assert sum(map(sum, computed)) == 9200
+        assert {sum(loads) for loads in computed} == {9200 // num_ranks}
 
 
 @given(TOKENS, st.integers(1, 4), st.integers(50, 200))
@@ -238,14 +292,19 @@ def test_the_microbatches_of_a_rank_are_even_where_there_is_room(
             assert not loads or loads[0] - loads[-1] <= largest
 
 
-@given(steps(), st.integers(1, 5), WEIGHTS)
+@given(st.one_of(steps(), comparisons()), st.integers(1, 5), WEIGHTS)
 def test_the_plan_is_a_function_of_its_arguments(step: Step, num_ranks: int, weight: float) -> None:
     arguments = {"num_ranks": num_ranks, "max_tokens": 300, "attention_weight": weight}
     rows = step.rows
-    narrow = RowCosts(rows.tokens.astype(np.int32), rows.attention.astype(np.int32), rows.prefix_keys)
-    assert rows.prefix_keys is not None
+    told = step.shared
+    narrow = RowCosts(rows.tokens.astype(np.int32), rows.attention.astype(np.int32), told)
     # Other hashes, one to one and 0 for 0: what counts is which keys are equal.
-    other = RowCosts(rows.tokens, rows.attention, rows.prefix_keys * np.uint32(2654435761))
+    hashed = replace(
+        told,
+        prefix_keys=told.prefix_keys * np.uint32(2654435761),
+        text_keys=told.text_keys * np.uint64(0x9E3779B97F4A7C15),
+    )
+    other = RowCosts(rows.tokens, rows.attention, hashed)
     plans = plan_step(rows, **arguments)
     assert plans == plan_step(rows, **arguments)
     assert plans == plan_step(narrow, **arguments)
@@ -258,7 +317,11 @@ def keys_of(beginnings: list[list[int]]) -> npt.NDArray[np.uint32]:
 
 
 def costs_of(tokens: list[int], beginnings: list[list[int]]) -> RowCosts:
-    return RowCosts(alone(tokens).tokens, alone(tokens).attention, keys_of(beginnings))
+    """Rows of one text each, all of them different."""
+    texts, places = np.arange(len(tokens), dtype=np.uint64), np.arange(len(tokens) + 1)
+    lengths = np.asarray(tokens)
+    shared = SharedTexts(places, lengths, texts, lengths, keys_of(beginnings))
+    return RowCosts(alone(tokens).tokens, alone(tokens).attention, shared)
 
 
 def test_pairs_of_one_prompt_meet_and_the_budget_counts_their_prompt_once() -> None:
@@ -285,11 +348,19 @@ def test_a_group_too_large_for_the_budget_is_cut_where_its_beginnings_branch() -
     assert sorted(part.rows for part in plan) == [(0, 2, 4), (1, 3, 5)]
 
 
+def test_microbatches_are_even_unless_that_computes_much_more() -> None:
+    """16 tokens in common make 284 and 180 of what could be 240 twice; of ten times as many they do not."""
+    for times, expected in ((1, [(0, 1), (2, 3)]), (10, [(0, 2), (1, 3)])):
+        rows = costs_of([150 * times, 150 * times, 90 * times, 90 * times], [[1], [1], [], []])
+        (plan,) = plan_step(rows, num_ranks=1, max_tokens=300 * times)
+        assert [part.rows for part in plan] == expected
+
+
 def test_a_short_beginning_does_not_keep_rows_together() -> None:
-    """16 tokens of 100 would make 184 and 120 of what can be 160 and 160."""
-    rows = costs_of([100, 100, 60, 60], [[1], [1], [], []])
-    (plan,) = plan_step(rows, num_ranks=1, max_tokens=200)
-    assert [part.rows for part in plan] == [(0, 2), (1, 3)]
+    """16 tokens of 150: ranks of 240 each, not of 284 and 180."""
+    rows = costs_of([150, 150, 90, 90], [[1], [1], [], []])
+    plans = plan_step(rows, num_ranks=2, max_tokens=1000)
+    assert [plan[0].rows for plan in plans] == [(0, 2), (1, 3)]
 
 
 def test_a_group_is_cut_as_fine_as_balance_asks() -> None:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrm.data.prefix_keys import BOUNDARIES, prefix_keys
+from rayrm.data.prefix_keys import BOUNDARIES, prefix_keys, text_key
 
 Ids = npt.NDArray[np.int32]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -71,3 +71,16 @@ def test_a_hash_that_comes_out_as_zero_is_not_taken_for_a_short_beginning() -> N
     ids = np.append(head, np.array([last], dtype="<u4").view("<i4"))
     assert zlib.crc32(ids.tobytes()) == 0
     assert prefix_keys(ids, 16)[0] == 1
+
+
+@given(SEEDS, st.integers(1, 300), st.sampled_from([np.int64, np.uint32]), st.data())
+def test_a_text_has_the_key_of_its_ids_and_no_other_text_has_it(
+    seed: int, length: int, kind: type[np.integer], data: st.DataObject
+) -> None:
+    ids = drawn(seed, length)
+    assert text_key(ids) == text_key(ids.astype(kind)) == text_key(np.repeat(ids, 2)[::2])
+    other = ids.copy()
+    other[data.draw(st.integers(0, length - 1))] += 1
+    # 64 bits: two of them are equal by chance once in 1e19 draws.
+    assert text_key(ids) != text_key(other)
+    assert text_key(ids) != text_key(ids[:-1])

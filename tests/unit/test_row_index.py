@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrm.data.blocks import index_of, table_of_rows
-from rayrm.data.prefix_keys import prefix_keys
+from rayrm.data.prefix_keys import prefix_keys, text_key
 from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
 
@@ -36,6 +36,7 @@ def assert_is_of(index: RowIndex, rows: list[TokenizedRow]) -> None:
     assert index.ranks.tolist() == [rank for row in rows for rank in row.ranks]
     keys = [prefix_keys(row.ids, row.prefix_length).tolist() for row in rows]
     assert index.prefix_keys.tolist() == keys
+    assert index.text_keys.tolist() == [text_key(ids) for row in rows for ids in row.sequences]
 
 
 @given(ROWS)
@@ -82,11 +83,11 @@ def test_a_row_costs_its_tokens_and_the_keys_that_each_of_them_sees(rows: list[T
         strict=True,
     ):
         assert whole == sum(row.lengths)
-        assert shared == len(row.ids)
+        beginnings = {tuple(ids[:end]) for ids in row.sequences for end in range(1, len(ids) + 1)}
+        assert shared == len(beginnings)
         # A token at position p sees p + 1 keys, itself included.
         assert pairs == sum(position + 1 for length in row.lengths for position in range(length))
-        prefix = sum(position + 1 for position in range(row.prefix_length))
-        assert shared_pairs == pairs - (len(row.lengths) - 1) * prefix
+        assert shared_pairs == sum(map(len, beginnings))
 
 
 @given(ROWS)
@@ -96,8 +97,12 @@ def test_a_plan_is_told_of_common_beginnings_only_where_they_are_shared(rows: li
         costs = index.costs(share=share)
         assert costs.tokens.tolist() == index.tokens(share=share).tolist()
         assert costs.attention.tolist() == index.attention(share=share).tolist()
-    assert index.costs(share=True).prefix_keys is index.prefix_keys
-    assert index.costs(share=False).prefix_keys is None
+    told = index.costs(share=True).shared
+    assert told is not None
+    assert told.prefix_keys is index.prefix_keys
+    assert told.text_keys is index.text_keys
+    assert told.lengths is index.lengths
+    assert index.costs(share=False).shared is None
 
 
 @given(ROWS)
@@ -106,4 +111,4 @@ def test_padded_rows_count_each_completion_as_the_longest(rows: list[TokenizedRo
     assert costs.padded is not None
     assert costs.padded.tolist() == [[len(row.lengths), max(row.lengths)] for row in rows]
     assert costs.tokens.tolist() == [len(row.lengths) * max(row.lengths) for row in rows]
-    assert costs.prefix_keys is None
+    assert costs.shared is None
