@@ -226,20 +226,24 @@ class ModelCost:
 
     def training(self, batches: Sequence[PackedBatch], distinct_tokens: int) -> float:
         """FLOPs of the definition: every distinct token through every weight, attention as computed."""
-        pairs = sum(int((batch.positions + 1).sum()) for batch in batches)
-        return 6.0 * self.weights * distinct_tokens + 12.0 * self.num_layers * self.channels * pairs
+        attention = sum(self._attention(batch) for batch in batches)
+        return 6.0 * self.weights * distinct_tokens + attention
 
     def executed(self, batches: Sequence[PackedBatch]) -> float:
         """FLOPs really done where the last layer computes queries, output and MLP of pooled tokens alone."""
         total = 0.0
         for batch in batches:
-            depths = batch.positions + 1
             every = self.weights - self.last_layer + self.last_keys
             total += (6.0 * every + 2.0 * self.last_queries) * batch.num_tokens
             total += 6.0 * (self.last_layer - self.last_keys) * batch.num_scores
-            seen = (self.num_layers - 1) * int(depths.sum()) + int(depths[batch.pooled].sum())
-            total += 12.0 * self.channels * seen
+            total += self._attention(batch)
         return total
+
+    def _attention(self, batch: PackedBatch) -> float:
+        """A token sees all before it and itself; in the last layer the pooled ones alone ask."""
+        depths = batch.positions + 1
+        seen = (self.num_layers - 1) * int(depths.sum()) + int(depths[batch.pooled].sum())
+        return 12.0 * self.channels * seen
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from rayrm import RewardConfig
 from rayrm.data.blocks import index_of, table_of_rows
 from rayrm.data.packing import PackedBatch, pack_rows
 from rayrm.data.planning import plan_step
+from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.model.attention import AttentionPath
 from rayrm.model.attention_path import choose_path
@@ -97,9 +98,13 @@ class OurStep:
         self._pad_token_id = tokenizer.pad_token_id
         self._initial = {name: value.clone() for name, value in self._model.state_dict().items()}
 
-    def prepare(self, rows: Sequence[TokenizedRow]) -> list[PackedBatch]:
+    def index(self, rows: Sequence[TokenizedRow]) -> RowIndex:
+        """What tokenization leaves for the plan."""
+        return index_of(table_of_rows(rows)).rows
+
+    def prepare(self, rows: Sequence[TokenizedRow], index: RowIndex) -> list[PackedBatch]:
         """A step's rows as micro-batches."""
-        costs = index_of(table_of_rows(rows)).rows.costs(share=self._share)
+        costs = index.costs(share=self._share)
         (plan,) = plan_step(costs, num_ranks=1, max_tokens=self._arguments.max_tokens)
         return [
             pack_rows(
@@ -132,9 +137,10 @@ class OurStep:
         )
         engine.train(True)
         watch, timed = Stopwatch(self._device), []
-        for rows in steps:
+        indexed = [(rows, self.index(rows)) for rows in steps]
+        for rows, index in indexed:
             watch.start()
-            totals = train_step(engine, self.prepare(rows), len(rows))
+            totals = train_step(engine, self.prepare(rows, index), len(rows))
             seconds = watch.stop()
             timed.append(TimedStep(seconds, float(totals.sums[0]), float(totals.grad_norm)))
         engine.release()

@@ -151,7 +151,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             f"ratio {fast / slow:.2f}, matmul peak {ours.turns[-1].peak_flops / 1e9:.0f} GFLOP/s",
             flush=True,
         )
-    prepared = [counted.prepare(step) for step in steps]
+    prepared = [counted.prepare(step, counted.index(step)) for step in steps]
     result = compare(arguments, *([turn.steps for turn in side.turns] for side in sides))
     result["attn"] = counted.path
     result["tokens"] = count_tokens(rows, steps, prepared)
