@@ -22,7 +22,7 @@ Invariants, each a test:
 6. A request is answered once, with its scores in its own order, when its last text is done.
 
 The cost of a batch is the number of tokens the model computes: shared beginnings once (`shared`), every text
-in full (`packed`), or every text as long as the longest (`padded`). Planning costs about 40 us a text.
+in full (`packed`), or every text as long as the longest (`padded`). Planning costs about 0.1 ms a text.
 """
 
 from __future__ import annotations
