@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rayrm.model.attention import Attention, Dense
+from rayrm.model.replaced_forward import replace_forward
 
 # What decoders hand their layers for each token; [1, T, ...] tensors, or tuples of them.
 _BY_TOKEN = ("position_embeddings", "position_ids", "cache_position")
@@ -88,12 +89,13 @@ def pool_last_layer(decoder: torch.nn.Module) -> Callable[[], None]:
         }
         return whole(hidden_states[:, rows], forest=queries, **at_rows)
 
+    restore = replace_forward(layer, forward)
+
     def undo() -> None:
-        del layer.forward  # the class's own again
+        restore()
         if checkpointed is not None:
             layer.gradient_checkpointing = checkpointed
 
-    layer.forward = forward
     if checkpointed is not None:
         layer.gradient_checkpointing = False
     return undo
