@@ -48,7 +48,7 @@ from rayrm.model.forward import DeviceBatch, PackedScorer, to_device
 from rayrm.model.last_layer import PooledAttention
 from rayrm.model.layout import Layout, choose_layout, disable_dropout
 from rayrm.model.varlen import Varlen
-from tests.numerics.test_attention import SHAPE, TREES
+from tests.numerics.test_attention import SHAPE, TREES, ids
 from tests.numerics.test_attention_paths import documented_varlen
 
 CPU = torch.device("cpu")
@@ -131,7 +131,26 @@ PADDED: dict[str, tuple[PreTrainedConfig, str]] = {
     "bert": (BertConfig(**BERT_SHAPE), "Bert"),
     "modernbert": (ModernBertConfig(**BERT_SHAPE, cls_token_id=1, sep_token_id=2), "ModernBert"),
 }
-CONFIGS = SHARED | {family: config for family, (config, _) in PADDED.items()}
+REACH = 8
+"""Shorter than some rows and longer than others."""
+SCALING: dict[str, PreTrainedConfig] = {
+    "phi3_longrope": Phi3Config(
+        **SHAPE,
+        sliding_window=None,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+        },
+        original_max_position_embeddings=REACH,
+    ),
+    "llama_dynamic_rope_beyond_its_positions": LlamaConfig(
+        **{**SHAPE, "max_position_embeddings": REACH},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    ),
+}
+CONFIGS = SHARED | {family: config for family, (config, _) in PADDED.items()} | SCALING
 GPU_FAMILIES = ["llama", "qwen2", "qwen3", "gpt_neox", "gemma3_windows_as_long_as_the_rows"]
 Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
@@ -160,10 +179,10 @@ def outcome(model: PreTrainedModel, scores: torch.Tensor) -> Outcome:
 def stock_padded(family: str) -> Outcome:
     model = model_of(family)
     rows = [torch.as_tensor(row).long() for row in ROWS]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
     lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return outcome(model, model(input_ids=ids, attention_mask=mask).logits[:, 0])
+    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+    return outcome(model, model(input_ids=padded, attention_mask=mask).logits[:, 0])
 
 
 def stock_alone(family: str) -> Outcome:
@@ -221,6 +240,48 @@ def test_a_family_that_cannot_share_gives_the_stock_scores_and_gradients_padded(
     found = ours(family, layout, "loop")
     assert_equal(found, stock_padded(family))
     assert_equal(found, stock_alone(family))
+
+
+@pytest.mark.parametrize("num_together", [1, 2, 3, len(ROWS)])
+@pytest.mark.parametrize("family", SCALING)
+def test_where_positions_scale_a_row_is_computed_as_alone_whatever_the_budget(
+    family: str, num_together: int
+) -> None:
+    rows = [*ROWS, ids(REACH), ids(3 * REACH), ids(REACH + 1), ids(REACH)]
+    weights = torch.linspace(-1, 2, len(rows))
+    alone, gradients = [], {}
+    for row, weight in zip(rows, weights, strict=True):
+        # A model of its own: transformers' "dynamic" remembers the longest row that it has seen.
+        fresh = model_of(family)
+        score = fresh(input_ids=torch.as_tensor(row)[None].long()).logits[0, 0]
+        (weight * score).backward()
+        alone.append(score.detach())
+        for name, parameter in fresh.named_parameters():
+            gradients[name] = gradients.get(name, 0) + parameter.grad
+    layout = choose_layout(model_of(family), longest=3 * REACH)
+    assert "scales with the longest position" in layout.reason
+    model = model_of(family)
+    scorer = PackedScorer(model, layout, pad_to_multiple_of=32)
+    batches = [rows[first : first + num_together] for first in range(0, len(rows), num_together)]
+    scores = [scorer(to_device(pack_texts(batch, 0, share=False), CPU, None)) for batch in batches]
+    assert_equal(outcome(model, torch.cat(scores)), (torch.stack(alone), gradients))
+
+
+@pytest.mark.parametrize("family", SCALING)
+def test_rows_within_the_limit_share_also_after_longer_ones(family: str) -> None:
+    layout = choose_layout(model_of(family), longest=REACH)
+    assert layout == Layout("shared")
+    rows = [row[:REACH] for row in ROWS]
+    batch = pack_texts(rows, 0)
+    model = model_of(family).eval()
+    with torch.no_grad():
+        wanted = [model(input_ids=torch.as_tensor(row)[None].long()).logits[0, 0] for row in rows]
+        model(input_ids=torch.as_tensor(ids(3 * REACH))[None].long())
+        scorer = PackedScorer(model, layout)
+        # The same float32 sums in another order, over two layers.
+        torch.testing.assert_close(
+            scorer(to_device(batch, CPU, scorer.path)), torch.stack(wanted), rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("family", ["mistral_window", "bert"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, DeepseekV3Config, MistralConfig
+from transformers import AutoModelForSequenceClassification, DeepseekV3Config, MistralConfig, PreTrainedModel
 
 from rayrm.config import RewardConfig
 from rayrm.data.ingest import TokenizedSet
@@ -118,12 +118,23 @@ def test_evaluating_names_its_path_once(caplog: pytest.LogCaptureFixture) -> Non
     assert lines(caplog) == [CHOSEN]
 
 
+def windowed(window: int) -> PreTrainedModel:
+    fields = tiny_llama_config().to_dict() | {"sliding_window": window, "model_type": "mistral"}
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(MistralConfig(**fields))
+    return model
+
+
 def test_the_padded_layout_has_no_path_to_name(caplog: pytest.LogCaptureFixture) -> None:
     rows = TokenizedSet.from_rows(tokenized(4))
-    model = AutoModelForSequenceClassification.from_config(
-        MistralConfig(**tiny_llama_config().to_dict() | {"sliding_window": 4, "model_type": "mistral"})
-    )
     with caplog.at_level(logging.INFO, logger="rayrm"):
-        score_model(model, rows, RewardConfig(bf16=False, use_cpu=True))
+        score_model(windowed(4), rows, RewardConfig(bf16=False, use_cpu=True))
     assert not lines(caplog)
     assert [line for line in caplog.messages if line.startswith("layout: rows are padded")]
+
+
+def test_evaluating_rows_within_the_window_pads_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    rows = TokenizedSet.from_rows(tokenized(4))
+    model = windowed(int(rows.index.lengths.max()))
+    with caplog.at_level(logging.INFO, logger="rayrm"):
+        score_model(model, rows, RewardConfig(bf16=False, use_cpu=True))
+    assert lines(caplog) == [CHOSEN]

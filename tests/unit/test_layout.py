@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -34,7 +36,10 @@ from transformers import (
     Starcoder2Config,
 )
 
-from rayrm.model.layout import Layout, active_dropout, choose_layout, disable_dropout
+from rayrm.data.packing import pack_texts
+from rayrm.errors import ConfigError
+from rayrm.model.forward import PackedScorer, to_device
+from rayrm.model.layout import Layout, active_dropout, choose_layout, disable_dropout, plain_reach
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 60,
@@ -163,6 +168,48 @@ def test_a_rope_that_scales_is_plain_up_to_its_limit(config: Any, kind: str, lim
     layout = choose_layout(model, longest=limit + 1)
     assert layout.name == "padded"
     assert f"rope of type {kind}" in layout.reason
+
+
+@pytest.mark.parametrize(
+    ("config", "reach"),
+    [
+        (PADDED["mistral"][0], 16),
+        (PADDED["gemma3"][0], 16),
+        (LONG_PHI3, 32),
+        (SHARED["dynamic_rope_within_its_positions"], 128),
+        (SHARED["llama"], None),
+        (SHARED["mistral_without_window"], None),
+        (SHARED["qwen2"], None),
+    ],
+)
+def test_up_to_its_reach_a_model_shares(config: Any, reach: int | None) -> None:
+    model = model_of(config)
+    assert plain_reach(model) == reach
+    if reach is not None:
+        assert choose_layout(model, longest=reach).name == "shared"
+        assert choose_layout(model, longest=reach + 1).name == "padded"
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("length", [32, 33])
+def test_sharded_weights_refuse_rows_whose_number_of_forwards_differs_between_workers(
+    num_workers: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(LONG_PHI3)
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # type: ignore[attr-defined]  # as ZeRO-3 marks what it has taken
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: num_workers)
+    scorer = PackedScorer(model, choose_layout(model, longest=length))
+    rows = pack_texts([np.full(length, 5, np.int32), np.full(3, 6, np.int32)], 0, share=False)
+    batch = to_device(rows, torch.device("cpu"), None)
+    if num_workers > 1 and length > 32:
+        with pytest.raises(
+            ConfigError, match=r"`zero_stage` \(3\) on 2 workers.*above 32 tokens.*max_length"
+        ):
+            scorer(batch)
+    else:
+        assert scorer(batch).shape == (2,)
 
 
 def test_looking_at_a_model_changes_nothing() -> None:
