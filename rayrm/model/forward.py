@@ -1,7 +1,7 @@
 """Packed arrays -> scores: the one `nn.Module` that every engine wraps and every caller calls.
 
 Shapes: T packed tokens, N scores, C comparisons. The stock forward (`padded`) and the packed ones give the
-same scores; the head's product is in float32 whatever the autocast.
+same scores; the head's product is in its weights' precision whatever the autocast.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rayrm.model.attention import (
     enable_forest_attention,
     restore_attention,
 )
+from rayrm.model.head import exact_head
 from rayrm.model.last_layer import PooledAttention, pool_last_layer
 from rayrm.model.layout import Layout, unwrapped
 from rayrm.model.rms_norm import block_norms
@@ -79,9 +80,9 @@ def to_device(batch: PackedBatch, device: torch.device, path: AttentionPath | No
 class PackedScorer(torch.nn.Module):
     """A sequence-classification model with one label that takes packed batches.
 
-    `model` is a transformers model or a PEFT wrapper around one. While it is wrapped its attention, its last
-    layer and, on a CPU, its norms and rotations compute by our code; `release()` gives it back as it was. A
-    batch without a plan of attention is padded whatever the layout: it may hold rows too long to be shared.
+    `model` is a transformers model or a PEFT wrapper around one. While it is wrapped its head, its attention,
+    its last layer and, on a CPU, its norms and rotations compute by our code; `release()` gives it back as it
+    was. A batch without a plan of attention is padded whatever the layout: its rows may be too long to share.
     `path` computes the attention of packed batches (None with the padded layout). `pooled_last_layer=False`
     computes the last layer for every token.
     """
@@ -106,6 +107,7 @@ class PackedScorer(torch.nn.Module):
         self._rope = ScalingRope.of(unwrapped(model).config.get_text_config())
         self._options = {"use_cache": False} if takes_cache else {}
         self._undo = contextlib.ExitStack()
+        self._undo.callback(exact_head(model))
         self._undo.callback(block_norms(model))
         self._undo.callback(fuse_rope(model))
         if self.path is not None:
@@ -140,8 +142,7 @@ class PackedScorer(torch.nn.Module):
         ).last_hidden_state[0]
         if not self._pools_last_layer:
             hidden = hidden[batch.pooled]
-        with torch.autocast(hidden.device.type, enabled=False):
-            scores: torch.Tensor = inner.score(hidden.to(inner.score.weight.dtype))
+        scores: torch.Tensor = inner.score(hidden)
         return scores[:, 0].float()
 
     def _forward_padded(self, batch: DeviceBatch) -> torch.Tensor:

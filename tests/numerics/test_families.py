@@ -37,6 +37,7 @@ from transformers import (
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
+    RobertaConfig,
     SmolLM3Config,
 )
 
@@ -46,7 +47,7 @@ from rayrm.model.attention_path import choose_path, gpu_path
 from rayrm.model.cost import head_sizes
 from rayrm.model.forward import DeviceBatch, PackedScorer, to_device
 from rayrm.model.last_layer import PooledAttention
-from rayrm.model.layout import Layout, choose_layout, disable_dropout
+from rayrm.model.layout import Layout, LayoutName, choose_layout, disable_dropout
 from rayrm.model.varlen import Varlen
 from tests.numerics.test_attention import SHAPE, TREES, ids
 from tests.numerics.test_attention_paths import documented_varlen
@@ -307,6 +308,42 @@ def test_under_autocast_a_path_computes_in_half_precision(path: AttentionPath) -
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=2e-2)
     for name, gradient in wanted[1].items():
         assert float((found[1][name] - gradient).norm()) <= 5e-2 * float(gradient.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "layout"),
+    [
+        ("llama", "score", "packed"),
+        ("llama", "score", "padded"),
+        ("gpt_neox", "score", "packed"),
+        ("gpt2", "score", "padded"),
+        ("mistral_window", "score", "padded"),
+        ("bert", "classifier", "padded"),
+        ("roberta", "classifier.out_proj", "padded"),
+        ("modernbert", "classifier", "padded"),
+    ],
+)
+def test_under_autocast_the_heads_product_is_in_float32(
+    family: str, head: str, layout: LayoutName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIGS, "roberta", RobertaConfig(**BERT_SHAPE))
+    model = model_of(family).eval()
+    scorer = PackedScorer(model, Layout(layout))
+    layer = model.get_submodule(head)
+    seen: list[torch.Tensor] = []
+    # What comes in may be in bf16: its product is not.
+    layer.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    batch = to_device(pack_texts(ROWS, 0, share=False), CPU, scorer.path)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores = scorer(batch)
+    with torch.no_grad():
+        product = torch.nn.functional.linear(seen[0].float(), layer.weight, layer.bias)
+    # Those of all tokens, where the head comes before pooling: each score is one of them.
+    nearest = (product.reshape(-1, 1) - scores).abs().min(dim=0).values
+    assert scores.dtype == torch.float32
+    assert float(nearest.max()) <= 1e-6  # the same float32 sum, at most in another order
+    assert not torch.equal(scores, scores.bfloat16().float())
+    assert "forward" not in vars(scorer.release().get_submodule(head))
 
 
 def wide_heads(config: PreTrainedConfig) -> PreTrainedConfig:
