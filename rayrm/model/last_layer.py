@@ -33,10 +33,15 @@ class PooledAttention:
     at_pooled: Dense
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """As the attention of all tokens: every layer but the last asks for it."""
-        return self.all_tokens.attend(query, key, value, scaling)
+        return self.all_tokens.attend(query, key, value, scaling, softcap)
 
 
 class _KeysKnown(Exception):
@@ -48,7 +53,12 @@ class _KeysKnown(Exception):
 
 class _StopAtKeys:
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         raise _KeysKnown(key, value)
 
@@ -62,9 +72,14 @@ class _PooledQueries:
     attention: Dense
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        return self.attention.attend(query, self.key, self.value, scaling)
+        return self.attention.attend(query, self.key, self.value, scaling, softcap)
 
 
 def pool_last_layer(decoder: torch.nn.Module) -> Callable[[], None]:

@@ -1,8 +1,8 @@
 """How a model may compute a batch: prefixes shared, padding-free, or padded; and why not better.
 
-Sharing needs a causal decoder with plain softmax attention whose result for a token depends on that token's
-own ancestors and positions alone. What a model cannot do is read off its class, its config and one forward
-over two tokens, and said once.
+Sharing needs a causal decoder with plain or soft-capped attention whose result for a token depends on that
+token's own ancestors and positions alone. What a model cannot do is read off its class, its config and one
+forward over two tokens, and said once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from transformers import GPTNeoXForSequenceClassification, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from rayrm.model.attention_probe import attention_obstacle
+from rayrm.model.attention_probe import attention_obstacle, softcap_of
 from rayrm.model.scaling_rope import ScalingRope
 
 LayoutName = Literal["shared", "packed", "padded"]
@@ -128,8 +128,10 @@ def _obstacle(inner: PreTrainedModel, longest: int | None) -> str:
         return f"{type(inner.base_model).__name__} is more than a decoder"
     if not getattr(inner, "_supports_attention_backend", False):
         return f"{type(inner).__name__} does not take its attention from transformers' attention interface"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "attention logits are soft-capped (`attn_logit_softcapping`)"
+    if softcap_of(config) is not None and inner.config._attn_implementation == "sdpa":
+        return (
+            "attention logits are soft-capped (`attn_logit_softcapping`), and the model was loaded with sdpa"
+        )
     if getattr(config, "use_bidirectional_attention", False):
         return "attention is bidirectional"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -44,6 +44,7 @@ from transformers import (
 from rayrm.data.packing import pack_texts
 from rayrm.model.attention import AttentionPath
 from rayrm.model.attention_path import choose_path, gpu_path
+from rayrm.model.attention_probe import softcap_of
 from rayrm.model.cost import head_sizes
 from rayrm.model.forward import DeviceBatch, PackedScorer, to_device
 from rayrm.model.last_layer import PooledAttention
@@ -58,6 +59,8 @@ LONGEST = max(len(row) for row in ROWS)
 HEADS = {**SHAPE, "head_dim": 8}
 WINDOW = LONGEST - 3
 BERT_SHAPE = {name: SHAPE[name] for name in SHAPE if name != "num_key_value_heads"}
+CAPPED = {"attn_logit_softcapping": 0.1, "query_pre_attn_scalar": 1}
+"""As near to the logits of a tiny model as 50 is to those of Gemma-2."""
 LATENT = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -84,6 +87,7 @@ SHARED: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**HEADS),
     "mistral": MistralConfig(**SHAPE, sliding_window=None),
     "mistral_window_as_long_as_the_rows": MistralConfig(**SHAPE, sliding_window=LONGEST),
+    "gemma2": Gemma2Config(**HEADS, sliding_window=LONGEST, **CAPPED),
     "gemma2_without_soft_cap": Gemma2Config(**HEADS, attn_logit_softcapping=None, sliding_window=LONGEST),
     "gemma3_windows_as_long_as_the_rows": Gemma3TextConfig(**HEADS, sliding_window=LONGEST),
     "gpt_neox": GPTNeoXConfig(**SHAPE),
@@ -101,7 +105,7 @@ PADDED: dict[str, tuple[PreTrainedConfig, str]] = {
         Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
         "sliding window",
     ),
-    "gemma2": (Gemma2Config(**HEADS, sliding_window=128), "soft-capped"),
+    "gemma2_window": (Gemma2Config(**HEADS, sliding_window=WINDOW), "sliding window"),
     "gemma3_window": (Gemma3TextConfig(**HEADS, sliding_window=WINDOW), "sliding window"),
     "gpt_oss": (GptOssConfig(**HEADS, num_local_experts=4), "attention sinks"),
     "minimax": (
@@ -152,7 +156,17 @@ SCALING: dict[str, PreTrainedConfig] = {
     ),
 }
 CONFIGS = SHARED | {family: config for family, (config, _) in PADDED.items()} | SCALING
-GPU_FAMILIES = ["llama", "qwen2", "qwen3", "gpt_neox", "gemma3_windows_as_long_as_the_rows"]
+CHECKPOINTED = ["llama", "gpt_neox", "gemma2", "gemma3_windows_as_long_as_the_rows"]
+GPU_FAMILIES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "mistral_window_as_long_as_the_rows",
+    "gemma2",
+    "gemma3_windows_as_long_as_the_rows",
+    "gpt_neox",
+]
 Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
@@ -192,8 +206,10 @@ def stock_alone(family: str) -> Outcome:
     return outcome(model, torch.cat(logits))
 
 
-def ours(family: str, layout: Layout, path: AttentionPath) -> Outcome:
-    model = model_of(family)
+def ours(
+    family: str, layout: Layout, path: AttentionPath, *, model: PreTrainedModel | None = None
+) -> Outcome:
+    model = model_of(family) if model is None else model
     scorer = PackedScorer(model, layout, path="loop" if path == "varlen" else path)
     batch = pack_texts(ROWS, 0, share=layout.name == "shared")
     device_batch: DeviceBatch = to_device(batch, CPU, scorer.path)
@@ -217,6 +233,7 @@ def assert_equal(found: Outcome, wanted: Outcome) -> None:
 
 
 def paths_of(family: str) -> list[AttentionPath]:
+    """The paths that a device may choose for the family, and the definition."""
     paths: list[AttentionPath] = ["dense", "loop"]
     chosen = choose_path(model_of(family), CPU).name
     return [*paths, "varlen", "tiled"] if chosen == "tiled" else paths
@@ -231,6 +248,30 @@ def test_a_family_that_shares_gives_the_stock_scores_and_gradients_on_each_path(
     for path in paths_of(family):
         assert_equal(ours(family, layout, path), wanted)
         assert_equal(ours(family, Layout("packed"), path), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("family", SHARED)
+def test_flex_gives_each_family_the_stock_scores(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It has no backward on a CPU.
+    model = model_of(family)
+    scorer = PackedScorer(model, Layout("shared"), path="flex")
+    with torch.no_grad():
+        found = scorer(to_device(pack_texts(ROWS, 0), CPU, "flex"))
+    # The same float32 sums in another order, over two layers.
+    torch.testing.assert_close(found, stock_padded(family)[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", CHECKPOINTED)
+def test_recomputed_layers_give_the_stock_scores_and_gradients(family: str, reentrant: bool) -> None:
+    """Attention is looked up again in backward: with the forest, the cap and the pooled last layer."""
+    wanted = stock_padded(family)
+    for path in paths_of(family):
+        model = model_of(family)
+        model.config.use_cache = False
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert_equal(ours(family, Layout("shared"), path, model=model), wanted)
 
 
 @pytest.mark.parametrize("family", PADDED)
@@ -294,16 +335,47 @@ def test_the_padded_forward_keeps_no_keys_for_later(family: str) -> None:
     assert kept == [None]
 
 
-def test_only_latent_attention_leaves_the_tiles_of_the_cpu() -> None:
-    assert [family for family in SHARED if "tiled" not in paths_of(family)] == ["deepseek_v3"]
+def test_only_latent_attention_and_soft_caps_leave_the_tiles_of_the_cpu() -> None:
+    assert [family for family in SHARED if "tiled" not in paths_of(family)] == ["gemma2", "deepseek_v3"]
 
 
-@pytest.mark.parametrize("path", ["dense", "loop", "tiled", "varlen"])
-def test_under_autocast_a_path_computes_in_half_precision(path: AttentionPath) -> None:
+def test_the_soft_cap_of_the_tests_is_felt(monkeypatch: pytest.MonkeyPatch) -> None:
+    capped = stock_padded("gemma2")
+    monkeypatch.setitem(CONFIGS, "gemma2", copy.deepcopy(CONFIGS["gemma2"]))
+    CONFIGS["gemma2"].attn_logit_softcapping = None
+    plain = stock_padded("gemma2")
+    # A hundred times what the comparisons with the stock forward let pass.
+    assert float((capped[0] - plain[0]).norm()) > 1e-2 * float(plain[0].norm())
+
+
+@pytest.mark.parametrize("window", [LONGEST, WINDOW])
+def test_a_soft_capped_model_pads_the_texts_that_do_not_share(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its attention is ours then too, and knows the cap, the padding and the window."""
+    config = Gemma2Config(**HEADS, sliding_window=window, **CAPPED)
+    monkeypatch.setitem(CONFIGS, "gemma2", config)
+    model = model_of("gemma2")
+    scorer = PackedScorer(model, Layout("shared"))
+    assert model.config._attn_implementation != "eager"
+    batch = to_device(pack_texts(ROWS, 0, share=False), CPU, None)
+    assert_equal(outcome(model, scorer(batch)), stock_padded("gemma2"))
+    assert scorer.release().config._attn_implementation == "eager"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        *(("llama", path) for path in ("dense", "loop", "tiled", "varlen")),
+        ("gemma2", "dense"),
+        ("gemma2", "loop"),
+    ],
+)
+def test_under_autocast_a_path_computes_in_half_precision(family: str, path: AttentionPath) -> None:
     """Rotary positions leave queries and keys in float32 there, values in bf16: kernels want one dtype."""
     with torch.autocast("cpu", torch.bfloat16):
-        found = ours("llama", Layout("shared"), path)
-    wanted = stock_padded("llama")
+        found = ours(family, Layout("shared"), path)
+    wanted = stock_padded(family)
     # bf16 keeps 8 bits.
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=2e-2)
     for name, gradient in wanted[1].items():
@@ -360,17 +432,20 @@ def test_the_families_for_a_gpu_have_heads_that_its_kernels_take(
     monkeypatch.setitem(CONFIGS, family, wide_heads(CONFIGS[family]))
     sizes = head_sizes(CONFIGS[family])
     assert gpu_path(torch.bfloat16, sizes, capability=(8, 0), flash=False).name == "flex"
-    assert_equal(ours(family, Layout("shared"), "varlen"), stock_padded(family))
+    path: AttentionPath = "loop" if "tiled" not in paths_of(family) else "varlen"
+    assert_equal(ours(family, Layout("shared"), path), stock_padded(family))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["varlen", "flex"])
+@pytest.mark.parametrize("path", ["varlen", "flex", "loop"])
 @pytest.mark.parametrize("family", GPU_FAMILIES)
 def test_on_a_gpu_a_path_gives_the_stock_scores_and_gradients(
     family: str, path: AttentionPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cuda")
     monkeypatch.setitem(CONFIGS, family, wide_heads(CONFIGS[family]))
+    if path == "varlen" and softcap_of(CONFIGS[family]) is not None:
+        pytest.skip("the kernel has no soft cap")
     model = model_of(family).to(device)
     scorer = PackedScorer(model, Layout("shared"), path=path)
     with torch.autocast("cuda", torch.bfloat16):

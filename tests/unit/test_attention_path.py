@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, DeepseekV3Config, MistralConfig, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    DeepseekV3Config,
+    Gemma2Config,
+    MistralConfig,
+    PreTrainedModel,
+)
 
 from rayrm.config import RewardConfig
 from rayrm.data.ingest import TokenizedSet
@@ -68,6 +74,18 @@ def test_heads_that_the_flash_kernel_does_not_take_go_to_flex(sizes: tuple[int, 
 def test_heads_that_no_kernel_takes_go_to_the_loop(sizes: tuple[int, int] | None) -> None:
     path = gpu_path(torch.bfloat16, sizes, capability=AMPERE, flash=True)
     assert str(path).endswith("loop (the flash kernels do not take its heads, FlexAttention neither)")
+
+
+def test_soft_capped_logits_go_where_they_can_be_capped() -> None:
+    path = gpu_path(torch.bfloat16, (64, 64), capability=AMPERE, flash=True, capped=True)
+    assert str(path) == "attention path: flex (the flash kernels have no soft cap)"
+    assert gpu_path(torch.bfloat16, (8, 8), capability=AMPERE, flash=True, capped=True).name == "loop"
+    assert gpu_path(torch.float32, (64, 64), capability=AMPERE, flash=True, capped=True).name == "loop"
+    fields = tiny_llama_config().to_dict() | {"head_dim": 8, "model_type": "gemma2"}
+    model = AutoModelForSequenceClassification.from_config(Gemma2Config(**fields))
+    assert choose_path(model, CPU).name == "loop"
+    model.config.attn_logit_softcapping = None
+    assert choose_path(model, CPU).name == "tiled"
 
 
 def test_a_gpu_without_the_flash_kernel_or_in_full_precision() -> None:

@@ -66,6 +66,7 @@ SHARED = {
     "mistral_window_as_long_as_its_positions": MistralConfig(**SHAPE, sliding_window=128),
     "phi3": Phi3Config(**SHAPE, sliding_window=None),
     "gemma3_window_as_long_as_its_positions": Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=128),
+    "gemma2_with_its_soft_cap": Gemma2Config(**SHAPE, head_dim=8, sliding_window=128),
     "gpt_neox": GPTNeoXConfig(**SHAPE),
     "dynamic_rope_within_its_positions": LlamaConfig(**SHAPE, rope_parameters=DYNAMIC),
 }
@@ -75,7 +76,7 @@ PADDED = {
         Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=16, max_window_layers=1),
         r"sliding window \(16\)",
     ),
-    "gemma2": (Gemma2Config(**SHAPE, head_dim=8, sliding_window=128), "soft-capped"),
+    "gemma2": (Gemma2Config(**SHAPE, head_dim=8, sliding_window=16), r"sliding window \(16\)"),
     "gpt_oss": (GptOssConfig(**SHAPE, head_dim=8, num_local_experts=4), "GptOss.* has attention sinks"),
     "longrope": (LONG_PHI3, "longrope.*longest position"),
     "gemma3": (Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=16), r"sliding window \(16\)"),
@@ -210,6 +211,16 @@ def test_sharded_weights_refuse_rows_whose_number_of_forwards_differs_between_wo
             scorer(batch)
     else:
         assert scorer(batch).shape == (2,)
+
+
+def test_a_soft_cap_that_the_model_was_loaded_without_is_not_computed() -> None:
+    model = model_of(SHARED["gemma2_with_its_soft_cap"])
+    assert model.config._attn_implementation == "eager"
+    model.config._attn_implementation = "sdpa"
+    layout = choose_layout(model)
+    assert layout.name == "padded"
+    assert "soft-capped" in layout.reason
+    assert "sdpa" in layout.reason
 
 
 def test_looking_at_a_model_changes_nothing() -> None:
