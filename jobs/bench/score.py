@@ -53,7 +53,7 @@ from rayrm.data.preference import PreferenceRow, form_of
 from rayrm.data.tokenize import TextForm, TextInput, encode
 from rayrm.model.attention import AttentionPath
 from rayrm.model.reward_model import LoadedModel, position_limit
-from rayrm.serve.scheduler import BatchCost, ScoreQueue
+from rayrm.serve.scheduler import BatchCost
 from rayrm.serve.scorer import RewardModel
 
 # Completions drawn for a prompt, in multiples of the group size, before a prompt too long for most is left.
@@ -153,11 +153,11 @@ def timed(
 
 def computed_tokens(ours: RewardModel, sequences: Sequence[Ids]) -> tuple[int, int]:
     """How many tokens our batches compute, and in how many batches."""
-    queue = ScoreQueue(ours.max_tokens_per_batch, ours.layout)
+    queue = ours.queue()
     queue.add(0, sequences)
     costs = []
     while texts := queue.take():
-        cost = BatchCost(ours.layout)
+        cost = BatchCost(ours.layout, ours.reach)
         for text in texts:
             cost.add(text.ids)
         costs.append(cost.tokens)

@@ -7,8 +7,9 @@ equal it, forward and backward.
 transformers looks the implementation up by name in the model's config at call time, also when gradient
 checkpointing recomputes a layer during backward; so the name stays set for as long as the model trains
 (`enable_forest_attention` at load, `restore_attention` before the model is handed out). A call without a
-`forest` is exactly transformers' own SDPA. The 4D mask that packed calls pass is an empty stand-in: passed
-4D, transformers hands it through untouched instead of building masks of its own.
+`forest` is exactly transformers' own SDPA (its eager attention where logits are soft-capped). The 4D mask
+that packed calls pass is an empty stand-in: passed 4D, transformers hands it through untouched instead of
+building masks of its own.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rayrm.data.packing import Indices, PackedBatch
 from rayrm.model.flex import Flex
-from rayrm.model.segment_loop import SegmentLoop
+from rayrm.model.segment_loop import SegmentLoop, masked_attention
 from rayrm.model.tiled import Tiled
 from rayrm.model.varlen import Varlen
 
@@ -37,9 +37,17 @@ class Attention(Protocol):
     """How the queries of one batch meet their keys. What it needs lives on the batch's device."""
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        """`query` `[1, H, T, D]`, `key` and `value` `[1, K, T, D]` -> `[1, H, T, D]`."""
+        """`query` `[1, H, T, D]`, `key` and `value` `[1, K, T, D]` -> `[1, H, T, D]`.
+
+        `softcap` c: logits x become c tanh(x / c). Only paths that `choose_path` takes for such models do it.
+        """
         ...
 
 
@@ -54,12 +62,14 @@ class Dense:
         return cls(torch.from_numpy(dense_mask(batch)).to(device))
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=self.mask, scale=scaling, enable_gqa=grouped
-        )
+        return masked_attention(query, key, value, self.mask, scaling, softcap)
 
 
 def attention_of(batch: PackedBatch, path: AttentionPath, device: torch.device) -> Attention:
@@ -106,13 +116,19 @@ def forest_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
     forest: Attention | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `query` `[1, H, T, D]`, `key` and `value` `[1, K, T, D]`.
 
-    Gives `[1, T, H, D]`. Without a `forest` this is transformers' SDPA with whatever mask it was given.
+    Gives `[1, T, H, D]`. Without a `forest` this is transformers' SDPA with whatever mask it was given, or
+    with a `softcap` transformers' eager attention.
     """
+    if forest is None and softcap is not None:
+        assert dropout == 0.0, "a model whose attention is replaced has no dropout in training"
+        padded = masked_attention(query, key, value, attention_mask, scaling, softcap)
+        return padded.transpose(1, 2).contiguous(), None
     if forest is None:
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -121,14 +137,13 @@ def forest_attention(
     assert dropout == 0.0, "a forest shares tokens between sides: dropout masks would be shared too"
     # Dropped silently they would change the scores; `choose_layout` keeps such models away.
     assert kwargs.get("s_aux") is None, "attention sinks are no plain softmax"
-    assert kwargs.get("softcap") is None, "soft-capped logits are no plain softmax"
     assert attention_mask is None or attention_mask.numel() == 0, "a mask beside the forest"
     kind = query.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         # Autocast knows SDPA; of the other kernels it knows nothing, and rotary positions leave float32.
         half = torch.get_autocast_dtype(kind)
         query, key, value = query.to(half), key.to(half), value.to(half)
-    return forest.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
+    return forest.attend(query, key, value, scaling, softcap).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(FOREST, forest_attention)
@@ -143,7 +158,9 @@ def enable_forest_attention(model: PreTrainedModel) -> str:
     """
     before: str = model.config._attn_implementation
     model.config._attn_implementation = FOREST
-    return "sdpa" if before == FOREST else before
+    if before == FOREST:  # in a copy of a model that was wrapped
+        return "sdpa" if model._supports_sdpa else "eager"
+    return before
 
 
 def restore_attention(model: PreTrainedModel, implementation: str = "sdpa") -> None:

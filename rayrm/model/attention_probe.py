@@ -20,9 +20,10 @@ _PROBE = "rayrm_probe"
 
 @dataclass(slots=True)
 class _Probe:
-    """What the calls of one forward were given; `mask` is what the model was given."""
+    """What the calls of one forward were given; the model was given `mask`, and its config says `softcap`."""
 
     mask: torch.Tensor
+    softcap: float | None
     modules: list[torch.nn.Module] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
@@ -34,10 +35,15 @@ class _Probe:
             self.complaints.append("changes the attention mask")
         if options.get("s_aux") is not None:
             self.complaints.append("has attention sinks")
-        if options.get("softcap") is not None:
-            self.complaints.append("soft-caps its attention logits")
+        if options.get("softcap") != self.softcap:
+            self.complaints.append("soft-caps its attention logits otherwise than its config says")
         if getattr(module, "is_causal", True) is False:
             self.complaints.append("attends in both directions")
+
+
+def softcap_of(config: Any) -> float | None:
+    """The c of attention logits that become c tanh(x / c), or None."""
+    return getattr(config, "attn_logit_softcapping", None)
 
 
 def attention_obstacle(model: PreTrainedModel) -> str:
@@ -47,7 +53,8 @@ def attention_obstacle(model: PreTrainedModel) -> str:
     """
     layers = len(model.base_model.layers)
     device = model.get_input_embeddings().weight.device
-    probe = _Probe(torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device).tril())
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device).tril()
+    probe = _Probe(mask, softcap_of(model.config.get_text_config()))
     before = model.config._attn_implementation
     model.config._attn_implementation = _PROBE
     try:

@@ -47,7 +47,12 @@ class Flex:
         )
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """`query` `[1, H, T, D]`, `key` and `value` `[1, K, T, D]` -> `[1, H, T, D]`."""
         kernel = _compiled() if query.is_cuda else flex_attention
@@ -55,11 +60,22 @@ class Flex:
             query,
             key,
             value,
+            score_mod=None if softcap is None else _capped(softcap),
             block_mask=self.blocks,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return attended
+
+
+@cache
+def _capped(softcap: float) -> Any:
+    """One function for each cap: another would be compiled anew."""
+
+    def cap(score: torch.Tensor, batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
 
 
 @cache

@@ -1,7 +1,7 @@
 """Packed arrays -> scores: the one `nn.Module` that every engine wraps and every caller calls.
 
 Shapes: T packed tokens, N scores, C comparisons. The stock forward (`padded`) and the packed ones give the
-same scores; the head's product is in float32 whatever the autocast.
+same scores; the head's product is in its weights' precision whatever the autocast.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from rayrm.data.packing import PackedBatch
+from rayrm.errors import ConfigError
 from rayrm.model.attention import (
     Attention,
     AttentionPath,
@@ -24,17 +27,19 @@ from rayrm.model.attention import (
     enable_forest_attention,
     restore_attention,
 )
+from rayrm.model.head import exact_head
 from rayrm.model.last_layer import PooledAttention, pool_last_layer
 from rayrm.model.layout import Layout, unwrapped
 from rayrm.model.rms_norm import block_norms
 from rayrm.model.rope import fuse_rope
+from rayrm.model.scaling_rope import ScalingRope, forget_longer_texts
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceBatch:
     """A `PackedBatch` as tensors. `ids`, `positions` `[1, T]`; `pooled` `[N]`; comparisons `[C]`.
 
-    `attention` is None for the padded layout, which splits `ids` into rows by `segment_lengths`.
+    `attention` is None for rows to be padded: `ids` is split into them by `segment_lengths`.
     """
 
     ids: torch.Tensor
@@ -49,7 +54,7 @@ class DeviceBatch:
 
 
 def to_device(batch: PackedBatch, device: torch.device, path: AttentionPath | None) -> DeviceBatch:
-    """Move a batch to `device` and plan its attention on a path (None: the padded layout has no plan)."""
+    """Move a batch to `device` and plan its attention on a path (None: its rows are to be padded)."""
 
     def tensor(array: object) -> torch.Tensor:
         return torch.as_tensor(array).to(device, non_blocking=True)
@@ -75,8 +80,9 @@ def to_device(batch: PackedBatch, device: torch.device, path: AttentionPath | No
 class PackedScorer(torch.nn.Module):
     """A sequence-classification model with one label that takes packed batches.
 
-    `model` is a transformers model or a PEFT wrapper around one. While it is wrapped its attention, its last
-    layer and, on a CPU, its norms and rotations compute by our code; `release()` gives it back as it was.
+    `model` is a transformers model or a PEFT wrapper around one. While it is wrapped its head, its attention,
+    its last layer and, on a CPU, its norms and rotations compute by our code; `release()` gives it back as it
+    was. A batch without a plan of attention is padded whatever the layout: its rows may be too long to share.
     `path` computes the attention of packed batches (None with the padded layout). `pooled_last_layer=False`
     computes the last layer for every token.
     """
@@ -98,8 +104,10 @@ class PackedScorer(torch.nn.Module):
         self._pools_last_layer = self.path is not None and pooled_last_layer
         # A decoder would keep the keys and values of every layer for texts that do not go on.
         takes_cache = "use_cache" in inspect.signature(unwrapped(model).forward).parameters
+        self._rope = ScalingRope.of(unwrapped(model).config.get_text_config())
         self._options = {"use_cache": False} if takes_cache else {}
         self._undo = contextlib.ExitStack()
+        self._undo.callback(exact_head(model))
         self._undo.callback(block_norms(model))
         self._undo.callback(fuse_rope(model))
         if self.path is not None:
@@ -118,8 +126,10 @@ class PackedScorer(torch.nn.Module):
 
     def forward(self, batch: DeviceBatch) -> torch.Tensor:
         """Scores `[N]`, float32."""
-        if self.layout.name == "padded":
+        if batch.attention is None:
             return self._forward_padded(batch)
+        if self._rope is not None:
+            forget_longer_texts(self.model)
         inner = unwrapped(self.model)
         # 4D and empty: transformers passes a 4D mask through as it is and builds none of its own.
         stand_in = torch.empty((1, 1, 0, 0), device=batch.ids.device)
@@ -132,20 +142,56 @@ class PackedScorer(torch.nn.Module):
         ).last_hidden_state[0]
         if not self._pools_last_layer:
             hidden = hidden[batch.pooled]
-        with torch.autocast(hidden.device.type, enabled=False):
-            scores: torch.Tensor = inner.score(hidden.to(inner.score.weight.dtype))
+        scores: torch.Tensor = inner.score(hidden)
         return scores[:, 0].float()
 
     def _forward_padded(self, batch: DeviceBatch) -> torch.Tensor:
-        """Right-padded rows through the model's own forward, which pools by its own rule."""
-        config = unwrapped(self.model).config.get_text_config()
+        """Each row's score as of the row alone, by as many forwards as the model asks for."""
         rows = torch.split(batch.ids[0], batch.segment_lengths)
-        assert len(rows) == len(batch.pooled), "the padded layout takes batches packed without sharing"
-        # Without a pad id transformers takes one row at a time, and that row needs no padding.
-        pad = 0 if config.pad_token_id is None else config.pad_token_id
+        assert len(rows) == len(batch.pooled), "padded rows are packed without sharing"
+        found: dict[int, torch.Tensor] = {}
+        for members in self._forwards(batch.segment_lengths):
+            if self._rope is not None:
+                forget_longer_texts(self.model)
+            scores = self._scores_of([rows[n] for n in members])
+            found |= zip(members, scores.unbind(), strict=True)
+        return torch.stack([found[n] for n in range(len(rows))])
+
+    def _forwards(self, lengths: list[int]) -> list[list[int]]:
+        """Which rows are computed in one forward: all of them, where nothing is against it."""
+        if self._pad is None:
+            return [[n] for n in range(len(lengths))]  # transformers takes no more at a time
+        if self._rope is None:
+            return [list(range(len(lengths)))]
+        if max(lengths) > self._rope.limit:
+            self._check_sharding(self._rope)
+        return self._rope.forwards(lengths)
+
+    def _scores_of(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Right-padded rows through the model's own forward, which pools by its own rule."""
+        # Without a pad id it is one row, which needs no padding.
+        pad = self._pad or 0
         ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad)
-        ids = F.pad(ids, (0, -ids.shape[1] % self._multiple), value=pad)
-        lengths = torch.tensor(batch.segment_lengths, device=ids.device)
+        # Padding counts as a position where positions scale with the longest.
+        multiple = self._multiple if self._rope is None else 1
+        ids = F.pad(ids, (0, -ids.shape[1] % multiple), value=pad)
+        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         scores: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, **self._options).logits
         return scores[:, 0].float()
+
+    @property
+    def _pad(self) -> int | None:
+        pad: int | None = unwrapped(self.model).config.get_text_config().pad_token_id
+        return pad
+
+    def _check_sharding(self, rope: ScalingRope) -> None:
+        """Ranks that share weights must make equally many forwards; here that depends on the rows."""
+        sharded = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
+        if sharded and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConfigError(
+                f"`zero_stage` (3) on {dist.get_world_size()} workers cannot train a model whose rope "
+                f"({rope.kind}) scales with rows above {rope.limit} tokens: such rows take forwards of their "
+                f"own, and ZeRO-3 wants equally many of every worker. Set `zero_stage=2`, or "
+                f"`max_length={rope.limit}` (longer pairs are left out and counted)."
+            )

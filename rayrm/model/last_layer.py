@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rayrm.model.attention import Attention, Dense
+from rayrm.model.replaced_forward import replace_forward
 
 # What decoders hand their layers for each token; [1, T, ...] tensors, or tuples of them.
 _BY_TOKEN = ("position_embeddings", "position_ids", "cache_position")
@@ -32,10 +33,15 @@ class PooledAttention:
     at_pooled: Dense
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """As the attention of all tokens: every layer but the last asks for it."""
-        return self.all_tokens.attend(query, key, value, scaling)
+        return self.all_tokens.attend(query, key, value, scaling, softcap)
 
 
 class _KeysKnown(Exception):
@@ -47,7 +53,12 @@ class _KeysKnown(Exception):
 
 class _StopAtKeys:
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         raise _KeysKnown(key, value)
 
@@ -61,9 +72,14 @@ class _PooledQueries:
     attention: Dense
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        return self.attention.attend(query, self.key, self.value, scaling)
+        return self.attention.attend(query, self.key, self.value, scaling, softcap)
 
 
 def pool_last_layer(decoder: torch.nn.Module) -> Callable[[], None]:
@@ -88,12 +104,13 @@ def pool_last_layer(decoder: torch.nn.Module) -> Callable[[], None]:
         }
         return whole(hidden_states[:, rows], forest=queries, **at_rows)
 
+    restore = replace_forward(layer, forward)
+
     def undo() -> None:
-        del layer.forward  # the class's own again
+        restore()
         if checkpointed is not None:
             layer.gradient_checkpointing = checkpointed
 
-    layer.forward = forward
     if checkpointed is not None:
         layer.gradient_checkpointing = False
     return undo

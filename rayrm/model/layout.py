@@ -1,8 +1,8 @@
 """How a model may compute a batch: prefixes shared, padding-free, or padded; and why not better.
 
-Sharing needs a causal decoder with plain softmax attention whose result for a token depends on that token's
-own ancestors and positions alone. What a model cannot do is read off its class, its config and one forward
-over two tokens, and said once.
+Sharing needs a causal decoder with plain or soft-capped attention whose result for a token depends on that
+token's own ancestors and positions alone. What a model cannot do is read off its class, its config and one
+forward over two tokens, and said once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from transformers import GPTNeoXForSequenceClassification, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from rayrm.model.attention_probe import attention_obstacle
+from rayrm.model.attention_probe import attention_obstacle, softcap_of
+from rayrm.model.scaling_rope import ScalingRope
 
 LayoutName = Literal["shared", "packed", "padded"]
 
@@ -99,23 +100,23 @@ def _config_dropouts(config: Any) -> list[str]:
     return [key for key in ("attention_dropout", "attention_probs_dropout_prob") if hasattr(config, key)]
 
 
-def scaling_rope(config: Any, longest: int | None) -> str | None:
-    """The type of a rope that turns all positions otherwise once one is beyond a limit, if one may be.
+def plain_reach(model: torch.nn.Module) -> int | None:
+    """The longest text that no window cuts and no scaling of positions reaches; None where every text is.
 
-    "dynamic" begins at the model's position limit, "longrope" at that of its first training. `longest` as in
-    `choose_layout`.
+    Texts of at most this length may share what longer ones cannot: `choose_layout(model, longest=...)` says.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    limit = getattr(config, "max_position_embeddings", None)
-    reach = longest or limit
-    # Models whose layers differ have one for each layer type.
-    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        kind = part.get("rope_type")
-        if kind == "longrope":
-            limit = part.get("original_max_position_embeddings")
-        if kind in ("dynamic", "longrope") and (reach is None or limit is None or reach > limit):
-            return str(kind)
-    return None
+    config = unwrapped(model).config.get_text_config()
+    rope = ScalingRope.of(config)
+    ends = [end for end in (_window(config), None if rope is None else rope.limit) if end is not None]
+    return min(ends, default=None)
+
+
+def _window(config: Any) -> int | None:
+    """The sliding window of some layer, or None."""
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    used = getattr(config, "use_sliding_window", True) if kinds is None else "sliding_attention" in kinds
+    return window if used else None
 
 
 def _obstacle(inner: PreTrainedModel, longest: int | None) -> str:
@@ -127,24 +128,21 @@ def _obstacle(inner: PreTrainedModel, longest: int | None) -> str:
         return f"{type(inner.base_model).__name__} is more than a decoder"
     if not getattr(inner, "_supports_attention_backend", False):
         return f"{type(inner).__name__} does not take its attention from transformers' attention interface"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "attention logits are soft-capped (`attn_logit_softcapping`)"
+    if softcap_of(config) is not None and inner.config._attn_implementation == "sdpa":
+        return (
+            "attention logits are soft-capped (`attn_logit_softcapping`), and the model was loaded with sdpa"
+        )
     if getattr(config, "use_bidirectional_attention", False):
         return "attention is bidirectional"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if other := kinds - {"full_attention", "sliding_attention"}:
         return f"layers of kind {', '.join(sorted(other))}"
-    window = getattr(config, "sliding_window", None)
-    uses_window = "sliding_attention" in kinds or (
-        window is not None
-        and getattr(config, "layer_types", None) is None
-        and getattr(config, "use_sliding_window", True)
-    )
     reach = longest or getattr(config, "max_position_embeddings", None)
-    if uses_window and window is not None and (reach is None or window < reach):
+    window, rope = _window(config), ScalingRope.of(config)
+    if window is not None and (reach is None or window < reach):
         return f"a sliding window ({window}) shorter than the longest row ({reach})"
-    if kind := scaling_rope(config, longest):
-        return f"rope of type {kind} scales with the longest position of a batch"
+    if rope is not None and (reach is None or rope.limit < reach):
+        return f"rope of type {rope.kind} scales with the longest position of a batch"
     if getattr(config, "alibi", False):
         return "ALiBi positions"
     return attention_obstacle(inner)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from rayrm.model.replaced_forward import replace_forward
+
 _BLOCK_ELEMENTS = 2**17
 """Half a megabyte: what one operation works on fits a core's second-level cache."""
 
@@ -23,20 +25,20 @@ def block_norms(model: torch.nn.Module) -> Callable[[], None]:
     A module that computes anything else is left alone. Calls on another device, in another precision or under
     autocast stay the module's own.
     """
-    replaced: list[Any] = [module for module in model.modules() if _replace(module)]
+    undos = [undo for module in model.modules() if (undo := _replace(module)) is not None]
 
-    def undo() -> None:
-        for module in replaced:
-            del module.forward  # the class's own again
+    def undo_all() -> None:
+        for undo in undos:
+            undo()
 
-    return undo
+    return undo_all
 
 
-def _replace(module: Any) -> bool:
+def _replace(module: Any) -> Callable[[], None] | None:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     parameters = dict(module.named_parameters())
     if not isinstance(epsilon, float) or list(parameters) != ["weight"] or not is_cpu_float32(module.weight):
-        return False
+        return None
     original = module.forward
     example = torch.randn(4, module.weight.shape[-1], generator=torch.Generator().manual_seed(0))
     weight = example[0] + 2.0
@@ -44,17 +46,16 @@ def _replace(module: Any) -> bool:
         with torch.no_grad():
             theirs = torch.func.functional_call(module, {"weight": weight}, (example,))
     except (RuntimeError, TypeError):
-        return False  # no norm over the last dimension of one input
+        return None  # no norm over the last dimension of one input
     if not torch.allclose(theirs, _RMSNorm.apply(example, weight, epsilon), rtol=1e-5, atol=1e-6):  # type: ignore[no-untyped-call]
-        return False
+        return None
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         if not is_cpu_float32(hidden_states) or torch.is_autocast_enabled("cpu"):
             return original(hidden_states)  # type: ignore[no-any-return]
         return _RMSNorm.apply(hidden_states, module.weight, epsilon)  # type: ignore[no-untyped-call, no-any-return]
 
-    module.forward = forward
-    return True
+    return replace_forward(module, forward)
 
 
 def is_cpu_float32(tensor: torch.Tensor) -> bool:

@@ -52,9 +52,15 @@ class Tiled:
         return cls(list(_tiles(batch)))
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """`query` `[1, H, T, D]`, `key` and `value` `[1, K, T, D]` -> `[1, H, T, D]`."""
+        assert softcap is None, "the kernel has no cap: `choose_path` takes another path"
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         attended: torch.Tensor = _TiledAttention.apply(query, key, value, self.tiles, scale)  # type: ignore[no-untyped-call]
         return attended

@@ -60,9 +60,15 @@ class Varlen:
         )
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """`query` `[1, H, T, D]`, `key` and `value` `[1, K, T, D]` -> `[1, H, T, D]`."""
+        assert softcap is None, "the kernel has no cap: `choose_path` takes another path"
         # The kernel's layout is [tokens, heads, D].
         queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
         if self.keys is not None:

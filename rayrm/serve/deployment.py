@@ -33,7 +33,7 @@ from rayrm.errors import ClusterError, RewardUnavailableError, ScoreError
 from rayrm.serve.client import RewardClient
 from rayrm.serve.registry import CURRENT, MANIFEST, PublishedModel, content_version, open_published
 from rayrm.serve.request import Truncation
-from rayrm.serve.scheduler import QueuedText, ScoreQueue
+from rayrm.serve.scheduler import QueuedText
 from rayrm.serve.scorer import RewardModel, check_finite
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class RewardReplica:
         # Broken weights end the start of the replica here, and not the first caller's request.
         self._model.score_ids([np.zeros(1, np.int32)])
         self._version = version
-        self._queue = ScoreQueue(self._model.max_tokens_per_batch, self._model.layout)
+        self._queue = self._model.queue()
         self._answers: dict[int, asyncio.Future[list[float]]] = {}
         self._num_requests = 0
         self._arrived = asyncio.Event()

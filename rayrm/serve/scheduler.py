@@ -22,7 +22,8 @@ Invariants, each a test:
 6. A request is answered once, with its scores in its own order, when its last text is done.
 
 The cost of a batch is the number of tokens the model computes: shared beginnings once (`shared`), every text
-in full (`packed`), or every text as long as the longest (`padded`). Planning costs about 0.1 ms a text.
+in full (`packed`), or every text as long as the longest (`padded`). Texts longer than `reach` are padded
+whatever the layout, apart from the others. Planning costs about 0.1 ms a text.
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ class _Request:
 class BatchCost:
     """How many tokens the model computes for the texts added so far."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, reach: int | None = None) -> None:
         self.layout = layout
+        self.reach = reach
         self.tokens = 0
+        # Of the padded texts.
         self._num_texts = 0
         self._longest = 0
         # Sorted by token: a text's longest match in the batch is then one of its two neighbours, and the
@@ -70,8 +73,9 @@ class BatchCost:
 
     def with_text(self, ids: Ids) -> int:
         """The cost if `ids` were added as well."""
-        if self.layout == "padded":
-            return (self._num_texts + 1) * max(self._longest, len(ids))
+        if self._pads(ids):
+            before = self._num_texts * self._longest
+            return self.tokens - before + (self._num_texts + 1) * max(self._longest, len(ids))
         if self.layout == "packed":
             return self.tokens + len(ids)
         place = bisect_left(self._sorted, _token_order(ids), key=_first)
@@ -81,9 +85,10 @@ class BatchCost:
 
     def add(self, ids: Ids) -> None:
         self.tokens = self.with_text(ids)
-        self._num_texts += 1
-        self._longest = max(self._longest, len(ids))
-        if self.layout == "shared":
+        if self._pads(ids):
+            self._num_texts += 1
+            self._longest = max(self._longest, len(ids))
+        elif self.layout == "shared":
             insort(self._sorted, (_token_order(ids), ids), key=_first)
 
     def fill(self, texts: Sequence[QueuedText], max_tokens: int) -> int:
@@ -95,18 +100,22 @@ class BatchCost:
         return len(texts)
 
     def copy(self) -> BatchCost:
-        twin = BatchCost(self.layout)
+        twin = BatchCost(self.layout, self.reach)
         twin.tokens, twin._num_texts, twin._longest = self.tokens, self._num_texts, self._longest
         twin._sorted = list(self._sorted)
         return twin
+
+    def _pads(self, ids: Ids) -> bool:
+        return self.layout == "padded" or (self.reach is not None and len(ids) > self.reach)
 
 
 class ScoreQueue:
     """The state of a scorer: what waits, in order of arrival, and which answers are still incomplete."""
 
-    def __init__(self, max_tokens: int, layout: Layout = "shared") -> None:
+    def __init__(self, max_tokens: int, layout: Layout = "shared", reach: int | None = None) -> None:
         self.max_tokens = max_tokens
         self.layout: Layout = layout
+        self.reach = reach
         self._waiting: dict[int, QueuedText] = {}
         # (token order, ticket) of what waits, sorted: texts that begin alike are neighbours.
         self._alike: list[tuple[bytes, int]] = []
@@ -145,7 +154,7 @@ class ScoreQueue:
 
     def take(self) -> list[QueuedText]:
         """The next batch, removed from the queue; empty when nothing waits."""
-        cost = BatchCost(self.layout)
+        cost = BatchCost(self.layout, self.reach)
         taken: list[QueuedText] = []
         while self._waiting:
             tickets = self._group()
@@ -164,7 +173,7 @@ class ScoreQueue:
         return taken
 
     def _fits(self, group: Sequence[QueuedText]) -> bool:
-        return BatchCost(self.layout).fill(group, self.max_tokens) == len(group)
+        return BatchCost(self.layout, self.reach).fill(group, self.max_tokens) == len(group)
 
     def answer(self, texts: Sequence[QueuedText], scores: Sequence[float]) -> list[tuple[int, list[float]]]:
         """Note a taken batch's scores; returns the requests complete now, each with all its scores."""

@@ -24,7 +24,7 @@ from rayrm.data.tokenize import TextForm, TextInput, encode
 from rayrm.errors import ScoreError
 from rayrm.model.attention_path import choose_path
 from rayrm.model.forward import PackedScorer, to_device
-from rayrm.model.layout import choose_layout, scaling_rope
+from rayrm.model.layout import choose_layout, plain_reach
 from rayrm.model.reward_model import LoadedModel, load_saved
 from rayrm.serve.registry import CURRENT, MANIFEST, open_published
 from rayrm.serve.request import Truncation, check_truncation, text_inputs
@@ -39,23 +39,29 @@ _ON_CPU = 4096
 
 
 class RewardModel:
-    """A loaded reward model; `text_form` says whether it takes messages or plain strings."""
+    """A loaded reward model; `text_form` says whether it takes messages or plain strings.
+
+    Texts longer than `reach` (a sliding window, a limit of the rope; None: there is none) are padded, others
+    computed in `layout`.
+    """
 
     def __init__(self, loaded: LoadedModel, *, max_tokens_per_batch: int | None = None) -> None:
-        layout = choose_layout(loaded.model, train=False)
+        layout = choose_layout(loaded.model, longest=loaded.max_positions, train=False)
+        self.reach: int | None = None
+        if layout.name == "padded" and (reach := plain_reach(loaded.model)):
+            within = choose_layout(loaded.model, longest=reach, train=False)
+            if within.name == "shared":
+                logger.info("prompts of texts above %d tokens are not shared: %s", reach, layout.reason)
+                layout, self.reach = within, reach
         if layout.reason:
             logger.info("prompts are not shared among completions: %s", layout.reason)
         self.tokenizer = loaded.tokenizer
         self.text_form: TextForm = loaded.text_form
         self.max_positions = loaded.max_positions
         self.layout: Layout = layout.name
-        scales = scaling_rope(loaded.model.config.get_text_config(), loaded.max_positions)
-        # Where positions scale with the longest text of the batch, or no pad token exists, a text travels
-        # alone.
-        alone = layout.name == "padded" and (loaded.pad_token_id is None or scales)
         self._device = next(loaded.model.parameters()).device
-        budget = max_tokens_per_batch or (_ON_CPU if self._device.type == "cpu" else _ON_GPU)
-        self.max_tokens_per_batch = 1 if alone else budget
+        default = _ON_CPU if self._device.type == "cpu" else _ON_GPU
+        self.max_tokens_per_batch = max_tokens_per_batch or default
         self._pad_token_id = loaded.pad_token_id
         self._vocabulary_size = int(loaded.model.config.get_text_config().vocab_size)
         path = choose_path(loaded.model, self._device)
@@ -117,7 +123,7 @@ class RewardModel:
         if not sequences:
             return []
         self._check_ids(sequences)
-        queue = ScoreQueue(self.max_tokens_per_batch, self.layout)
+        queue = self.queue()
         queue.add(0, sequences)
         scores: list[float] = []
         while texts := queue.take():
@@ -139,13 +145,27 @@ class RewardModel:
                 sequences[index] = _cut(ids, self.max_positions, truncation, index)
         return sequences
 
+    def queue(self) -> ScoreQueue:
+        """An empty queue that plans batches for this model."""
+        return ScoreQueue(self.max_tokens_per_batch, self.layout, self.reach)
+
     def compute(self, sequences: Sequence[Ids]) -> list[float]:
-        """One forward pass over `sequences` as one batch; scores as the model gives them, NaN included."""
-        batch = pack_texts(sequences, self._pad_token_id, share=self.layout == "shared")
-        with torch.inference_mode():
-            scores: list[float] = (
-                self._scorer(to_device(batch, self._device, self._scorer.path)).cpu().tolist()
-            )
+        """One forward over `sequences` as one batch, or one more for those longer than `reach`.
+
+        Scores as the model gives them, NaN included.
+        """
+        beyond = [n for n, ids in enumerate(sequences) if self.reach is not None and len(ids) > self.reach]
+        within = sorted(set(range(len(sequences))) - set(beyond))
+        scores = [0.0] * len(sequences)
+        for places, path in ((within, self._scorer.path), (beyond, None)):
+            if not places:
+                continue
+            shares = path is not None and self.layout == "shared"
+            batch = pack_texts([sequences[n] for n in places], self._pad_token_id, share=shares)
+            with torch.inference_mode():
+                found = self._scorer(to_device(batch, self._device, path)).cpu().tolist()
+            for n, score in zip(places, found, strict=True):
+                scores[n] = score
         return scores
 
     def _named(self, inputs: Sequence[TextInput], error: ScoreError) -> ScoreError:

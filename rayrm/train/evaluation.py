@@ -90,7 +90,8 @@ def score_model(
 ) -> Scores:
     """Score rows with a model in this process, in the precision that training uses."""
     device = next(model.parameters()).device
-    layout = choose_layout(model, share_prefix=config.share_prefix, train=False)
+    longest = int(rows.index.lengths.max())
+    layout = choose_layout(model, share_prefix=config.share_prefix, longest=longest, train=False)
     precision = resolve_precision(config, device)
     path = choose_path(model, device, autocast_dtype(precision))
     logger.info("%s", layout)

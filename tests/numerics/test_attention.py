@@ -161,6 +161,29 @@ def test_without_a_forest_the_enabled_model_computes_what_sdpa_computes() -> Non
     assert scorer.release().config._attn_implementation == "sdpa"  # type: ignore[union-attr]
 
 
+def test_a_forward_that_another_library_had_set_stands_again_after_release() -> None:
+    """As accelerate's hooks do: on a norm, and on the layer that is pooled."""
+    model = model_of("llama").eval()
+    hooked = [model.model.norm, model.model.layers[-1]]
+    calls = []
+    for module in hooked:
+
+        def forward(*given: Any, own: Any = module.forward, **options: Any) -> Any:
+            calls.append(own)
+            return own(*given, **options)
+
+        module.forward = forward
+    before = [module.forward for module in hooked]
+    scorer = PackedScorer(model, Layout("shared"))
+    scorer(to_device(pack_texts(TREES["pair"], 0), CPU, scorer.path))
+    assert [module.forward for module in hooked] != before
+    scorer.release()
+    assert [module.forward for module in hooked] == before
+    calls.clear()
+    model(input_ids=torch.arange(3, 9)[None])
+    assert len(calls) == 2
+
+
 def test_the_dense_mask_shows_a_token_its_ancestors_and_its_own_past() -> None:
     text = np.array([5, 6, 7], np.int32)
     batch = pack_texts([text, np.array([5, 8], np.int32)], 0)

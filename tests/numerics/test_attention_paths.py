@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from rayrm.data.packing import PackedBatch, pack_texts
-from rayrm.model import tiled
+from rayrm.model import segment_loop, tiled
 from rayrm.model.attention import Attention, AttentionPath, Dense, attention_of, dense_mask, reach_of
 from rayrm.model.flex import Flex
 from rayrm.model.varlen import Varlen
@@ -95,20 +95,24 @@ def inputs(
     return [normal(NUM_HEADS), normal(key_heads), normal(key_heads), normal(NUM_HEADS)]
 
 
-def attended(attention: Attention, given: list[torch.Tensor], scaling: float | None) -> list[torch.Tensor]:
+def attended(
+    attention: Attention, given: list[torch.Tensor], scaling: float | None, softcap: float | None = None
+) -> list[torch.Tensor]:
     """The result and the gradients of query, key and value."""
     query, key, value = (tensor.detach().clone().requires_grad_() for tensor in given[:3])
-    result = attention.attend(query, key, value, scaling)
+    result = attention.attend(query, key, value, scaling, softcap)
     result.backward(given[3])
     gradients = [query.grad, key.grad, value.grad]
     return [result.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
-def assert_is_the_definition(attention: Attention, batch: PackedBatch, scaling: float | None = None) -> None:
+def assert_is_the_definition(
+    attention: Attention, batch: PackedBatch, scaling: float | None = None, softcap: float | None = None
+) -> None:
     for key_heads in (NUM_KEY_HEADS, NUM_HEADS):
         tensors = inputs(batch.num_tokens, key_heads=key_heads)
-        wanted = attended(Dense.of(batch, CPU), tensors, scaling)
-        found = attended(attention, tensors, scaling)
+        wanted = attended(Dense.of(batch, CPU), tensors, scaling, softcap)
+        found = attended(attention, tensors, scaling, softcap)
         assert len(found) == 4
         for one, other in zip(found, wanted, strict=True):
             # The same float32 sums in another order.
@@ -123,6 +127,60 @@ def test_a_cpu_path_is_the_definition(path: AttentionPath, scaling: float | None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "_TILE", 3)
         assert_is_the_definition(attention_of(batch, path, CPU), batch, scaling)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@settings(max_examples=30, deadline=None)
+@given(batch=forests)
+def test_the_loop_caps_logits_as_the_definition(scaling: float | None, batch: PackedBatch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment_loop, "_BLOCK", 3)
+        assert_is_the_definition(attention_of(batch, "loop", CPU), batch, scaling, softcap=1.5)
+
+
+def test_the_memory_of_capped_logits_grows_evenly_with_tokens() -> None:
+    """What stays for backward: queries, keys, values and results, and no logits."""
+
+    def held(length: int) -> int:
+        batch = pack_texts([np.arange(3, 3 + length, dtype=np.int32)], 0)
+        query, key, value, _ = inputs(batch.num_tokens)
+        stored: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        attention = attention_of(batch, "loop", CPU)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            attention.attend(query.requires_grad_(), key, value, None, 1.5)
+        return sum(storage.nbytes() for storage in stored.values())
+
+    # Logits would be four times as many.
+    assert held(1024) <= 2.1 * held(512)
+
+
+@pytest.mark.parametrize("key_heads", [NUM_KEY_HEADS, NUM_HEADS])
+def test_the_definition_caps_logits_as_their_formula(key_heads: int) -> None:
+    batch = large_forest(0)
+    query, key, value, _ = inputs(batch.num_tokens, key_heads=key_heads)
+    key_of, value_of = (part.repeat_interleave(NUM_HEADS // key_heads, dim=1) for part in (key, value))
+    logits = 1.5 * torch.tanh(query @ key_of.transpose(2, 3) * 0.3 / 1.5)
+    hidden = torch.from_numpy(~dense_mask(batch))
+    wanted = logits.masked_fill(hidden, -torch.inf).softmax(-1) @ value_of
+    dense = Dense.of(batch, CPU)
+    # The same float32 sums in another order.
+    torch.testing.assert_close(dense.attend(query, key, value, 0.3, 1.5), wanted, rtol=1e-4, atol=1e-5)
+    # A cap far above the logits is none: both formulas are one.
+    far, plain = (dense.attend(query, key, value, 0.3, softcap) for softcap in (1e4, None))
+    torch.testing.assert_close(far, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["tiled", "varlen"])
+def test_a_kernel_without_a_soft_cap_refuses_one(path: AttentionPath) -> None:
+    batch = large_forest(0)
+    query, key, value, _ = inputs(batch.num_tokens)
+    with pytest.raises(AssertionError, match="no cap"):
+        attention_of(batch, path, CPU).attend(query, key, value, None, 1.5)
 
 
 @pytest.mark.parametrize("kernel", [documented_varlen, older_varlen])
@@ -180,27 +238,33 @@ def test_the_blocks_for_flex_are_those_of_the_dense_mask(seed: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize(("scaling", "softcap"), [(None, None), (0.3, None), (0.3, 1.5)])
 @settings(max_examples=20, deadline=None)
 @given(batch=forests | st.builds(large_forest, st.integers(0, 3)))
-def test_flex_is_the_definition_forward(scaling: float | None, batch: PackedBatch) -> None:
+def test_flex_is_the_definition_forward(
+    scaling: float | None, softcap: float | None, batch: PackedBatch
+) -> None:
     # It has no backward on a CPU.
     query, key, value, _ = inputs(batch.num_tokens)
-    wanted = Dense.of(batch, CPU).attend(query, key, value, scaling)
-    found = attention_of(batch, "flex", CPU).attend(query, key, value, scaling)
+    wanted = Dense.of(batch, CPU).attend(query, key, value, scaling, softcap)
+    found = attention_of(batch, "flex", CPU).attend(query, key, value, scaling, softcap)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("path", ["varlen", "flex"])
+@pytest.mark.parametrize(
+    ("path", "softcap"), [("varlen", None), ("flex", None), ("flex", 1.5), ("loop", 1.5)]
+)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_gpu_path_is_the_definition(path: AttentionPath, seed: int, dtype: torch.dtype) -> None:
+def test_a_gpu_path_is_the_definition(
+    path: AttentionPath, softcap: float | None, seed: int, dtype: torch.dtype
+) -> None:
     batch = large_forest(seed)
     device = torch.device("cuda")
     tensors = inputs(batch.num_tokens, device=device, dtype=dtype)
-    wanted = attended(Dense.of(batch, CPU), [tensor.cpu().float() for tensor in tensors], None)
-    found = attended(attention_of(batch, path, device), tensors, None)
+    wanted = attended(Dense.of(batch, CPU), [tensor.cpu().float() for tensor in tensors], None, softcap)
+    found = attended(attention_of(batch, path, device), tensors, None, softcap)
     for one, other in zip(found, wanted, strict=True):
         # Half precision keeps 8 (bf16) or 11 bits; a wrong key or factor is off by the norm itself.
         assert float((one.cpu().float() - other).norm()) <= 2e-2 * float(other.norm())

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, DeepseekV3Config, MistralConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    DeepseekV3Config,
+    Gemma2Config,
+    MistralConfig,
+    PreTrainedModel,
+)
 
 from rayrm.config import RewardConfig
 from rayrm.data.ingest import TokenizedSet
@@ -70,6 +76,18 @@ def test_heads_that_no_kernel_takes_go_to_the_loop(sizes: tuple[int, int] | None
     assert str(path).endswith("loop (the flash kernels do not take its heads, FlexAttention neither)")
 
 
+def test_soft_capped_logits_go_where_they_can_be_capped() -> None:
+    path = gpu_path(torch.bfloat16, (64, 64), capability=AMPERE, flash=True, capped=True)
+    assert str(path) == "attention path: flex (the flash kernels have no soft cap)"
+    assert gpu_path(torch.bfloat16, (8, 8), capability=AMPERE, flash=True, capped=True).name == "loop"
+    assert gpu_path(torch.float32, (64, 64), capability=AMPERE, flash=True, capped=True).name == "loop"
+    fields = tiny_llama_config().to_dict() | {"head_dim": 8, "model_type": "gemma2"}
+    model = AutoModelForSequenceClassification.from_config(Gemma2Config(**fields))
+    assert choose_path(model, CPU).name == "loop"
+    model.config.attn_logit_softcapping = None
+    assert choose_path(model, CPU).name == "tiled"
+
+
 def test_a_gpu_without_the_flash_kernel_or_in_full_precision() -> None:
     assert gpu_path(torch.bfloat16, (64, 64), capability=AMPERE, flash=False).name == "flex"
     assert gpu_path(torch.float16, (64, 64), capability=TURING, flash=True).name == "loop"
@@ -118,12 +136,23 @@ def test_evaluating_names_its_path_once(caplog: pytest.LogCaptureFixture) -> Non
     assert lines(caplog) == [CHOSEN]
 
 
+def windowed(window: int) -> PreTrainedModel:
+    fields = tiny_llama_config().to_dict() | {"sliding_window": window, "model_type": "mistral"}
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(MistralConfig(**fields))
+    return model
+
+
 def test_the_padded_layout_has_no_path_to_name(caplog: pytest.LogCaptureFixture) -> None:
     rows = TokenizedSet.from_rows(tokenized(4))
-    model = AutoModelForSequenceClassification.from_config(
-        MistralConfig(**tiny_llama_config().to_dict() | {"sliding_window": 4, "model_type": "mistral"})
-    )
     with caplog.at_level(logging.INFO, logger="rayrm"):
-        score_model(model, rows, RewardConfig(bf16=False, use_cpu=True))
+        score_model(windowed(4), rows, RewardConfig(bf16=False, use_cpu=True))
     assert not lines(caplog)
     assert [line for line in caplog.messages if line.startswith("layout: rows are padded")]
+
+
+def test_evaluating_rows_within_the_window_pads_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    rows = TokenizedSet.from_rows(tokenized(4))
+    model = windowed(int(rows.index.lengths.max()))
+    with caplog.at_level(logging.INFO, logger="rayrm"):
+        score_model(model, rows, RewardConfig(bf16=False, use_cpu=True))
+    assert lines(caplog) == [CHOSEN]

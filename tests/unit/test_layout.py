@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -34,7 +36,10 @@ from transformers import (
     Starcoder2Config,
 )
 
-from rayrm.model.layout import Layout, active_dropout, choose_layout, disable_dropout
+from rayrm.data.packing import pack_texts
+from rayrm.errors import ConfigError
+from rayrm.model.forward import PackedScorer, to_device
+from rayrm.model.layout import Layout, active_dropout, choose_layout, disable_dropout, plain_reach
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 60,
@@ -61,6 +66,7 @@ SHARED = {
     "mistral_window_as_long_as_its_positions": MistralConfig(**SHAPE, sliding_window=128),
     "phi3": Phi3Config(**SHAPE, sliding_window=None),
     "gemma3_window_as_long_as_its_positions": Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=128),
+    "gemma2_with_its_soft_cap": Gemma2Config(**SHAPE, head_dim=8, sliding_window=128),
     "gpt_neox": GPTNeoXConfig(**SHAPE),
     "dynamic_rope_within_its_positions": LlamaConfig(**SHAPE, rope_parameters=DYNAMIC),
 }
@@ -70,7 +76,7 @@ PADDED = {
         Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=16, max_window_layers=1),
         r"sliding window \(16\)",
     ),
-    "gemma2": (Gemma2Config(**SHAPE, head_dim=8, sliding_window=128), "soft-capped"),
+    "gemma2": (Gemma2Config(**SHAPE, head_dim=8, sliding_window=16), r"sliding window \(16\)"),
     "gpt_oss": (GptOssConfig(**SHAPE, head_dim=8, num_local_experts=4), "GptOss.* has attention sinks"),
     "longrope": (LONG_PHI3, "longrope.*longest position"),
     "gemma3": (Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=16), r"sliding window \(16\)"),
@@ -163,6 +169,58 @@ def test_a_rope_that_scales_is_plain_up_to_its_limit(config: Any, kind: str, lim
     layout = choose_layout(model, longest=limit + 1)
     assert layout.name == "padded"
     assert f"rope of type {kind}" in layout.reason
+
+
+@pytest.mark.parametrize(
+    ("config", "reach"),
+    [
+        (PADDED["mistral"][0], 16),
+        (PADDED["gemma3"][0], 16),
+        (LONG_PHI3, 32),
+        (SHARED["dynamic_rope_within_its_positions"], 128),
+        (SHARED["llama"], None),
+        (SHARED["mistral_without_window"], None),
+        (SHARED["qwen2"], None),
+    ],
+)
+def test_up_to_its_reach_a_model_shares(config: Any, reach: int | None) -> None:
+    model = model_of(config)
+    assert plain_reach(model) == reach
+    if reach is not None:
+        assert choose_layout(model, longest=reach).name == "shared"
+        assert choose_layout(model, longest=reach + 1).name == "padded"
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("length", [32, 33])
+def test_sharded_weights_refuse_rows_whose_number_of_forwards_differs_between_workers(
+    num_workers: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(LONG_PHI3)
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # type: ignore[attr-defined]  # as ZeRO-3 marks what it has taken
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: num_workers)
+    scorer = PackedScorer(model, choose_layout(model, longest=length))
+    rows = pack_texts([np.full(length, 5, np.int32), np.full(3, 6, np.int32)], 0, share=False)
+    batch = to_device(rows, torch.device("cpu"), None)
+    if num_workers > 1 and length > 32:
+        with pytest.raises(
+            ConfigError, match=r"`zero_stage` \(3\) on 2 workers.*above 32 tokens.*max_length"
+        ):
+            scorer(batch)
+    else:
+        assert scorer(batch).shape == (2,)
+
+
+def test_a_soft_cap_that_the_model_was_loaded_without_is_not_computed() -> None:
+    model = model_of(SHARED["gemma2_with_its_soft_cap"])
+    assert model.config._attn_implementation == "eager"
+    model.config._attn_implementation = "sdpa"
+    layout = choose_layout(model)
+    assert layout.name == "padded"
+    assert "soft-capped" in layout.reason
+    assert "sdpa" in layout.reason
 
 
 def test_looking_at_a_model_changes_nothing() -> None:

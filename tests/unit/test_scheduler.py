@@ -81,6 +81,33 @@ def test_the_cost_is_what_the_model_computes(texts, layout) -> None:
         assert packed.num_tokens == cost.tokens
 
 
+@given(st.lists(TEXT, min_size=1, max_size=10), LAYOUTS, st.integers(1, 12))
+def test_texts_beyond_the_reach_cost_a_rectangle_of_their_own(texts, layout, reach) -> None:
+    cost = BatchCost(layout, reach)
+    for number in range(len(texts)):
+        added = [ids_of(text) for text in texts[: number + 1]]
+        parts = {
+            layout: [ids for ids in added if len(ids) <= reach],
+            "padded": [ids for ids in added if len(ids) > reach],
+        }
+        if layout == "padded":
+            parts = {"padded": added}
+        assert cost.with_text(added[-1]) == sum(cost_of(part, name) for name, part in parts.items() if part)
+        cost.add(added[-1])
+
+
+@given(REQUESTS, st.integers(1, 40), st.integers(1, 12))
+def test_with_a_reach_a_batch_keeps_to_the_budget_too(requests, budget, reach) -> None:
+    queue = ScoreQueue(budget, "shared", reach)
+    for number, request in enumerate(requests):
+        queue.add(number, [ids_of(tokens) for tokens in request])
+    batches = drained(queue)
+    assert sum(len(batch) for batch in batches) == sum(len(request) for request in requests)
+    for batch in batches:
+        cost = BatchCost("shared", reach)
+        assert len(batch) == 1 or cost.fill(batch, budget) == len(batch)
+
+
 @given(REQUESTS, st.integers(1, 40), LAYOUTS)
 def test_the_oldest_waiting_text_is_in_the_next_batch(requests, budget, layout) -> None:
     waiting = [(r, i) for r, texts in enumerate(requests) for i in range(len(texts))]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,15 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
 )
 
 from rayrm.data.tokenize import TextInput, encode
 from rayrm.errors import PublishError, ScoreError
+from rayrm.model.reward_model import LoadedModel
 from rayrm.serve.registry import publish
 from rayrm.serve.request import row_inputs
 from rayrm.serve.scorer import RewardModel
@@ -26,6 +33,18 @@ from tests.tiny import WORDS, save_tiny, tiny_tokenizer
 STOCK = 1e-4
 # The same kernel on other shapes: only the order of additions differs.
 NEIGHBOURS = 1e-5
+SHAPE: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_labels": 1,
+}
 
 
 def stock_scores(directory: Path, form: str, inputs: list[TextInput]) -> list[float]:
@@ -124,10 +143,86 @@ def test_a_shared_prompt_is_computed_once(standard: Path, monkeypatch: pytest.Mo
         model._scorer, "forward", lambda batch: (computed.append(batch.ids.shape[1]), forward(batch))[1]
     )
     prompt, answers = "the cat " * 20, [f" {word}" for word in WORDS[:8]]
+    texts = model.encode([TextInput(prompt, answer) for answer in answers])
     model.score([prompt] * 8, answers)
-    unshared = [len(ids) for ids in model.encode([TextInput(prompt, a) for a in answers])]
-    assert len(computed) == 1
-    assert computed[0] < min(unshared) + sum(n - 30 for n in unshared)
+    distinct = {tuple(ids[:end]) for ids in texts for end in range(1, len(ids) + 1)}
+    assert computed == [len(distinct)]
+    assert len(distinct) < sum(len(ids) for ids in texts) / 4
+
+
+WINDOW = {"max_position_embeddings": 512, "sliding_window": 128}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+}
+REACH_128 = {
+    "mistral": lambda: MistralConfig(**SHAPE, **WINDOW),
+    "mistral_without_pad": lambda: MistralConfig(**{**SHAPE, "pad_token_id": None}, **WINDOW),
+    "gemma3": lambda: Gemma3TextConfig(**SHAPE, **WINDOW, head_dim=8),
+    "phi3_longrope": lambda: Phi3Config(
+        **SHAPE,
+        max_position_embeddings=512,
+        sliding_window=None,
+        original_max_position_embeddings=128,
+        rope_parameters=dict(LONGROPE),
+    ),
+    "llama_dynamic_rope": lambda: LlamaConfig(
+        **SHAPE,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    ),
+}
+
+
+def texts_of(prompt: int, lengths: list[int], seed: int = 0) -> list[np.ndarray]:
+    """Texts of these lengths that have a prompt of so many tokens in common and nothing else."""
+    rng = np.random.default_rng(seed)
+    begin = rng.integers(3, 400, prompt)
+    tails = [np.append(n + 3, rng.integers(3, 400, length - prompt - 1)) for n, length in enumerate(lengths)]
+    return [np.concatenate([begin, tail]).astype(np.int32) for tail in tails]
+
+
+@pytest.mark.parametrize("family", REACH_128)
+def test_texts_within_the_window_share_and_longer_ones_beside_them_are_padded(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    stock = AutoModelForSequenceClassification.from_config(REACH_128[family]()).float().eval()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    short, long = texts_of(60, [100, 90, 128]), texts_of(60, [200, 140, 300], seed=1)
+    mix = [short[0], long[0], short[1], long[1], long[2], short[2]]
+    # A model of its own for each: transformers' "dynamic" remembers the longest text that it has seen.
+    wanted = [
+        float(copy.deepcopy(stock)(input_ids=torch.as_tensor(ids).long()[None]).logits.detach())
+        for ids in mix
+    ]
+    assert np.std(wanted) > 20 * STOCK
+    pad = stock.config.pad_token_id
+    # More than "dynamic" would be trained on: that limit is the model's own.
+    loaded = LoadedModel(stock, tiny_tokenizer(chat=False), "standard", pad, 512)
+    for budget in (1, 350, 4096):
+        model = RewardModel(loaded, max_tokens_per_batch=budget)
+        assert (model.layout, model.reach) == ("shared", 128)
+        assert model.score_ids(mix) == pytest.approx(wanted, abs=STOCK)
+        assert model.score_ids(mix[::-1]) == pytest.approx(wanted[::-1], abs=STOCK)
+        model._scorer.release()
+    model = RewardModel(loaded)
+    computed: list[tuple[int, bool]] = []
+    forward = model._scorer.forward
+    monkeypatch.setattr(
+        model._scorer,
+        "forward",
+        lambda batch: (computed.append((batch.ids.shape[1], batch.attention is None)), forward(batch))[1],
+    )
+    assert model.score_ids(short) == pytest.approx([wanted[n] for n in (0, 2, 5)], abs=STOCK)
+    assert computed == [(60 + 40 + 30 + 68, False)]
+    computed.clear()
+    model.score_ids(mix)
+    assert computed == [(60 + 40 + 30 + 68, False), (200 + 140 + 300, True)]
 
 
 def test_the_position_limit_is_refused_or_cut_as_asked(standard: Path) -> None:
