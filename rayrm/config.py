@@ -153,7 +153,8 @@ class RewardConfig:
 
     # Evaluation.
     per_device_eval_batch_size: Count = 8
-    """Pairs a worker scores at a time, at most; the metrics do not depend on it."""
+    """Accepted as TRL's, and changes nothing: evaluation fills micro-batches of `max_tokens_per_microbatch`
+    tokens, and its metrics do not depend on batches."""
     eval_strategy: Strategy = "no"
     """When to evaluate: every `eval_steps`, every epoch, or not."""
     eval_steps: OptionalNonNegativeFloat = None
@@ -252,7 +253,7 @@ class LoraConfig:
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Updates are scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapters' input. Above 0, prefixes are not shared."""
+    """Dropout on the adapters' input, with `disable_dropout=false`; prefixes are then not shared."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers that get an adapter, or "all-linear"."""
 

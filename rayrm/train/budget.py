@@ -34,6 +34,7 @@ from rayrm.train.evaluation import RowSet
 from rayrm.train.peak_memory import free_bytes, peak_bytes
 from rayrm.train.precision import Precision, in_precision
 from rayrm.train.rundir import record_budget, recorded_budget
+from rayrm.train.zero_config import zero_stage_of
 
 logger = logging.getLogger("rayrm.train")
 
@@ -56,6 +57,11 @@ class Footprint:
     def of(self, num_tokens: int) -> float:
         """Bytes of a micro-batch of `num_tokens`."""
         return self.fixed + self.per_token * num_tokens
+
+    def budget(self, room: float, most: int) -> int:
+        """The largest power of two of tokens that `room` bytes hold, at most `most`."""
+        fits = max(1, int((room - self.fixed) / self.per_token)) if self.per_token > 0 else most
+        return min(most, 1 << (fits.bit_length() - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +132,10 @@ def decide_budget(
                 f"`max_tokens_per_microbatch` ({given}) is below the longest row ({longest} tokens, "
                 f"{layout}). Raise it to {longest} or lower `max_length`."
             )
-        return max(longest, given)
+        given = max(longest, given)
+        free = _free_share(probe.device, num_ranks)
+        _say_without_checkpointing(probe, rows, config, given, free=free, num_ranks=num_ranks, say=say)
+        return given
     recorded = recorded_budget(output_dir)
     free = _free_share(probe.device, num_ranks)
     budget = recorded or choose_budget(probe, rows, config, free=free, num_ranks=num_ranks, say=say)
@@ -164,8 +173,7 @@ def choose_budget(
     room = _SHARE * max(0, free - _state_bytes(probe.module, config, num_ranks))
     (row,) = rows.fetch([int(np.argmax(tokens))])
     found = probe.footprint(row)
-    fits = max(1, int((room - found.fixed) / found.per_token)) if found.per_token > 0 else most
-    budget: int = max(longest, min(most, 1 << (fits.bit_length() - 1)))
+    budget: int = max(longest, found.budget(room, most))
     say(
         f"max_tokens_per_microbatch: {budget} tokens (measured: {found.per_token / 2**10:.0f} KiB a token, "
         f"{room / _GIB:.3g} GiB for them; the longest row has {longest})"
@@ -176,18 +184,46 @@ def choose_budget(
             "Where memory runs out, lower `max_length`, or set `gradient_checkpointing=true` or "
             "`zero_stage=3`"
         )
-    layers = _checkpointed_layers(probe.module)
-    # Without checkpointing a layer holds no more than it holds while it is recomputed: room for the probe.
-    if layers and len(layers) * found.of(longest) <= room:
-        with _without_checkpointing(layers):
-            without = probe.footprint(row).of(budget)
-        if without <= room:
-            say(
-                f"gradient checkpointing is not needed: without it a micro-batch of {budget} tokens takes "
-                f"{without / _GIB:.2g} of {room / _GIB:.3g} GiB. To save the time it takes: "
-                "`gradient_checkpointing=false`"
-            )
+    _say_without_checkpointing(probe, rows, config, budget, free=free, num_ranks=num_ranks, say=say)
     return budget
+
+
+def _say_without_checkpointing(
+    probe: Probe,
+    rows: RowSet,
+    config: RewardConfig,
+    budget: int,
+    *,
+    free: int | None,
+    num_ranks: int,
+    say: Callable[[str], None],
+) -> None:
+    """Where layers are recomputed and memory would do without, say what to type."""
+    layers, layout = _checkpointed_layers(probe.module), probe.module.layout.name
+    if not layers or free is None:
+        return
+    tokens = rows.index.tokens(share=layout == "shared", padded=layout == "padded")
+    longest = int(tokens.max())
+    room = _SHARE * max(0, free - _state_bytes(probe.module, config, num_ranks))
+    (row,) = rows.fetch([int(np.argmax(tokens))])
+    # Without checkpointing a layer holds no more than it holds while it is recomputed: room for the probe.
+    if len(layers) * probe.footprint(row).of(longest) > room:
+        return
+    with _without_checkpointing(layers):
+        without = probe.footprint(row)
+    # A rank's share of a step has no more than this, whatever the budget allows.
+    share = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    largest = share * longest if layout == "padded" else int(np.sort(tokens)[-share:].sum())
+    most = min(budget, largest)
+    fits = most if without.of(most) <= room else without.budget(room, most)
+    if fits < longest:
+        return
+    smaller = "" if fits == most else f" max_tokens_per_microbatch={fits}"
+    say(
+        f"gradient checkpointing is not needed: without it a micro-batch of {fits} tokens takes "
+        f"{without.of(fits) / _GIB:.2g} of {room / _GIB:.3g} GiB. To save the time it takes: "
+        f"`gradient_checkpointing=false{smaller}` (how a step is cut does not change its loss)"
+    )
 
 
 def _free_share(device: torch.device, num_ranks: int) -> int | None:
@@ -206,7 +242,7 @@ def _state_bytes(module: torch.nn.Module, config: RewardConfig, num_ranks: int) 
     copy more, ZeRO's own weights or what an update takes.
     """
     trained = sum(int(p.nbytes) for p in module.parameters() if p.requires_grad)
-    return float(trained) * (1 + 3 / (num_ranks if config.zero_stage else 1))
+    return float(trained) * (1 + 3 / (num_ranks if zero_stage_of(config) else 1))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from rayrm.model.reward_model import (
     load_model,
     set_pad_token,
 )
+from rayrm.train.zero_config import zero_stage_of
 
 logger = logging.getLogger("rayrm.train")
 
@@ -67,6 +68,12 @@ def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> to
         model = add_adapter(inner if not adapted else model, source.peft_config)
         adapted = True
     if config.disable_dropout:
+        if getattr(source.peft_config, "lora_dropout", 0.0):
+            logger.warning(
+                "the adapter's dropout (%s) is set to 0 by `disable_dropout` (True). To keep it: "
+                "`disable_dropout=false`; prefixes are then not shared",
+                source.peft_config.lora_dropout,
+            )
         disable_dropout(model)
     if config.gradient_checkpointing:
         _checkpoint_gradients(model, config, adapted=adapted)
@@ -80,17 +87,16 @@ def is_adapted(model: torch.nn.Module) -> bool:
 
 def _checkpoint_gradients(model: torch.nn.Module, config: RewardConfig, *, adapted: bool) -> None:
     inner = unwrapped(model)
-    kwargs = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
-    if adapted and config.zero_stage == 3:
-        # ZeRO-3 gathers parameters in hooks that non-reentrant recomputation of an adapted layer misses.
-        kwargs["use_reentrant"] = True
+    # TRL's rule for adapters under ZeRO-3, where the settings do not say otherwise.
+    reentrant = adapted and zero_stage_of(config) == 3
+    kwargs = {"use_reentrant": reentrant, **(config.gradient_checkpointing_kwargs or {})}
     inner.config.use_cache = False
     # transformers renamed the method; both names are within the supported range.
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     try:
         enable(kwargs)
     except ValueError as error:
-        logger.info("gradient checkpointing is off: %s", error)
+        logger.warning("`gradient_checkpointing` (True) is off, since the model cannot: %s", error)
         return
     if adapted or any(not p.requires_grad for p in inner.parameters()):
         # The first layer's input must require gradients, or nothing would flow to adapters behind it.

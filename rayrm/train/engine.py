@@ -88,6 +88,7 @@ class TorchEngine:
         self._embedding = RowGradient.of(unwrapped(module.model), device)
         apart = None if self._embedding is None else self._embedding.weight
         self._dense = [p for p in module.parameters() if p.requires_grad and p is not apart]
+        self._all_used: bool | None = None
 
     def train(self, mode: bool) -> None:
         self.module.train(mode)
@@ -107,9 +108,12 @@ class TorchEngine:
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         if self._embedding is not None:
             self._embedding.give(gradients[-1])
+        scale = self._scaler.get_scale() if self.scales_loss else 1.0
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._scheduler.step()
+        # A lowered scale means that the update was skipped; the schedule then waits, as accelerate's does.
+        if not self.scales_loss or self._scaler.get_scale() >= scale:
+            self._scheduler.step()
         if self._embedding is not None:
             self._embedding.clear()
         self._optimizer.zero_grad(set_to_none=True)
@@ -118,16 +122,32 @@ class TorchEngine:
     def _gradients(self) -> list[torch.Tensor]:
         """This step's gradients, averaged over ranks; the embedding's touched rows come last."""
         if self.world_size > 1:
-            for parameter in self._dense:
-                # A rank without a gradient takes part with zeros.
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+            self._agree_on_gradients()
         gradients = [p.grad for p in self._dense if p.grad is not None]
         if self._embedding is not None:
             gradients.append(self._embedding.take(self.world_size))
         if self.world_size > 1:
             _average_in_buckets(gradients, self.world_size)
         return gradients
+
+    def _agree_on_gradients(self) -> None:
+        """Zeros where only other ranks have a gradient; none where nobody has: optimizers decay zeros too.
+
+        Where the first step finds all gradients on all ranks, no later step asks, nor waits for the device.
+        """
+        here = [parameter.grad is not None for parameter in self._dense]
+        if self._all_used is None:
+            least = torch.tensor(all(here), dtype=torch.uint8, device=self.device)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+            self._all_used = bool(least)
+        somewhere = [True] * len(here)
+        if not self._all_used:
+            most = torch.tensor(here, dtype=torch.uint8, device=self.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            somewhere = most.bool().tolist()
+        for parameter, used in zip(self._dense, somewhere, strict=True):
+            if used and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def learning_rate(self) -> float:
         return float(self._scheduler.get_last_lr()[0])

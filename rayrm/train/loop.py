@@ -7,6 +7,7 @@ a resumed run logs the very numbers an uninterrupted one logs.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,17 +30,16 @@ Record = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class RankStep:
-    """One rank's share of a step. `num_rows` and `num_tokens` are the whole step's, over all ranks."""
+    """One rank's share of a step. `num_rows` and `num_tokens` are the whole step's, over all ranks.
+
+    `num_tokens_computed` go through this rank's model: dummies and padding count.
+    """
 
     microbatches: Sequence[PackedBatch]
     num_rows: int
     num_tokens: int
+    num_tokens_computed: int
     after: Cursor
-
-    @property
-    def num_tokens_computed(self) -> int:
-        """What goes through this rank's model: dummies count, padding does not."""
-        return sum(batch.num_tokens for batch in self.microbatches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +200,14 @@ def run_loop(
                 }
             )
         saves = schedule.saves(state.step)
-        if schedule.evaluates(state.step):
-            engine.train(False)
-            events.evaluate(state)
-            engine.train(True)
-        if saves:
-            state.interval = interval.reduce()
-            events.save(state)
+        with clock.stopped():
+            if schedule.evaluates(state.step):
+                engine.train(False)
+                events.evaluate(state)
+                engine.train(True)
+            if saves:
+                state.interval = interval.reduce()
+                events.save(state)
     interval.add_to(state)
     return state
 
@@ -223,7 +224,7 @@ def _checked(record: Record, step: int, engine: Engine) -> Record:
 
 
 class _Clock:
-    """Pairs and tokens per second over the interval, and how long the loop waited for data."""
+    """Pairs and tokens per second over the interval's steps, and how long the loop waited for data."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -239,6 +240,13 @@ class _Clock:
         self._waited += time.perf_counter() - self._waiting_since
         self._rows += step.num_rows
         self._tokens += step.num_tokens
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Evaluating and saving are no part of a step's speed."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
 
     def take(self) -> Record:
         elapsed = max(time.perf_counter() - self._began, 1e-9)

@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from rayrm.config import RewardConfig
 from rayrm.data.order import Order, StepRows
-from rayrm.data.packing import pack_rows
+from rayrm.data.packing import PackedBatch, pack_rows
 from rayrm.data.planning import plan_step
 from rayrm.errors import ConfigError
 from rayrm.metrics.evaluation import evaluate_scores
@@ -28,7 +28,7 @@ from rayrm.model.attention_path import choose_path
 from rayrm.model.cost import attention_weight_of
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import choose_layout, unwrapped
-from rayrm.model.reward_model import TextForm, position_limit, save_model
+from rayrm.model.reward_model import TextForm, save_model
 from rayrm.train.allocator import keep_freed_memory
 from rayrm.train.budget import Probe, decide_budget
 from rayrm.train.build import ModelSource, build_model
@@ -44,11 +44,14 @@ from rayrm.train.engine import Engine, TorchEngine
 from rayrm.train.evaluation import RowSet, score_rows
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from rayrm.train.optimizer import OptimizerSpec, make_optimizer, make_scheduler
+from rayrm.train.positions import check_positions, check_rope
 from rayrm.train.precision import Precision, autocast_dtype, resolve_precision
 from rayrm.train.records import RunLog
+from rayrm.train.zero_config import deepspeed_config, zero_stage_of
 
 logger = logging.getLogger("rayrm.train")
 _STEPS_AHEAD = 2
+_EVAL_BATCH_SIZE: int = RewardConfig.__dataclass_fields__["per_device_eval_batch_size"].default
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +108,18 @@ def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Modu
     `report` is called on every rank with each evaluation's metrics and at the end.
     """
     with contextlib.ExitStack() as around:
-        if job.config.zero_stage is not None or job.config.deepspeed is not None:
+        if zero_stage_of(job.config) is not None:
             from rayrm.train.zero import process_group
 
             around.enter_context(process_group())
         rank = Rank.here(use_cpu=job.config.use_cpu)
         around.enter_context(keep_freed_memory(rank.device))
-        return _RankRun(job, rank, report).train()
+        run = _RankRun(job, rank, report)
+        try:
+            return run.train()
+        except BaseException:
+            run.give_back()
+            raise
 
 
 class _RankRun:
@@ -125,7 +133,8 @@ class _RankRun:
         model = built.to(rank.device)
         sets = [job.train_set, *job.eval_sets.values()]
         longest = max(int(s.index.lengths.max()) for s in sets)
-        _check_positions(unwrapped(model), longest, self._say)
+        check_positions(unwrapped(model), longest, self._say)
+        check_rope(unwrapped(model), longest, self.config, rank.count)
         self.layout = choose_layout(model, share_prefix=self.config.share_prefix, longest=longest)
         self._say(str(self.layout))
         precision = resolve_precision(self.config, rank.device)
@@ -159,6 +168,12 @@ class _RankRun:
             drop_last=self.config.dataloader_drop_last,
         )
         self.schedule = Schedule.of(self.config, self.order.steps_per_epoch)
+        if job.eval_sets and self.config.per_device_eval_batch_size != _EVAL_BATCH_SIZE:
+            self._say(
+                f"`per_device_eval_batch_size` ({self.config.per_device_eval_batch_size}) changes nothing: "
+                f"evaluation fills micro-batches of {self.max_tokens} tokens (`max_tokens_per_microbatch`), "
+                "and its metrics do not depend on batches"
+            )
         self.engine = _build_engine(job, self.module, rank, precision, self.schedule.num_steps)
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
@@ -195,6 +210,12 @@ class _RankRun:
         if self.rank.count == 1:
             self.engine.release()
         return self.module.release()
+
+    def give_back(self) -> None:
+        """After an error: the model computes as its owner knows it. No other rank is asked for anything."""
+        if isinstance(self.engine, TorchEngine):
+            self.engine.release()
+        self.module.release()
 
     def _restore(self) -> TrainState:
         found = checkpoints(self.job.output_dir)
@@ -236,7 +257,18 @@ class _RankRun:
             )
             for microbatch in plan[self.rank.index]
         ]
-        return RankStep(packed, len(step.rows), int(index.lengths.sum()), step.after)
+        return RankStep(
+            packed,
+            len(step.rows),
+            int(index.lengths.sum()),
+            sum(self._num_computed(batch) for batch in packed),
+            step.after,
+        )
+
+    def _num_computed(self, batch: PackedBatch) -> int:
+        """The tokens that go through the model: dummies and padding count."""
+        padded = self.layout.name == "padded"
+        return int(batch.length.max()) * len(batch.length) if padded else batch.num_tokens
 
     def _progress(self, step: int) -> None:
         if self.rank.index == 0:
@@ -312,29 +344,13 @@ class _RankRun:
             )
 
 
-def _check_positions(model: Any, longest: int, say: Callable[[str], None]) -> None:
-    """Rotary positions go on beyond their limit, as in TRL, but scoring refuses such texts; tables end."""
-    limit = position_limit(model)
-    if limit is None or longest <= limit:
-        return
-    if not hasattr(model.config.get_text_config(), "rope_parameters"):
-        raise ConfigError(
-            f"the longest side has {longest} tokens, but the model has {limit} positions. Set "
-            f"`max_length={limit}` (longer pairs are left out and counted)."
-        )
-    say(
-        f"the longest side has {longest} tokens, above the model's {limit} positions: the trained model will "
-        f"refuse to score such texts. `max_length={limit}` leaves them out"
-    )
-
-
 def _build_engine(
     job: TrainJob, module: PackedScorer, rank: Rank, precision: Precision, num_steps: int
 ) -> Engine:
     config = job.config
     optimizer = make_optimizer(module, config, job.optimizer)
     scheduler = make_scheduler(optimizer, config, num_steps)
-    if config.zero_stage is None and config.deepspeed is None:
+    if zero_stage_of(config) is None:
         return TorchEngine(
             module,
             optimizer,
@@ -344,7 +360,7 @@ def _build_engine(
             max_grad_norm=config.max_grad_norm,
             precision=precision,
         )
-    from rayrm.train.zero import DeepSpeedEngine, deepspeed_config
+    from rayrm.train.zero import DeepSpeedEngine
 
     return DeepSpeedEngine(
         module,
@@ -353,7 +369,7 @@ def _build_engine(
         device=rank.device,
         world_size=rank.count,
         max_grad_norm=config.max_grad_norm,
-        settings=deepspeed_config(config, precision),
+        settings=deepspeed_config(config, precision, rank.count),
     )
 
 

@@ -8,7 +8,6 @@ as long as every rank has as many. Mixed precision is autocast over float32 para
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,76 +17,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from rayrm.config import RewardConfig
-from rayrm.errors import CheckpointError, ConfigError
+from rayrm.errors import CheckpointError
 from rayrm.model.forward import DeviceBatch, PackedScorer
-from rayrm.train.precision import Precision
 
 _TAG = "state"
-_OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
-
-def deepspeed_config(config: RewardConfig, precision: Precision) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the user's own (`deepspeed`), or a stage (`zero_stage`).
-
-    "auto" values of a user's file are resolved from the run. An `optimizer` or `scheduler` section is
-    refused: `optim` and `lr_scheduler_type` say it.
-    """
-    chosen: dict[str, Any] = {}
-    if config.deepspeed is not None:
-        chosen = _read(config.deepspeed)
-        if both := [key for key in ("optimizer", "scheduler") if key in chosen]:
-            raise ConfigError(
-                f"`deepspeed` has a section `{both[0]}`, which RewardConfig sets. Delete it and use "
-                "`optim`, `learning_rate` and `lr_scheduler_type`."
-            )
-        chosen = _without_auto(chosen)
-    stage = chosen.get("zero_optimization", {}).get("stage", config.zero_stage or 0)
-    chosen.setdefault("zero_optimization", {"stage": stage})
-    for key in _OURS:
-        chosen.pop(key, None)
-    chosen.update(
-        train_micro_batch_size_per_gpu=1,
-        gradient_accumulation_steps=1,
-        managed_gradient_accumulation=False,
-        zero_allow_untested_optimizer=True,
-        steps_per_print=None,
-        # Stage 0 clips in an optimizer hook, where the norm before clipping can be had.
-        gradient_clipping=config.max_grad_norm if stage > 0 else 0.0,
-    )
-    if stage > 0:
-        # Overlapped communication is for managed accumulation.
-        chosen["zero_optimization"] = {**chosen["zero_optimization"], "overlap_comm": False}
-    if precision != "fp32":
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
-        chosen["torch_autocast"] = {"enabled": True, "dtype": dtype}
-        chosen["data_types"] = {"grad_accum_dtype": "fp32"}
-    for key in ("bf16", "fp16"):
-        chosen.pop(key, None)
-    return chosen
-
-
-def _read(deepspeed: dict[str, Any] | str) -> dict[str, Any]:
-    if isinstance(deepspeed, dict):
-        return dict(deepspeed)
-    file = Path(deepspeed)
-    if not file.is_file():
-        raise ConfigError(
-            f"`deepspeed` ({deepspeed}) is not a file. Pass a DeepSpeed JSON file, or `zero_stage`."
-        )
-    try:
-        read = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"`deepspeed` ({deepspeed}) is not valid JSON: {error}.") from error
-    return dict(read)
-
-
-def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in section.items()
-        if value != "auto"
-    }
 
 
 class DeepSpeedEngine:

@@ -1,6 +1,6 @@
 """Law 1 with an adapter: recomputed layers, shared prefixes and shards give the padded run's trajectory.
 
-Under ZeRO-3 an adapted layer is recomputed reentrantly: the other way misses the gathered weights.
+Under ZeRO-3 an adapted layer is recomputed reentrantly, as by TRL's rule, unless the settings say otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.numerics.ranks import NUM_STEPS, Variant, outcome_of, run_variants
-from tests.numerics.test_same_gradients import OPTIMIZERS, TOLERANCE, differences
+from tests.numerics.test_same_gradients import GATHERED, OPTIMIZERS, TOLERANCE, differences
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 REFERENCE = Variant("reference", padded=True)
@@ -23,6 +23,11 @@ FORMS = [
     Variant("two_ranks_checkpointed", CHECKPOINTED, num_ranks=2),
     Variant("two_ranks_zero2_checkpointed", {**CHECKPOINTED, "zero_stage": 2}, num_ranks=2),
     Variant("two_ranks_zero3_checkpointed", {**CHECKPOINTED, "zero_stage": 3}, num_ranks=2),
+    Variant(
+        "two_ranks_zero3_not_reentrant",
+        {**CHECKPOINTED, "deepspeed": GATHERED, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        num_ranks=2,
+    ),
     # The budget's probe runs before the engine, through the same recomputation.
     Variant("two_ranks_zero3_chosen", {**CHECKPOINTED, "zero_stage": 3}, num_ranks=2, max_tokens=None),
 ]

@@ -39,6 +39,9 @@ PROBE = {
 }
 
 
+GATHERED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+
 def forms() -> list[Variant]:
     """Every way to run a step, without its optimizer."""
     longest = max(len(pair.ids) for pair in tokenized())
@@ -70,6 +73,8 @@ def forms() -> list[Variant]:
             {"zero_stage": 3, "gradient_checkpointing": True},
             num_ranks=2,
         ),
+        # DeepSpeed keeps small weights whole on all ranks; with this none is small, and all are gathered.
+        Variant("two_ranks_zero3_gathered", {"deepspeed": GATHERED}, max_tokens=2 * longest, num_ranks=2),
     ]
     return one_rank + two_ranks
 

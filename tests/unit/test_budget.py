@@ -132,11 +132,30 @@ def test_checkpointing_that_is_not_needed_is_said_with_what_to_type() -> None:
     assert "gradient checkpointing is not needed" in said[-1]
     assert "`gradient_checkpointing=false`" in said[-1]
     assert not any("not needed" in line for line in chosen(config_of(), 100 * GIB)[1])
-    # Enough for a micro-batch that recomputes, not for one that stores.
+
+
+def test_a_smaller_budget_is_named_where_only_that_does_without_checkpointing() -> None:
+    """Eight rows of 240 tokens a step: 1920 fit when layers are recomputed, 1024 when they are stored."""
+    rows = TokenizedSet.from_rows([pair(120, 60, seed=seed) for seed in range(1, 9)])
+    config = config_of(gradient_checkpointing=True, per_device_train_batch_size=8)
+    stored = probe_of(config_of()).footprint(ROWS[1])
     probe = probe_of(config)
-    tight = state_bytes(probe) + int(probe.footprint(ROWS[1]).of(1100) / SHARE)
-    budget, said = chosen(config, tight)
-    assert budget == 1024
+
+    def told(tokens: int) -> tuple[int, list[str]]:
+        said: list[str] = []
+        free = state_bytes(probe) + int(stored.of(tokens) / SHARE)
+        return choose_budget(probe, rows, config, free=free, num_ranks=1, say=said.append), said
+
+    budget, said = told(1200)
+    assert budget >= 2048
+    assert "a micro-batch of 1024 tokens" in said[-1]
+    assert "`gradient_checkpointing=false max_tokens_per_microbatch=1024`" in said[-1]
+    # A step has no more than its eight rows, whatever the budget.
+    _, said = told(2000)
+    assert "a micro-batch of 1920 tokens" in said[-1]
+    assert "`gradient_checkpointing=false`" in said[-1]
+    # Not even the longest row would fit without.
+    _, said = told(200)
     assert not any("not needed" in line for line in said)
 
 
@@ -213,6 +232,18 @@ def test_a_budget_that_is_set_stays_as_it_is(tmp_path: Path, caplog: pytest.LogC
         )
     assert budget == 300
     assert "max_tokens_per_microbatch" not in caplog.text
+    with caplog.at_level(logging.INFO, "rayrm.train"):
+        recomputing = config_of(max_tokens_per_microbatch=300, gradient_checkpointing=True)
+        decide_budget(
+            probe_of(recomputing),
+            TokenizedSet.from_rows(ROWS),
+            recomputing,
+            300,
+            output_dir=tmp_path,
+            rank=0,
+            num_ranks=1,
+        )
+    assert "gradient checkpointing is not needed: without it a micro-batch of 300 tokens" in caplog.text
 
 
 def test_peak_bytes_counts_what_lives_at_a_time() -> None:
