@@ -18,6 +18,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from rayrm.data.packing import PackedBatch, attention_runs
+from rayrm.model.transfer import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Varlen:
             _cumulative(num_keys, device),
             max(num_queries),
             max(num_keys),
-            torch.from_numpy(np.concatenate(keys)).to(device, non_blocking=True) if gathered else None,
+            on_device(np.concatenate(keys), device) if gathered else None,
             kernel,
             "enable_gqa" in inspect.signature(kernel).parameters,
         )
@@ -105,4 +106,4 @@ def _gathered(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _cumulative(lengths: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    return on_device(np.cumsum([0, *lengths], dtype=np.int32), device)

@@ -48,6 +48,8 @@ class TrainState:
     best_metric: float | None = None
     best_checkpoint: str | None = None
     num_workers: int = 1
+    # The token budget: a run that goes on elsewhere does not choose again.
+    max_tokens: int | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

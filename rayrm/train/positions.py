@@ -34,6 +34,6 @@ def check_rope(model: Any, longest: int, config: RewardConfig, num_ranks: int) -
     if zero_stage_of(config) == 3 and num_ranks > 1 and rope is not None and longest > rope.limit:
         raise ConfigError(
             f"ZeRO stage 3 on {num_ranks} workers cannot train rows above {rope.limit} tokens with a rope of "
-            f"type {rope.kind}, and the longest has {longest}: such rows take forwards of their own, and ZeRO-3 "
-            f"wants equally many of every worker. Set `zero_stage=2`, or `max_length={rope.limit}`."
+            f"type {rope.kind}, and the longest has {longest}: such rows take forwards of their own, and "
+            f"ZeRO-3 wants equally many of every worker. Set `zero_stage=2`, or `max_length={rope.limit}`."
         )

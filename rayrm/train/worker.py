@@ -318,6 +318,8 @@ class _RankRun:
             state.best_checkpoint = f"checkpoint-{state.step}"
 
     def _save(self, state: TrainState) -> None:
+        state.max_tokens = self.max_tokens
+
         def write(directory: Path) -> None:
             engine_dir = directory / "engine"
             engine_dir.mkdir(exist_ok=True)

@@ -21,6 +21,7 @@ from rayrm import RewardConfig, RewardTrainer
 from rayrm.data.ingest import TokenizedSet
 from rayrm.errors import CheckpointError, RunDirectoryError
 from rayrm.train.records import read_records
+from rayrm.train.rundir import recorded_budget
 from tests.numerics.ranks import tokenized
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -204,3 +205,10 @@ def test_a_killed_driver_s_run_goes_on_as_if_nothing_had_been(
 def test_a_finished_run_is_refused(in_process: Path, base: str) -> None:
     with pytest.raises(RunDirectoryError, match="is finished"):
         trainer_of(in_process.parent, base, workers=0).train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_goes_on_in_another_directory_keeps_the_token_budget(tmp_path: Path, base: str) -> None:
+    trainer_of(tmp_path / "one", base, workers=0, max_tokens_per_microbatch=600).train()
+    checkpoint = tmp_path / "one" / "run" / f"checkpoint-{SAVED}"
+    trainer_of(tmp_path / "two", base, workers=0).train(resume_from_checkpoint=str(checkpoint))
+    assert recorded_budget(tmp_path / "two" / "run") == 600

@@ -12,29 +12,39 @@ import torch.distributed as dist
 
 from rayrm.config import RewardConfig
 from rayrm.data.packing import pack_rows
+from rayrm.model.attention import AttentionPath
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import Layout
+from rayrm.train.build import ModelSource, build_model
 from rayrm.train.engine import TorchEngine
 from rayrm.train.optimizer import make_optimizer, make_scheduler
 from rayrm.train.precision import Precision
+from rayrm.train.step import train_step
 from tests.numerics.ranks import tokenized
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 STEPS = 4
 
 
 def engine_of(
-    model: torch.nn.Module, config: RewardConfig, *, world_size: int = 1, precision: Precision = "fp32"
+    model: torch.nn.Module,
+    config: RewardConfig,
+    *,
+    world_size: int = 1,
+    precision: Precision = "fp32",
+    layout: Any = "shared",
+    path: AttentionPath = "loop",
+    device: torch.device = CPU,
 ) -> TorchEngine:
-    scorer = PackedScorer(model, Layout("shared"))
+    scorer = PackedScorer(model, Layout(layout), path=path)
     optimizer = make_optimizer(scorer, config)
     scheduler = make_scheduler(optimizer, config, 10)
     return TorchEngine(
         scorer,
         optimizer,
         scheduler,
-        device=CPU,
+        device=device,
         world_size=world_size,
         max_grad_norm=config.max_grad_norm,
         precision=precision,
@@ -126,3 +136,26 @@ def test_a_weight_that_no_rank_used_stays_and_one_that_one_rank_used_moves_on_al
         # lr 0.5 x (half the gradient of one rank + decay of 0.1).
         torch.testing.assert_close(weights["on_rank_one"], torch.full((3,), 1 - 0.5 * (0.5 + 0.1)))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("path", ["varlen", "flex", "loop"])
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_a_step_never_makes_the_host_wait_for_a_gpu(
+    layout: str, path: AttentionPath, checkpointing: bool
+) -> None:
+    """Padded rows are left out: transformers' own forward asks there whether the mask has padding at all."""
+    device = torch.device("cuda")
+    config = RewardConfig(bf16=True, gradient_checkpointing=checkpointing)
+    model = build_model(ModelSource(tiny_model(hidden_size=64)), config, tiny_tokenizer()).to(device)
+    engine = engine_of(model, config, precision="bf16", layout=layout, path=path, device=device)
+    batches = [pack_rows(tokenized(8)[n : n + 4], 0, share=layout == "shared") for n in (0, 4)]
+    for _ in range(2):  # kernels are compiled and workspaces taken once
+        train_step(engine, batches, 8)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(engine, batches, 8, center_rewards_coefficient=0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
