@@ -50,7 +50,7 @@ class Engine(Protocol):
         ...
 
     def release(self) -> None:
-        """End training: a single rank's module then holds whole weights, and no hooks of the engine."""
+        """End training, at any step: a single rank's module holds whole weights, no gradients and no hooks."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -138,6 +138,8 @@ class TorchEngine:
     def release(self) -> None:
         if self._embedding is not None:
             self._embedding.close()
+        # Of a step that raised: an optimizer of the model's owner would take them for its own.
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _is_first(self) -> bool:
         return self.world_size == 1 or dist.get_rank() == 0

@@ -111,13 +111,20 @@ def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Modu
             around.enter_context(process_group())
         rank = Rank.here(use_cpu=job.config.use_cpu)
         around.enter_context(keep_freed_memory(rank.device))
-        return _RankRun(job, rank, report).train()
+        return _RankRun(job, rank, report, around).train()
 
 
 class _RankRun:
     """The parts of a run that its steps share."""
 
-    def __init__(self, job: TrainJob, rank: Rank, report: Callable[[Record], None]) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        rank: Rank,
+        report: Callable[[Record], None],
+        around: contextlib.ExitStack,
+    ) -> None:
+        """`around` gives the model back as it was when it ends, also where the run raises."""
         self.job, self.rank, self._report = job, rank, report
         self.config = job.config
         set_seed(self.config.seed)
@@ -140,6 +147,7 @@ class _RankRun:
             path=path.name,
             pad_to_multiple_of=multiple if isinstance(multiple, int) else None,
         )
+        around.callback(self.module.release)
         self.pad_token_id = unwrapped(model).config.get_text_config().pad_token_id
         probe = Probe(self.module, precision, rank.device, self.pad_token_id)
         self.max_tokens = decide_budget(
@@ -160,6 +168,8 @@ class _RankRun:
         )
         self.schedule = Schedule.of(self.config, self.order.steps_per_epoch)
         self.engine = _build_engine(job, self.module, rank, precision, self.schedule.num_steps)
+        if rank.count == 1:
+            around.callback(self.engine.release)
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
     def _say(self, message: str) -> None:
@@ -192,9 +202,7 @@ class _RankRun:
             if self.rank.index == 0:
                 self.log.finish(state, self.schedule.num_steps, self.order.steps_per_epoch)
         self.rank.barrier()
-        if self.rank.count == 1:
-            self.engine.release()
-        return self.module.release()
+        return self.module.model
 
     def _restore(self) -> TrainState:
         found = checkpoints(self.job.output_dir)

@@ -169,6 +169,8 @@ class DeepSpeedEngine:
     def release(self) -> None:
         state = self.model_state()
         self._engine.destroy()
+        for parameter in self._trainable:
+            parameter.grad = None  # of a step that raised
         if state is None:
             return
         with torch.no_grad():
