@@ -7,6 +7,7 @@ a resumed run logs the very numbers an uninterrupted one logs.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,24 +23,28 @@ from rayrm.errors import RayrmError
 from rayrm.metrics.step import IntervalMean, StepMetrics
 from rayrm.train.checkpoint import TrainState
 from rayrm.train.engine import Engine
-from rayrm.train.step import StepTotals, train_step
+from rayrm.train.step import StepTotals, computed_tokens, train_step
 
 Record = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class RankStep:
-    """One rank's share of a step. `num_rows` and `num_tokens` are the whole step's, over all ranks."""
+    """One rank's share of a step. `num_rows` and `num_tokens` are the whole step's, over all ranks.
+
+    `padded`: the model pads each micro-batch to its longest row.
+    """
 
     microbatches: Sequence[PackedBatch]
     num_rows: int
     num_tokens: int
     after: Cursor
+    padded: bool = False
 
     @property
     def num_tokens_computed(self) -> int:
-        """What goes through this rank's model: dummies count, padding does not."""
-        return sum(batch.num_tokens for batch in self.microbatches)
+        """What goes through this rank's model, dummies and padding included."""
+        return sum(computed_tokens(batch, padded=self.padded) for batch in self.microbatches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +167,11 @@ def run_loop(
     events: Events,
     *,
     center_rewards_coefficient: float | None,
+    now: Callable[[], float] = time.perf_counter,
 ) -> TrainState:
-    """Train from where `state` stands to the schedule's end."""
+    """Train from where `state` stands to the schedule's end. `now` tells the time in seconds."""
     interval = Interval(reduced=list(state.interval))
-    clock = _Clock()
+    clock = _Clock(now)
     engine.train(True)
     while state.step < schedule.num_steps:
         clock.wait()
@@ -202,11 +208,13 @@ def run_loop(
         saves = schedule.saves(state.step)
         if schedule.evaluates(state.step):
             engine.train(False)
-            events.evaluate(state)
+            with clock.stopped():
+                events.evaluate(state)
             engine.train(True)
         if saves:
             state.interval = interval.reduce()
-            events.save(state)
+            with clock.stopped():
+                events.save(state)
     interval.add_to(state)
     return state
 
@@ -223,29 +231,38 @@ def _checked(record: Record, step: int, engine: Engine) -> Record:
 
 
 class _Clock:
-    """Pairs and tokens per second over the interval, and how long the loop waited for data."""
+    """Pairs and tokens per second of the interval's steps, and how long the loop waited for data."""
 
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._waiting_since = self._began
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began = self._waiting_since = self._now()
         self._waited = 0.0
-        self._rows = 0
-        self._tokens = 0
+        self._rows = self._tokens = 0
 
     def wait(self) -> None:
-        self._waiting_since = time.perf_counter()
+        self._waiting_since = self._now()
 
     def resume(self, step: RankStep) -> None:
-        self._waited += time.perf_counter() - self._waiting_since
+        self._waited += self._now() - self._waiting_since
         self._rows += step.num_rows
         self._tokens += step.num_tokens
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What happens in the block is no part of the steps."""
+        since = self._now()
+        yield
+        self._began += self._now() - since
+
     def take(self) -> Record:
-        elapsed = max(time.perf_counter() - self._began, 1e-9)
+        elapsed = max(self._now() - self._began, 1e-9)
         speed = {
             "pairs_per_second": self._rows / elapsed,
             "tokens_per_second": self._tokens / elapsed,
             "data_wait_s": self._waited,
         }
-        self.__init__()  # type: ignore[misc]
+        self._restart()
         return speed

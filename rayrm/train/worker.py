@@ -228,9 +228,9 @@ class _RankRun:
     def _prepare(self, step: StepRows) -> RankStep:
         """Plan the step over all ranks, fetch and pack this rank's share."""
         index = self.job.train_set.index.take(step.rows)
-        shares = self.layout.name == "shared"
+        shares, padded = self.layout.name == "shared", self.layout.name == "padded"
         plan = plan_step(
-            index.costs(share=shares, padded=self.layout.name == "padded"),
+            index.costs(share=shares, padded=padded),
             num_ranks=self.rank.count,
             max_tokens=self.max_tokens,
             attention_weight=self.attention_weight,
@@ -244,7 +244,7 @@ class _RankRun:
             )
             for microbatch in plan[self.rank.index]
         ]
-        return RankStep(packed, len(step.rows), int(index.lengths.sum()), step.after)
+        return RankStep(packed, len(step.rows), int(index.lengths.sum()), step.after, padded)
 
     def _progress(self, step: int) -> None:
         if self.rank.index == 0:
