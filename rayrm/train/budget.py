@@ -27,6 +27,7 @@ import torch.distributed as dist
 from rayrm.config import RewardConfig
 from rayrm.data.packing import PackedBatch, pack_texts
 from rayrm.data.tokenize import TokenizedRow
+from rayrm.deepspeed_rules import resolved_stage
 from rayrm.errors import ConfigError
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import unwrapped
@@ -206,7 +207,7 @@ def _state_bytes(module: torch.nn.Module, config: RewardConfig, num_ranks: int) 
     copy more, ZeRO's own weights or what an update takes.
     """
     trained = sum(int(p.nbytes) for p in module.parameters() if p.requires_grad)
-    return float(trained) * (1 + 3 / (num_ranks if config.zero_stage else 1))
+    return float(trained) * (1 + 3 / (num_ranks if resolved_stage(config) else 1))
 
 
 @contextlib.contextmanager

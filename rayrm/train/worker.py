@@ -49,6 +49,7 @@ from rayrm.train.records import RunLog
 
 logger = logging.getLogger("rayrm.train")
 _STEPS_AHEAD = 2
+_EVAL_ROWS = RewardConfig.per_device_eval_batch_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,11 @@ class _RankRun:
         _check_positions(unwrapped(model), longest, self._say)
         self.layout = choose_layout(model, share_prefix=self.config.share_prefix, longest=longest)
         self._say(str(self.layout))
+        if self.config.per_device_eval_batch_size != _EVAL_ROWS:
+            self._say(
+                f"`per_device_eval_batch_size` ({self.config.per_device_eval_batch_size}) sets nothing here: "
+                "evaluation goes by tokens (`max_tokens_per_microbatch`), and its metrics depend on neither"
+            )
         precision = resolve_precision(self.config, rank.device)
         path = choose_path(model, rank.device, autocast_dtype(precision))
         if self.layout.name != "padded":
@@ -361,7 +367,7 @@ def _build_engine(
         device=rank.device,
         world_size=rank.count,
         max_grad_norm=config.max_grad_norm,
-        settings=deepspeed_config(config, precision),
+        settings=deepspeed_config(config, precision, rank.count),
     )
 
 

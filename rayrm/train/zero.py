@@ -8,7 +8,7 @@ as long as every rank has as many. Mixed precision is autocast over float32 para
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,75 +19,49 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from rayrm.config import RewardConfig
-from rayrm.errors import CheckpointError, ConfigError
+from rayrm.deepspeed_rules import check_batch_size, read_deepspeed, resolved_stage, without_effect
+from rayrm.errors import CheckpointError
 from rayrm.model.forward import DeviceBatch, PackedScorer
+from rayrm.train.build import on_first_rank
 from rayrm.train.precision import Precision
 
 _TAG = "state"
-_OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+logger = logging.getLogger("rayrm.train")
+# Rows per step are counted by the caller; mixed precision is autocast.
+_OURS = ("train_batch_size", "bf16", "bfloat16", "fp16")
 
 
-def deepspeed_config(config: RewardConfig, precision: Precision) -> dict[str, Any]:
+def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: the user's own (`deepspeed`), or a stage (`zero_stage`).
 
-    "auto" values of a user's file are resolved from the run. An `optimizer` or `scheduler` section is
-    refused: `optim` and `lr_scheduler_type` say it.
+    What a user's file leaves out or has as "auto" is the run's. What it has and the run cannot heed is told.
     """
-    chosen: dict[str, Any] = {}
-    if config.deepspeed is not None:
-        chosen = _read(config.deepspeed)
-        if both := [key for key in ("optimizer", "scheduler") if key in chosen]:
-            raise ConfigError(
-                f"`deepspeed` has a section `{both[0]}`, which RewardConfig sets. Delete it and use "
-                "`optim`, `learning_rate` and `lr_scheduler_type`."
-            )
-        chosen = _without_auto(chosen)
-    stage = chosen.get("zero_optimization", {}).get("stage", config.zero_stage or 0)
-    chosen.setdefault("zero_optimization", {"stage": stage})
+    chosen: dict[str, Any] = {} if config.deepspeed is None else read_deepspeed(config.deepspeed)
+    check_batch_size(chosen, config, num_workers)
+    for ignored in without_effect(chosen):
+        if on_first_rank():
+            logger.warning("%s", ignored)
+    stage = resolved_stage(config) or 0
     for key in _OURS:
         chosen.pop(key, None)
     chosen.update(
+        zero_optimization={**chosen.get("zero_optimization", {}), "stage": stage},
         train_micro_batch_size_per_gpu=1,
         gradient_accumulation_steps=1,
         managed_gradient_accumulation=False,
         zero_allow_untested_optimizer=True,
-        steps_per_print=None,
         # Stage 0 clips in an optimizer hook, where the norm before clipping can be had.
         gradient_clipping=config.max_grad_norm if stage > 0 else 0.0,
     )
+    chosen.setdefault("steps_per_print", None)
     if stage > 0:
         # Overlapped communication is for managed accumulation.
-        chosen["zero_optimization"] = {**chosen["zero_optimization"], "overlap_comm": False}
+        chosen["zero_optimization"]["overlap_comm"] = False
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
         chosen["torch_autocast"] = {"enabled": True, "dtype": dtype}
-        chosen["data_types"] = {"grad_accum_dtype": "fp32"}
-    for key in ("bf16", "fp16"):
-        chosen.pop(key, None)
+        chosen["data_types"] = {**chosen.get("data_types", {}), "grad_accum_dtype": "fp32"}
     return chosen
-
-
-def _read(deepspeed: dict[str, Any] | str) -> dict[str, Any]:
-    if isinstance(deepspeed, dict):
-        return dict(deepspeed)
-    file = Path(deepspeed)
-    if not file.is_file():
-        raise ConfigError(
-            f"`deepspeed` ({deepspeed}) is not a file. Pass a DeepSpeed JSON file, or `zero_stage`."
-        )
-    try:
-        read = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"`deepspeed` ({deepspeed}) is not valid JSON: {error}.") from error
-    return dict(read)
-
-
-def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in section.items()
-        if value != "auto"
-    }
 
 
 class DeepSpeedEngine:

@@ -110,6 +110,8 @@ def test_ranks_that_share_the_state_have_room_for_more() -> None:
     free = state_bytes(probe_of(config_of())) + int(footprint.of(1000) / SHARE)
     assert chosen(config_of(), free, 4)[0] == 512
     assert chosen(config_of(zero_stage=2), free, 4)[0] == 1024
+    assert chosen(config_of(deepspeed={"zero_optimization": {"stage": 2}}), free, 4)[0] == 1024
+    assert chosen(config_of(deepspeed={"zero_optimization": {"stage": 0}}), free, 4)[0] == 512
 
 
 def test_with_much_memory_the_budget_is_capped_and_with_unknown_memory_too() -> None:
