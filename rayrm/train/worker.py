@@ -215,7 +215,7 @@ class _RankRun:
         source = found[-1] if found else self.job.resume
         if source is None:
             self.log.begin(0)
-            return TrainState(num_workers=self.rank.count)
+            return TrainState(num_workers=self.rank.count, max_tokens=self.max_tokens)
         state = read_state(source)
         if source.parent != self.job.output_dir:
             # The best checkpoint so far is the other directory's.
@@ -225,6 +225,7 @@ class _RankRun:
         self.log.begin(state.step)
         self._say(f"resuming after step {state.step} from {source}")
         state.num_workers = self.rank.count
+        state.max_tokens = self.max_tokens
         return state
 
     def _steps(self, state: TrainState) -> Iterator[RankStep]:

@@ -204,3 +204,13 @@ def test_a_killed_driver_s_run_goes_on_as_if_nothing_had_been(
 def test_a_finished_run_is_refused(in_process: Path, base: str) -> None:
     with pytest.raises(RunDirectoryError, match="is finished"):
         trainer_of(in_process.parent, base, workers=0).train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_goes_on_in_a_new_directory_keeps_the_token_budget(tmp_path: Path, base: str) -> None:
+    trainer_of(tmp_path / "whole", base, workers=0, max_tokens_per_microbatch=200).train()
+    whole, on = tmp_path / "whole" / "run", tmp_path / "on" / "run"
+    # Left to measure, it would choose thousands of tokens, and sum in another order.
+    trainer_of(tmp_path / "on", base, workers=0).train(resume_from_checkpoint=str(whole / "checkpoint-8"))
+    assert json.loads((on / "identity.json").read_text())["max_tokens_per_microbatch"] == 200
+    first, second = weights(whole), weights(on)
+    assert all(torch.equal(first[name], second[name]) for name in first)
