@@ -28,6 +28,7 @@ from rayrm.model.attention import (
     restore_attention,
 )
 from rayrm.model.head import exact_head
+from rayrm.model.host_copy import copied
 from rayrm.model.last_layer import PooledAttention, pool_last_layer
 from rayrm.model.layout import Layout, unwrapped
 from rayrm.model.rms_norm import block_norms
@@ -57,7 +58,7 @@ def to_device(batch: PackedBatch, device: torch.device, path: AttentionPath | No
     """Move a batch to `device` and plan its attention on a path (None: its rows are to be padded)."""
 
     def tensor(array: object) -> torch.Tensor:
-        return torch.as_tensor(array).to(device, non_blocking=True)
+        return copied(array, device)
 
     pooled = tensor(batch.pooled)
     attention: Attention | None = None
@@ -175,7 +176,7 @@ class PackedScorer(torch.nn.Module):
         # Padding counts as a position where positions scale with the longest.
         multiple = self._multiple if self._rope is None else 1
         ids = F.pad(ids, (0, -ids.shape[1] % multiple), value=pad)
-        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        lengths = copied([len(row) for row in rows], ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         scores: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, **self._options).logits
         return scores[:, 0].float()
