@@ -255,7 +255,7 @@ class LoraConfig:
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Updates are scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapters' input, with `reward.disable_dropout=false` only. Above 0 prefixes are then not
+    """Dropout on the adapters' input, with `disable_dropout=false` only. Above 0 prefixes are then not
     shared."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers that get an adapter, or "all-linear"."""
