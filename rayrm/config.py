@@ -67,7 +67,7 @@ class RewardConfig:
     chat_template_path: str | None = None
     """A `.jinja` file, or a tokenizer whose chat template is taken over."""
     disable_dropout: bool = True
-    """Set every dropout of the model to zero, those in its configuration too."""
+    """Set every dropout to zero: the model's, its configuration's, an adapter's (`model.lora.dropout`)."""
 
     # The data.
     dataset_num_proc: OptionalCount = None
@@ -131,9 +131,11 @@ class RewardConfig:
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, more time."""
     gradient_checkpointing_kwargs: OptionalTable = None
-    """Arguments of `torch.utils.checkpoint`, such as `use_reentrant`."""
+    """Arguments of `torch.utils.checkpoint`. `use_reentrant` unset: True for an adapter under ZeRO-3, as in
+    TRL, else False."""
     deepspeed: OptionalTableOrPath = None
-    """A DeepSpeed configuration: a table, or a JSON file's path. `zero_stage` is the short form."""
+    """A DeepSpeed configuration: a table, or a JSON file's path. `zero_stage` is the short form. What a field
+    here says too must be equal there, absent or "auto"."""
     use_cpu: bool = False
     """Train on the CPU even where there is a GPU."""
 
@@ -153,8 +155,8 @@ class RewardConfig:
 
     # Evaluation.
     per_device_eval_batch_size: Count = 8
-    """Accepted as TRL's, and changes nothing: evaluation fills micro-batches of `max_tokens_per_microbatch`
-    tokens, and its metrics do not depend on batches."""
+    """Accepted as in TRL, and sets nothing: evaluation goes by `max_tokens_per_microbatch`, and its metrics
+    depend on neither."""
     eval_strategy: Strategy = "no"
     """When to evaluate: every `eval_steps`, every epoch, or not."""
     eval_steps: OptionalNonNegativeFloat = None
@@ -253,7 +255,8 @@ class LoraConfig:
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Updates are scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapters' input, with `disable_dropout=false`; prefixes are then not shared."""
+    """Dropout on the adapters' input, with `disable_dropout=false` only. Above 0 prefixes are then not
+    shared."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers that get an adapter, or "all-linear"."""
 

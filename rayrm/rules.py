@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from rayrm.deepspeed_rules import check_deepspeed
 from rayrm.settings import nearest
 from rayrm.unsupported import INSTEAD, NOT_HONOURED, RENAMED
 
@@ -111,7 +111,12 @@ def _multiple(given: int | str | None) -> int | None:
 
 def check_reward_config(config: RewardConfig) -> None:
     """Raise ValueError with one line for each rule between fields that `config` breaks."""
-    problems = [*_check_steps(config), *_check_best_model(config), *_check_engine(config)]
+    problems = [
+        *_check_steps(config),
+        *_check_best_model(config),
+        *_check_precision(config),
+        *check_deepspeed(config),
+    ]
     for reporter in config.report_to:
         if reporter not in REPORTERS:
             problems.append(
@@ -177,7 +182,7 @@ def _check_best_model(config: RewardConfig) -> list[str]:
     return []
 
 
-def _check_engine(config: RewardConfig) -> list[str]:
+def _check_precision(config: RewardConfig) -> list[str]:
     problems = []
     if config.bf16 and config.fp16:
         problems.append(
@@ -185,16 +190,6 @@ def _check_engine(config: RewardConfig) -> list[str]:
         )
     if config.fp16 and config.use_cpu:
         problems.append("`fp16` (True) needs a GPU, and `use_cpu` is True. Type `fp16=false`.")
-    if config.zero_stage is not None and config.deepspeed is not None:
-        problems.append(
-            f"`zero_stage` ({config.zero_stage}) and `deepspeed`: both choose the ZeRO stage. Delete "
-            "`deepspeed`, or delete `zero_stage` and put `zero_optimization.stage` into `deepspeed`."
-        )
-    if isinstance(config.deepspeed, str) and not Path(config.deepspeed).is_file():
-        problems.append(
-            f"`deepspeed` ({config.deepspeed!r}) is no file. Type the path of a JSON file, a table, or "
-            "`zero_stage=2`."
-        )
     return problems
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "rayrm"
 
 LAYERS: list[set[str]] = [
-    {"errors", "logs", "settings", "unsupported", "rules", "config", "runfile"},
+    {"errors", "logs", "settings", "unsupported", "deepspeed_rules", "rules", "config", "runfile"},
     {"data"},
     {"model", "metrics"},
     {"train", "serve"},

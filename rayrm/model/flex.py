@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rayrm.data.packing import Indices
-from rayrm.model.transfer import on_device
+from rayrm.model.host_copy import copied
 
 _BLOCK = 128
 
@@ -31,7 +31,7 @@ class Flex:
     @classmethod
     def of(cls, reach: Indices, device: torch.device) -> Flex:
         """`reach` `[T]`: for each key the first query that no longer sees it."""
-        last_seen = on_device(reach, device)
+        last_seen = copied(reach, device)
 
         def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
             return (key <= query) & (query < last_seen[key])
@@ -102,4 +102,4 @@ def _ordered(blocks: np.ndarray[Any, Any], device: torch.device) -> tuple[torch.
     """For B query blocks: the number of their key blocks, int32 `[1, 1, B]`, and which, `[1, 1, B, B]`."""
     counts = torch.from_numpy(blocks.sum(axis=1, dtype=np.int32))
     first = torch.from_numpy(np.argsort(~blocks, axis=1, kind="stable").astype(np.int32))
-    return on_device(counts[None, None], device), on_device(first[None, None], device)
+    return copied(counts[None, None], device), copied(first[None, None], device)

@@ -11,7 +11,6 @@ import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -29,12 +28,12 @@ from rayrm.model.attention import (
     restore_attention,
 )
 from rayrm.model.head import exact_head
+from rayrm.model.host_copy import copied
 from rayrm.model.last_layer import PooledAttention, pool_last_layer
 from rayrm.model.layout import Layout, unwrapped
 from rayrm.model.rms_norm import block_norms
 from rayrm.model.rope import fuse_rope
 from rayrm.model.scaling_rope import ScalingRope, forget_longer_texts
-from rayrm.model.transfer import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,9 @@ class DeviceBatch:
 def to_device(batch: PackedBatch, device: torch.device, path: AttentionPath | None) -> DeviceBatch:
     """Move a batch to `device` and plan its attention on a path (None: its rows are to be padded)."""
 
-    tensor = partial(on_device, device=device)
+    def tensor(array: object) -> torch.Tensor:
+        return copied(array, device)
+
     pooled = tensor(batch.pooled)
     attention: Attention | None = None
     if path is not None:
@@ -175,7 +176,7 @@ class PackedScorer(torch.nn.Module):
         # Padding counts as a position where positions scale with the longest.
         multiple = self._multiple if self._rope is None else 1
         ids = F.pad(ids, (0, -ids.shape[1] % multiple), value=pad)
-        lengths = on_device([len(row) for row in rows], ids.device)
+        lengths = copied([len(row) for row in rows], ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         scores: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, **self._options).logits
         return scores[:, 0].float()

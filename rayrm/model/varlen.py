@@ -18,7 +18,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from rayrm.data.packing import PackedBatch, attention_runs
-from rayrm.model.transfer import on_device
+from rayrm.model.host_copy import copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Varlen:
             _cumulative(num_keys, device),
             max(num_queries),
             max(num_keys),
-            on_device(np.concatenate(keys), device) if gathered else None,
+            copied(np.concatenate(keys), device) if gathered else None,
             kernel,
             "enable_gqa" in inspect.signature(kernel).parameters,
         )
@@ -106,4 +106,4 @@ def _gathered(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _cumulative(lengths: list[int], device: torch.device) -> torch.Tensor:
-    return on_device(np.cumsum([0, *lengths], dtype=np.int32), device)
+    return copied(np.cumsum([0, *lengths], dtype=np.int32), device)

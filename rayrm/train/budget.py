@@ -8,6 +8,9 @@ that the same run chooses the same twice, and at least the longest row.
 
 The probe leaves no gradient, weight or random state changed, and costs about a step. It runs before an engine
 takes the model: later every rank would have to take part in each forward, and gradients were the engine's.
+
+The last layer's attention, of N scores to T tokens, is the one part that does not grow evenly with tokens: it
+is measured by itself, and counted at the most scores that a step's shortest rows can put into T tokens.
 """
 
 from __future__ import annotations
@@ -21,20 +24,26 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
 from rayrm.config import RewardConfig
 from rayrm.data.packing import PackedBatch, pack_texts
+from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
+from rayrm.deepspeed_rules import resolved_stage
 from rayrm.errors import ConfigError
+from rayrm.model.attention import Dense
+from rayrm.model.attention_probe import softcap_of
+from rayrm.model.cost import head_sizes
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import unwrapped
 from rayrm.train.evaluation import RowSet
 from rayrm.train.peak_memory import free_bytes, peak_bytes
-from rayrm.train.precision import Precision, in_precision
+from rayrm.train.precision import Precision, autocast_dtype, in_precision
 from rayrm.train.rundir import record_budget, recorded_budget
-from rayrm.train.zero_config import zero_stage_of
+from rayrm.train.step import computed_tokens
 
 logger = logging.getLogger("rayrm.train")
 
@@ -45,23 +54,58 @@ _MOST_TOKENS = {"cpu": 8192, "cuda": 65536}
 """From here on a larger micro-batch is no faster."""
 _PROBE_LENGTH = 512
 """Without padding memory grows evenly with tokens, so that the beginnings of long texts tell enough."""
+_MASK = 512
+"""Scores, and tokens, of the last layer's attention as measured: many, to hide what grows with one alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a micro-batch holds at its peak: `fixed` bytes and `per_token` more for each of its tokens."""
+    """What a micro-batch holds at its peak: `fixed` bytes, `per_token` more for each of its tokens, and
+    `per_mask_entry` for each of its scores x tokens."""
 
     fixed: float
     per_token: float
+    per_mask_entry: float = 0.0
 
-    def of(self, num_tokens: int) -> float:
-        """Bytes of a micro-batch of `num_tokens`."""
-        return self.fixed + self.per_token * num_tokens
+    def of(self, num_tokens: int, num_scores: float = 0) -> float:
+        """Bytes of a micro-batch of `num_tokens`, of which `num_scores` are read."""
+        return self.fixed + (self.per_token + self.per_mask_entry * num_scores) * num_tokens
 
-    def budget(self, room: float, most: int) -> int:
-        """The largest power of two of tokens that `room` bytes hold, at most `most`."""
-        fits = max(1, int((room - self.fixed) / self.per_token)) if self.per_token > 0 else most
-        return min(most, 1 << (fits.bit_length() - 1))
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the steps of a run ask of one rank. `longest` row and `most_tokens` of a step, in tokens.
+
+    `tokens` and `scores` `[rows + 1]`: what the first rows hold together, those with the least tokens a score
+    first.
+    """
+
+    longest: int
+    most_tokens: int
+    tokens: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, index: RowIndex, layout: str, *, rows_per_rank: int, num_ranks: int) -> Demand:
+        """Of a run over these rows."""
+        tokens = index.tokens(share=layout == "shared", padded=layout == "padded")
+        # Ranks are balanced by tokens: none has more than an even share and one row.
+        most_rows = min(rows_per_rank + (num_ranks > 1), len(tokens))
+        largest = np.sort(tokens)[-most_rows:]
+        most = most_rows * int(tokens.max()) if layout == "padded" else int(largest.sum())
+        # Prompts may be common to all rows, and short rows all on one rank.
+        alone = np.maximum(tokens - index.prefix_lengths, 1) if layout == "shared" else tokens
+        densest = np.argsort(alone / index.num_completions, kind="stable")[: rows_per_rank * num_ranks]
+        return cls(
+            int(tokens.max()),
+            most,
+            np.concatenate([[0], np.cumsum(alone[densest])]),
+            np.concatenate([[0], np.cumsum(index.num_completions[densest])]),
+        )
+
+    def most_scores(self, num_tokens: int) -> float:
+        """The most scores that a micro-batch of `num_tokens` can hold."""
+        return float(np.interp(num_tokens, self.tokens, self.scores))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +117,50 @@ class Probe:
     device: torch.device
     pad_token_id: int | None
 
+    def num_tokens(self, row: TokenizedRow) -> int:
+        """What of the row `footprint` runs at most."""
+        padded = self.module.layout.name == "padded"
+        return computed_tokens(self._batch(row, self._length(row)), padded=padded)
+
     def footprint(self, row: TokenizedRow) -> Footprint:
         """Measured on the row's texts and on their first halves."""
         padded = self.module.layout.name == "padded"
-        most = max(row.lengths) if padded else _PROBE_LENGTH
-        whole, half = self._batch(row, most), self._batch(row, min(most, max(row.lengths)) // 2)
+        most = self._length(row)
+        whole, half = self._batch(row, most), self._batch(row, most // 2)
         self.module.train()
         with _untouched(self.module, self.device):
             if self.device.type == "cuda":
                 self._run(half)  # The libraries' workspaces, taken once, are no token's.
             peaks = [peak_bytes(partial(self._run, batch), self.device) for batch in (half, whole)]
-        tokens = [self._num_tokens(batch) for batch in (half, whole)]
+            per_mask_entry = 0.0 if padded else self._per_mask_entry()
+        tokens = [computed_tokens(batch, padded=padded) for batch in (half, whole)]
         per_token = (peaks[1] - peaks[0]) / max(1, tokens[1] - tokens[0])
-        return Footprint(max(0.0, peaks[1] - per_token * tokens[1]), per_token)
+        return Footprint(max(0.0, peaks[1] - per_token * tokens[1]), per_token, per_mask_entry)
 
-    def _num_tokens(self, batch: PackedBatch) -> int:
-        """What the model computes, padding included, as a plan counts it."""
+    def _length(self, row: TokenizedRow) -> int:
         padded = self.module.layout.name == "padded"
-        return int(batch.length.max()) * len(batch.length) if padded else batch.num_tokens
+        return max(row.lengths) if padded else min(_PROBE_LENGTH, max(row.lengths))
+
+    def _per_mask_entry(self) -> float:
+        """What the last layer's attention holds for each score and token, its mask included."""
+        config = unwrapped(self.module.model).config.get_text_config()
+        heads = config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        if not isinstance(heads, int):  # models whose layers differ
+            heads = groups = max(heads)
+        size = (head_sizes(config) or (64, 64))[0]
+        dtype = autocast_dtype(self.precision) or unwrapped(self.module.model).dtype
+
+        def run() -> None:
+            query, key, value = (
+                torch.zeros(1, n, _MASK, size, dtype=dtype, device=self.device, requires_grad=True)
+                for n in (heads, groups, groups)
+            )
+            mask = torch.ones(_MASK, _MASK, dtype=torch.bool, device=self.device)
+            attended = Dense(mask).attend(query, key, value, None, softcap_of(config))
+            torch.autograd.backward(attended.sum())
+
+        return peak_bytes(run, self.device) / _MASK**2
 
     def _batch(self, row: TokenizedRow, length: int) -> PackedBatch:
         """The row's texts, each cut to `length` tokens."""
@@ -124,18 +194,18 @@ def decide_budget(
         if rank == 0:
             logger.info("%s", message)
 
-    layout = probe.module.layout.name
-    longest = int(rows.index.tokens(share=layout == "shared", padded=layout == "padded").max())
+    demand = _demand(probe, rows, config, num_ranks)
     if given is not None:
-        if longest > given and config.max_tokens_per_microbatch is not None:
+        if demand.longest > given and config.max_tokens_per_microbatch is not None:
             raise ConfigError(
-                f"`max_tokens_per_microbatch` ({given}) is below the longest row ({longest} tokens, "
-                f"{layout}). Raise it to {longest} or lower `max_length`."
+                f"`max_tokens_per_microbatch` ({given}) is below the longest row ({demand.longest} tokens, "
+                f"{probe.module.layout.name}). Raise it to {demand.longest} or lower `max_length`."
             )
-        given = max(longest, given)
-        free = _free_share(probe.device, num_ranks)
-        _say_without_checkpointing(probe, rows, config, given, free=free, num_ranks=num_ranks, say=say)
-        return given
+        budget = max(demand.longest, given)
+        # Chosen before, it was said then.
+        if rank == 0 and config.max_tokens_per_microbatch is not None:
+            _say_of_given(probe, rows, config, demand, budget, num_ranks, say)
+        return budget
     recorded = recorded_budget(output_dir)
     free = _free_share(probe.device, num_ranks)
     budget = recorded or choose_budget(probe, rows, config, free=free, num_ranks=num_ranks, say=say)
@@ -148,6 +218,19 @@ def decide_budget(
     if rank == 0:
         record_budget(output_dir, budget)
     return budget
+
+
+def _demand(probe: Probe, rows: RowSet, config: RewardConfig, num_ranks: int) -> Demand:
+    return Demand.of(
+        rows.index, probe.module.layout.name, rows_per_rank=config.train_batch_rows(1), num_ranks=num_ranks
+    )
+
+
+def _longest_row(probe: Probe, rows: RowSet) -> TokenizedRow:
+    layout = probe.module.layout.name
+    tokens = rows.index.tokens(share=layout == "shared", padded=layout == "padded")
+    (row,) = rows.fetch([int(np.argmax(tokens))])
+    return row
 
 
 def choose_budget(
@@ -163,17 +246,16 @@ def choose_budget(
 
     `say` is told how it was chosen, and where gradient checkpointing is not needed.
     """
-    layout = probe.module.layout.name
-    tokens = rows.index.tokens(share=layout == "shared", padded=layout == "padded")
-    longest = int(tokens.max())
+    demand = _demand(probe, rows, config, num_ranks)
+    longest = demand.longest
     most = _MOST_TOKENS.get(probe.device.type, _MOST_TOKENS["cpu"])
     if free is None:
         say(f"max_tokens_per_microbatch: {max(most, longest)} tokens (free memory is not known here)")
         return max(most, longest)
     room = _SHARE * max(0, free - _state_bytes(probe.module, config, num_ranks))
-    (row,) = rows.fetch([int(np.argmax(tokens))])
+    row = _longest_row(probe, rows)
     found = probe.footprint(row)
-    budget: int = max(longest, found.budget(room, most))
+    budget = max(longest, _largest_that_fits(found, demand, room, most))
     say(
         f"max_tokens_per_microbatch: {budget} tokens (measured: {found.per_token / 2**10:.0f} KiB a token, "
         f"{room / _GIB:.3g} GiB for them; the longest row has {longest})"
@@ -184,45 +266,73 @@ def choose_budget(
             "Where memory runs out, lower `max_length`, or set `gradient_checkpointing=true` or "
             "`zero_stage=3`"
         )
-    _say_without_checkpointing(probe, rows, config, budget, free=free, num_ranks=num_ranks, say=say)
+    _say_where_storing_fits(probe, row, demand, found, room, budget, say)
     return budget
 
 
-def _say_without_checkpointing(
+def _largest_that_fits(found: Footprint, demand: Demand, room: float, most: int) -> int:
+    """The largest power of two up to `most` that `room` holds; 1 where none does."""
+    tokens = 1 << (most.bit_length() - 1)
+    while tokens > 1 and found.of(tokens, demand.most_scores(tokens)) > room:
+        tokens //= 2
+    return tokens
+
+
+def _say_of_given(
     probe: Probe,
     rows: RowSet,
     config: RewardConfig,
+    demand: Demand,
     budget: int,
-    *,
-    free: int | None,
     num_ranks: int,
     say: Callable[[str], None],
 ) -> None:
-    """Where layers are recomputed and memory would do without, say what to type."""
-    layers, layout = _checkpointed_layers(probe.module), probe.module.layout.name
-    if not layers or free is None:
+    """Of a budget that the user gives, only whether it is to be had without checkpointing."""
+    free = _free_share(probe.device, num_ranks)
+    if free is None or not _checkpointed_layers(probe.module):
         return
-    tokens = rows.index.tokens(share=layout == "shared", padded=layout == "padded")
-    longest = int(tokens.max())
     room = _SHARE * max(0, free - _state_bytes(probe.module, config, num_ranks))
-    (row,) = rows.fetch([int(np.argmax(tokens))])
-    # Without checkpointing a layer holds no more than it holds while it is recomputed: room for the probe.
-    if len(layers) * probe.footprint(row).of(longest) > room:
+    row = _longest_row(probe, rows)
+    _say_where_storing_fits(probe, row, demand, probe.footprint(row), room, budget, say)
+
+
+def _say_where_storing_fits(
+    probe: Probe,
+    row: TokenizedRow,
+    demand: Demand,
+    found: Footprint,
+    room: float,
+    budget: int,
+    say: Callable[[str], None],
+) -> None:
+    """Say it where the run's micro-batches, or smaller ones, fit without gradient checkpointing.
+
+    A micro-batch holds no more than the budget, and no more than a step gives a rank.
+    """
+    layers = _checkpointed_layers(probe.module)
+    # Without checkpointing a layer holds no more than it holds while it is recomputed. That much, far more
+    # than it takes, must be there to try it; the share of `room` is for a whole run.
+    if not layers or len(layers) * found.of(probe.num_tokens(row)) > room / _SHARE:
         return
     with _without_checkpointing(layers):
-        without = probe.footprint(row)
-    # A rank's share of a step has no more than this, whatever the budget allows.
-    share = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    largest = share * longest if layout == "padded" else int(np.sort(tokens)[-share:].sum())
-    most = min(budget, largest)
-    fits = most if without.of(most) <= room else without.budget(room, most)
-    if fits < longest:
+        stored = probe.footprint(row)
+    most = min(budget, demand.most_tokens)
+    takes = stored.of(most, demand.most_scores(most))
+    if takes <= room:
+        say(
+            f"gradient checkpointing is not needed: without it a micro-batch of {most} tokens takes "
+            f"{takes / _GIB:.2g} of {room / _GIB:.3g} GiB. To save the time it takes: "
+            "`gradient_checkpointing=false`"
+        )
         return
-    smaller = "" if fits == most else f" max_tokens_per_microbatch={fits}"
+    smaller = _largest_that_fits(stored, demand, room, most)
+    if smaller < demand.longest:
+        return
+    takes = stored.of(smaller, demand.most_scores(smaller))
     say(
-        f"gradient checkpointing is not needed: without it a micro-batch of {fits} tokens takes "
-        f"{without.of(fits) / _GIB:.2g} of {room / _GIB:.3g} GiB. To save the time it takes: "
-        f"`gradient_checkpointing=false{smaller}` (how a step is cut does not change its loss)"
+        f"gradient checkpointing is not needed with `max_tokens_per_microbatch={smaller}`: without it such a "
+        f"micro-batch takes {takes / _GIB:.2g} of {room / _GIB:.3g} GiB, and the cut cannot change the loss. "
+        f"To save the time it takes: `gradient_checkpointing=false max_tokens_per_microbatch={smaller}`"
     )
 
 
@@ -242,7 +352,7 @@ def _state_bytes(module: torch.nn.Module, config: RewardConfig, num_ranks: int) 
     copy more, ZeRO's own weights or what an update takes.
     """
     trained = sum(int(p.nbytes) for p in module.parameters() if p.requires_grad)
-    return float(trained) * (1 + 3 / (num_ranks if zero_stage_of(config) else 1))
+    return float(trained) * (1 + 3 / (num_ranks if resolved_stage(config) else 1))
 
 
 @contextlib.contextmanager

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from rayrm.config import RewardConfig
+from rayrm.deepspeed_rules import resolved_stage
 from rayrm.errors import ConfigError, MissingExtraError, ModelError
 from rayrm.model.layout import disable_dropout, unwrapped
 from rayrm.model.reward_model import (
@@ -21,7 +23,6 @@ from rayrm.model.reward_model import (
     load_model,
     set_pad_token,
 )
-from rayrm.train.zero_config import zero_stage_of
 
 logger = logging.getLogger("rayrm.train")
 
@@ -68,13 +69,7 @@ def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> to
         model = add_adapter(inner if not adapted else model, source.peft_config)
         adapted = True
     if config.disable_dropout:
-        if getattr(source.peft_config, "lora_dropout", 0.0):
-            logger.warning(
-                "the adapter's dropout (%s) is set to 0 by `disable_dropout` (True). To keep it: "
-                "`disable_dropout=false`; prefixes are then not shared",
-                source.peft_config.lora_dropout,
-            )
-        disable_dropout(model)
+        _zero_dropouts(model)
     if config.gradient_checkpointing:
         _checkpoint_gradients(model, config, adapted=adapted)
     return model.train()
@@ -85,18 +80,42 @@ def is_adapted(model: torch.nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
+def on_first_rank() -> bool:
+    """Every rank builds the model; one of them speaks of it."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _zero_dropouts(model: torch.nn.Module) -> None:
+    """Zero all dropouts, and say so where the user asked for one."""
+    adapters = getattr(model, "peft_config", {}).values()
+    asked = max((getattr(adapter, "lora_dropout", 0.0) for adapter in adapters), default=0.0)
+    if asked and on_first_rank():
+        logger.warning(
+            "`lora_dropout` (%s; `model.lora.dropout` in a run file) is set to zero by `disable_dropout` "
+            "(True), as in TRL. Type `disable_dropout=false` to train with it, or set it to 0.",
+            asked,
+        )
+    disable_dropout(model)
+
+
 def _checkpoint_gradients(model: torch.nn.Module, config: RewardConfig, *, adapted: bool) -> None:
     inner = unwrapped(model)
-    # TRL's rule for adapters under ZeRO-3, where the settings do not say otherwise.
-    reentrant = adapted and zero_stage_of(config) == 3
-    kwargs = {"use_reentrant": reentrant, **(config.gradient_checkpointing_kwargs or {})}
+    adapted_zero3 = adapted and resolved_stage(config) == 3
+    # As TRL and PEFT advise: ZeRO-3 gathers weights in hooks, which reentrant recomputation runs again.
+    kwargs = {"use_reentrant": adapted_zero3, **(config.gradient_checkpointing_kwargs or {})}
+    if adapted_zero3 and not kwargs["use_reentrant"] and on_first_rank():
+        logger.info(
+            "`use_reentrant` (False) is kept, as `gradient_checkpointing_kwargs` sets it; for an adapter "
+            "under ZeRO-3 the default is True"
+        )
     inner.config.use_cache = False
     # transformers renamed the method; both names are within the supported range.
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     try:
         enable(kwargs)
     except ValueError as error:
-        logger.warning("`gradient_checkpointing` (True) is off, since the model cannot: %s", error)
+        if on_first_rank():
+            logger.warning("`gradient_checkpointing` (True) is off: %s", error)
         return
     if adapted or any(not p.requires_grad for p in inner.parameters()):
         # The first layer's input must require gradients, or nothing would flow to adapters behind it.

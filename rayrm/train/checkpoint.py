@@ -37,7 +37,10 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(slots=True)
 class TrainState:
-    """Where training stands. `interval` holds the metrics of steps that are done but not yet logged."""
+    """Where training stands. `interval` holds the metrics of steps that are done but not yet logged.
+
+    `max_tokens` is the run's token budget, which a run that goes on from here keeps (None: not written).
+    """
 
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
@@ -48,7 +51,6 @@ class TrainState:
     best_metric: float | None = None
     best_checkpoint: str | None = None
     num_workers: int = 1
-    # The token budget: a run that goes on elsewhere does not choose again.
     max_tokens: int | None = None
 
     def to_json(self) -> str:

@@ -50,7 +50,7 @@ class Engine(Protocol):
         ...
 
     def release(self) -> None:
-        """End training: a single rank's module then holds whole weights, and no hooks of the engine."""
+        """End training, at any step: one rank's module holds whole weights, no gradients and no hooks."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -85,10 +85,13 @@ class TorchEngine:
         self._precision = precision
         self.scales_loss = precision == "fp16"
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self._embedding = RowGradient.of(unwrapped(module.model), device)
+        # Unscaling reads the parameters' own gradients, and none is there while it is held by row.
+        self._embedding = None if self.scales_loss else RowGradient.of(unwrapped(module.model), device)
         apart = None if self._embedding is None else self._embedding.weight
         self._dense = [p for p in module.parameters() if p.requires_grad and p is not apart]
-        self._all_used: bool | None = None
+        # What ranks tell each other between hosts, so that no device is waited for; None: all they say.
+        between_devices = world_size > 1 and dist.get_backend() != "gloo"
+        self._hosts = dist.new_group(backend="gloo") if between_devices else None
 
     def train(self, mode: bool) -> None:
         self.module.train(mode)
@@ -108,21 +111,28 @@ class TorchEngine:
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         if self._embedding is not None:
             self._embedding.give(gradients[-1])
-        scale = self._scaler.get_scale() if self.scales_loss else 1.0
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        # A lowered scale means that the update was skipped; the schedule then waits, as accelerate's does.
-        if not self.scales_loss or self._scaler.get_scale() >= scale:
+        if self._update():
             self._scheduler.step()
         if self._embedding is not None:
             self._embedding.clear()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def _update(self) -> bool:
+        """The optimizer's step; False where gradients overflowed (fp16), so that there was none."""
+        if not self.scales_loss:
+            self._optimizer.step()
+            return True
+        scale = self._scaler.get_scale()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        # The scale is lowered after an overflow and then only; a fused optimizer tells it in no other way.
+        return self._scaler.get_scale() >= scale
+
     def _gradients(self) -> list[torch.Tensor]:
         """This step's gradients, averaged over ranks; the embedding's touched rows come last."""
         if self.world_size > 1:
-            self._agree_on_gradients()
+            self._agree_who_has_gradients()
         gradients = [p.grad for p in self._dense if p.grad is not None]
         if self._embedding is not None:
             gradients.append(self._embedding.take(self.world_size))
@@ -130,22 +140,14 @@ class TorchEngine:
             _average_in_buckets(gradients, self.world_size)
         return gradients
 
-    def _agree_on_gradients(self) -> None:
-        """Zeros where only other ranks have a gradient; none where nobody has: optimizers decay zeros too.
+    def _agree_who_has_gradients(self) -> None:
+        """A parameter that another rank has a gradient of gets zeros here; one that none has stays without.
 
-        Where the first step finds all gradients on all ranks, no later step asks, nor waits for the device.
+        As on one rank: the optimizer leaves it alone, where zeros would decay it and use up its moments.
         """
-        here = [parameter.grad is not None for parameter in self._dense]
-        if self._all_used is None:
-            least = torch.tensor(all(here), dtype=torch.uint8, device=self.device)
-            dist.all_reduce(least, op=dist.ReduceOp.MIN)
-            self._all_used = bool(least)
-        somewhere = [True] * len(here)
-        if not self._all_used:
-            most = torch.tensor(here, dtype=torch.uint8, device=self.device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            somewhere = most.bool().tolist()
-        for parameter, used in zip(self._dense, somewhere, strict=True):
+        anywhere = torch.tensor([p.grad is not None for p in self._dense], dtype=torch.uint8)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self._hosts)
+        for parameter, used in zip(self._dense, anywhere.tolist(), strict=True):
             if used and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -158,6 +160,8 @@ class TorchEngine:
     def release(self) -> None:
         if self._embedding is not None:
             self._embedding.close()
+        # Of a step that raised: an optimizer of the model's owner would take them for its own.
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _is_first(self) -> bool:
         return self.world_size == 1 or dist.get_rank() == 0

@@ -23,7 +23,7 @@ from rayrm.errors import RayrmError
 from rayrm.metrics.step import IntervalMean, StepMetrics
 from rayrm.train.checkpoint import TrainState
 from rayrm.train.engine import Engine
-from rayrm.train.step import StepTotals, train_step
+from rayrm.train.step import StepTotals, computed_tokens, train_step
 
 Record = dict[str, float]
 
@@ -32,14 +32,19 @@ Record = dict[str, float]
 class RankStep:
     """One rank's share of a step. `num_rows` and `num_tokens` are the whole step's, over all ranks.
 
-    `num_tokens_computed` go through this rank's model: dummies and padding count.
+    `padded`: the model pads each micro-batch to its longest row.
     """
 
     microbatches: Sequence[PackedBatch]
     num_rows: int
     num_tokens: int
-    num_tokens_computed: int
     after: Cursor
+    padded: bool = False
+
+    @property
+    def num_tokens_computed(self) -> int:
+        """What goes through this rank's model, dummies and padding included."""
+        return sum(computed_tokens(batch, padded=self.padded) for batch in self.microbatches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +167,11 @@ def run_loop(
     events: Events,
     *,
     center_rewards_coefficient: float | None,
+    now: Callable[[], float] = time.perf_counter,
 ) -> TrainState:
-    """Train from where `state` stands to the schedule's end."""
+    """Train from where `state` stands to the schedule's end. `now` tells the time in seconds."""
     interval = Interval(reduced=list(state.interval))
-    clock = _Clock()
+    clock = _Clock(now)
     engine.train(True)
     while state.step < schedule.num_steps:
         clock.wait()
@@ -200,13 +206,14 @@ def run_loop(
                 }
             )
         saves = schedule.saves(state.step)
-        with clock.stopped():
-            if schedule.evaluates(state.step):
-                engine.train(False)
+        if schedule.evaluates(state.step):
+            engine.train(False)
+            with clock.stopped():
                 events.evaluate(state)
-                engine.train(True)
-            if saves:
-                state.interval = interval.reduce()
+            engine.train(True)
+        if saves:
+            state.interval = interval.reduce()
+            with clock.stopped():
                 events.save(state)
     interval.add_to(state)
     return state
@@ -224,36 +231,38 @@ def _checked(record: Record, step: int, engine: Engine) -> Record:
 
 
 class _Clock:
-    """Pairs and tokens per second over the interval's steps, and how long the loop waited for data."""
+    """Pairs and tokens per second of the interval's steps, and how long the loop waited for data."""
 
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._waiting_since = self._began
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began = self._waiting_since = self._now()
         self._waited = 0.0
-        self._rows = 0
-        self._tokens = 0
+        self._rows = self._tokens = 0
 
     def wait(self) -> None:
-        self._waiting_since = time.perf_counter()
+        self._waiting_since = self._now()
 
     def resume(self, step: RankStep) -> None:
-        self._waited += time.perf_counter() - self._waiting_since
+        self._waited += self._now() - self._waiting_since
         self._rows += step.num_rows
         self._tokens += step.num_tokens
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """Evaluating and saving are no part of a step's speed."""
-        began = time.perf_counter()
+        """What happens in the block is no part of the steps."""
+        since = self._now()
         yield
-        self._began += time.perf_counter() - began
+        self._began += self._now() - since
 
     def take(self) -> Record:
-        elapsed = max(time.perf_counter() - self._began, 1e-9)
+        elapsed = max(self._now() - self._began, 1e-9)
         speed = {
             "pairs_per_second": self._rows / elapsed,
             "tokens_per_second": self._tokens / elapsed,
             "data_wait_s": self._waited,
         }
-        self.__init__()  # type: ignore[misc]
+        self._restart()
         return speed

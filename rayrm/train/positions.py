@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from rayrm.config import RewardConfig
+from rayrm.deepspeed_rules import resolved_stage
 from rayrm.errors import ConfigError
 from rayrm.model.reward_model import position_limit
 from rayrm.model.scaling_rope import ScalingRope
-from rayrm.train.zero_config import zero_stage_of
 
 
 def check_positions(model: Any, longest: int, say: Callable[[str], None]) -> None:
@@ -31,7 +31,7 @@ def check_positions(model: Any, longest: int, say: Callable[[str], None]) -> Non
 def check_rope(model: Any, longest: int, config: RewardConfig, num_ranks: int) -> None:
     """Refuse at the start what `PackedScorer` refuses where it happens: others would wait for that rank."""
     rope = ScalingRope.of(model.config.get_text_config())
-    if zero_stage_of(config) == 3 and num_ranks > 1 and rope is not None and longest > rope.limit:
+    if resolved_stage(config) == 3 and num_ranks > 1 and rope is not None and longest > rope.limit:
         raise ConfigError(
             f"ZeRO stage 3 on {num_ranks} workers cannot train rows above {rope.limit} tokens with a rope of "
             f"type {rope.kind}, and the longest has {longest}: such rows take forwards of their own, and "

@@ -21,7 +21,7 @@ from typing import Any
 from rayrm.config import RewardConfig
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from rayrm.runfile import dump_run, read_run
-from rayrm.train.checkpoint import checkpoints, verify_checkpoint
+from rayrm.train.checkpoint import checkpoints, read_state, verify_checkpoint
 from rayrm.train.records import METRICS, PROGRESS, replace_text
 
 IDENTITY = "identity.json"
@@ -104,9 +104,8 @@ def examine(
                 f"`resume_from_checkpoint` is set, but `{output_dir}` holds no run. "
                 "Leave it out to start one."
             )
-        if wanted is not None:
-            verify_checkpoint(wanted)
-        return RunStart(wanted, None)
+        # As within its own directory, a run that goes on keeps its budget, and with it its bits.
+        return RunStart(wanted, None if wanted is None else read_state(wanted).max_tokens)
     before = _read(known)
     _refuse_other(output_dir, before.get("identity", {}), identity)
     if read_finished(output_dir):

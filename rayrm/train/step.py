@@ -30,6 +30,11 @@ class StepTotals:
     grad_norm: torch.Tensor
 
 
+def computed_tokens(batch: PackedBatch, *, padded: bool) -> int:
+    """What the model computes of a micro-batch, as a plan counts it: padded, each row is as its longest."""
+    return int(batch.length.max()) * len(batch.length) if padded else batch.num_tokens
+
+
 def train_step(
     engine: Engine,
     microbatches: Sequence[PackedBatch],

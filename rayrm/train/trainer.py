@@ -28,7 +28,6 @@ from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, load_tokenizer, save_model
 from rayrm.train.build import ModelSource, build_model, check_source
-from rayrm.train.checkpoint import read_state
 from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.records import read_records
@@ -321,9 +320,6 @@ class RewardTrainer:
                 f"`max_tokens_per_microbatch` ({budget}) is below the longest pair kept by `max_length` "
                 f"({longest} tokens). Raise it to {longest} or lower `max_length`."
             )
-        if budget is None and start.max_tokens is None and start.resume is not None:
-            # Going on in another directory: as chosen where the checkpoint was written.
-            return read_state(start.resume).max_tokens
         return budget or start.max_tokens
 
     def _run_toml(self, budget: int | None) -> str:

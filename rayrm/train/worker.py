@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from rayrm.config import RewardConfig
 from rayrm.data.order import Order, StepRows
-from rayrm.data.packing import PackedBatch, pack_rows
+from rayrm.data.packing import pack_rows
 from rayrm.data.planning import plan_step
 from rayrm.errors import ConfigError
 from rayrm.metrics.evaluation import evaluate_scores
@@ -47,11 +47,10 @@ from rayrm.train.optimizer import OptimizerSpec, make_optimizer, make_scheduler
 from rayrm.train.positions import check_positions, check_rope
 from rayrm.train.precision import Precision, autocast_dtype, resolve_precision
 from rayrm.train.records import RunLog
-from rayrm.train.zero_config import deepspeed_config, zero_stage_of
 
 logger = logging.getLogger("rayrm.train")
 _STEPS_AHEAD = 2
-_EVAL_BATCH_SIZE: int = RewardConfig.__dataclass_fields__["per_device_eval_batch_size"].default
+_EVAL_ROWS = RewardConfig.per_device_eval_batch_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +107,26 @@ def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Modu
     `report` is called on every rank with each evaluation's metrics and at the end.
     """
     with contextlib.ExitStack() as around:
-        if zero_stage_of(job.config) is not None:
+        if job.config.zero_stage is not None or job.config.deepspeed is not None:
             from rayrm.train.zero import process_group
 
             around.enter_context(process_group())
         rank = Rank.here(use_cpu=job.config.use_cpu)
         around.enter_context(keep_freed_memory(rank.device))
-        run = _RankRun(job, rank, report)
-        try:
-            return run.train()
-        except BaseException:
-            run.give_back()
-            raise
+        return _RankRun(job, rank, report, around).train()
 
 
 class _RankRun:
     """The parts of a run that its steps share."""
 
-    def __init__(self, job: TrainJob, rank: Rank, report: Callable[[Record], None]) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        rank: Rank,
+        report: Callable[[Record], None],
+        around: contextlib.ExitStack,
+    ) -> None:
+        """`around` gives the model back as it was when it ends, also where the run raises."""
         self.job, self.rank, self._report = job, rank, report
         self.config = job.config
         set_seed(self.config.seed)
@@ -137,6 +138,11 @@ class _RankRun:
         check_rope(unwrapped(model), longest, self.config, rank.count)
         self.layout = choose_layout(model, share_prefix=self.config.share_prefix, longest=longest)
         self._say(str(self.layout))
+        if self.config.per_device_eval_batch_size != _EVAL_ROWS:
+            self._say(
+                f"`per_device_eval_batch_size` ({self.config.per_device_eval_batch_size}) sets nothing here: "
+                "evaluation goes by tokens (`max_tokens_per_microbatch`), and its metrics depend on neither"
+            )
         precision = resolve_precision(self.config, rank.device)
         path = choose_path(model, rank.device, autocast_dtype(precision))
         if self.layout.name != "padded":
@@ -149,6 +155,7 @@ class _RankRun:
             path=path.name,
             pad_to_multiple_of=multiple if isinstance(multiple, int) else None,
         )
+        around.callback(self.module.release)
         self.pad_token_id = unwrapped(model).config.get_text_config().pad_token_id
         probe = Probe(self.module, precision, rank.device, self.pad_token_id)
         self.max_tokens = decide_budget(
@@ -168,13 +175,9 @@ class _RankRun:
             drop_last=self.config.dataloader_drop_last,
         )
         self.schedule = Schedule.of(self.config, self.order.steps_per_epoch)
-        if job.eval_sets and self.config.per_device_eval_batch_size != _EVAL_BATCH_SIZE:
-            self._say(
-                f"`per_device_eval_batch_size` ({self.config.per_device_eval_batch_size}) changes nothing: "
-                f"evaluation fills micro-batches of {self.max_tokens} tokens (`max_tokens_per_microbatch`), "
-                "and its metrics do not depend on batches"
-            )
         self.engine = _build_engine(job, self.module, rank, precision, self.schedule.num_steps)
+        if rank.count == 1:
+            around.callback(self.engine.release)
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
     def _say(self, message: str) -> None:
@@ -207,22 +210,14 @@ class _RankRun:
             if self.rank.index == 0:
                 self.log.finish(state, self.schedule.num_steps, self.order.steps_per_epoch)
         self.rank.barrier()
-        if self.rank.count == 1:
-            self.engine.release()
-        return self.module.release()
-
-    def give_back(self) -> None:
-        """After an error: the model computes as its owner knows it. No other rank is asked for anything."""
-        if isinstance(self.engine, TorchEngine):
-            self.engine.release()
-        self.module.release()
+        return self.module.model
 
     def _restore(self) -> TrainState:
         found = checkpoints(self.job.output_dir)
         source = found[-1] if found else self.job.resume
         if source is None:
             self.log.begin(0)
-            return TrainState(num_workers=self.rank.count)
+            return TrainState(num_workers=self.rank.count, max_tokens=self.max_tokens)
         state = read_state(source)
         if source.parent != self.job.output_dir:
             # The best checkpoint so far is the other directory's.
@@ -232,6 +227,7 @@ class _RankRun:
         self.log.begin(state.step)
         self._say(f"resuming after step {state.step} from {source}")
         state.num_workers = self.rank.count
+        state.max_tokens = self.max_tokens
         return state
 
     def _steps(self, state: TrainState) -> Iterator[RankStep]:
@@ -241,9 +237,9 @@ class _RankRun:
     def _prepare(self, step: StepRows) -> RankStep:
         """Plan the step over all ranks, fetch and pack this rank's share."""
         index = self.job.train_set.index.take(step.rows)
-        shares = self.layout.name == "shared"
+        shares, padded = self.layout.name == "shared", self.layout.name == "padded"
         plan = plan_step(
-            index.costs(share=shares, padded=self.layout.name == "padded"),
+            index.costs(share=shares, padded=padded),
             num_ranks=self.rank.count,
             max_tokens=self.max_tokens,
             attention_weight=self.attention_weight,
@@ -257,18 +253,7 @@ class _RankRun:
             )
             for microbatch in plan[self.rank.index]
         ]
-        return RankStep(
-            packed,
-            len(step.rows),
-            int(index.lengths.sum()),
-            sum(self._num_computed(batch) for batch in packed),
-            step.after,
-        )
-
-    def _num_computed(self, batch: PackedBatch) -> int:
-        """The tokens that go through the model: dummies and padding count."""
-        padded = self.layout.name == "padded"
-        return int(batch.length.max()) * len(batch.length) if padded else batch.num_tokens
+        return RankStep(packed, len(step.rows), int(index.lengths.sum()), step.after, padded)
 
     def _progress(self, step: int) -> None:
         if self.rank.index == 0:
@@ -318,8 +303,6 @@ class _RankRun:
             state.best_checkpoint = f"checkpoint-{state.step}"
 
     def _save(self, state: TrainState) -> None:
-        state.max_tokens = self.max_tokens
-
         def write(directory: Path) -> None:
             engine_dir = directory / "engine"
             engine_dir.mkdir(exist_ok=True)
@@ -352,7 +335,7 @@ def _build_engine(
     config = job.config
     optimizer = make_optimizer(module, config, job.optimizer)
     scheduler = make_scheduler(optimizer, config, num_steps)
-    if zero_stage_of(config) is None:
+    if config.zero_stage is None and config.deepspeed is None:
         return TorchEngine(
             module,
             optimizer,
@@ -362,7 +345,7 @@ def _build_engine(
             max_grad_norm=config.max_grad_norm,
             precision=precision,
         )
-    from rayrm.train.zero import DeepSpeedEngine
+    from rayrm.train.zero import DeepSpeedEngine, deepspeed_config
 
     return DeepSpeedEngine(
         module,

@@ -8,6 +8,7 @@ as long as every rank has as many. Mixed precision is autocast over float32 para
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,50 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from rayrm.config import RewardConfig
+from rayrm.deepspeed_rules import check_batch_size, read_deepspeed, resolved_stage, without_effect
 from rayrm.errors import CheckpointError
 from rayrm.model.forward import DeviceBatch, PackedScorer
+from rayrm.train.build import on_first_rank
+from rayrm.train.precision import Precision
 
 _TAG = "state"
+logger = logging.getLogger("rayrm.train")
+# Rows per step are counted by the caller; mixed precision is autocast.
+_OURS = ("train_batch_size", "bf16", "bfloat16", "fp16")
+
+
+def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the user's own (`deepspeed`), or a stage (`zero_stage`).
+
+    What a user's file leaves out or has as "auto" is the run's. What it has and the run cannot heed is told.
+    """
+    chosen: dict[str, Any] = {} if config.deepspeed is None else read_deepspeed(config.deepspeed)
+    check_batch_size(chosen, config, num_workers)
+    for ignored in without_effect(chosen):
+        if on_first_rank():
+            logger.warning("%s", ignored)
+    stage = resolved_stage(config) or 0
+    for key in _OURS:
+        chosen.pop(key, None)
+    chosen.update(
+        zero_optimization={**chosen.get("zero_optimization", {}), "stage": stage},
+        train_micro_batch_size_per_gpu=1,
+        gradient_accumulation_steps=1,
+        managed_gradient_accumulation=False,
+        zero_allow_untested_optimizer=True,
+        # Stage 0 clips in an optimizer hook, where the norm before clipping can be had.
+        gradient_clipping=config.max_grad_norm if stage > 0 else 0.0,
+    )
+    chosen.setdefault("steps_per_print", None)
+    if stage > 0:
+        # Overlapped communication is for managed accumulation.
+        chosen["zero_optimization"]["overlap_comm"] = False
+    if precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+        chosen["torch_autocast"] = {"enabled": True, "dtype": dtype}
+        chosen["data_types"] = {**chosen.get("data_types", {}), "grad_accum_dtype": "fp32"}
+    return chosen
 
 
 class DeepSpeedEngine:
@@ -102,6 +143,8 @@ class DeepSpeedEngine:
     def release(self) -> None:
         state = self.model_state()
         self._engine.destroy()
+        for parameter in self._trainable:
+            parameter.grad = None  # of a step that raised
         if state is None:
             return
         with torch.no_grad():

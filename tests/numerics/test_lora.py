@@ -1,6 +1,7 @@
 """Law 1 with an adapter: recomputed layers, shared prefixes and shards give the padded run's trajectory.
 
-Under ZeRO-3 an adapted layer is recomputed reentrantly, as by TRL's rule, unless the settings say otherwise.
+Under ZeRO-3 an adapted layer is recomputed reentrantly unless the user says otherwise; both ways hold, with
+every weight gathered for each use.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.numerics.ranks import NUM_STEPS, Variant, outcome_of, run_variants
-from tests.numerics.test_same_gradients import GATHERED, OPTIMIZERS, TOLERANCE, differences
+from tests.numerics.ranks import GATHERED, NUM_STEPS, Variant, outcome_of, run_variants
+from tests.numerics.test_same_gradients import OPTIMIZERS, TOLERANCE, differences
 
 CHECKPOINTED = {"gradient_checkpointing": True}
+NOT_REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
 REFERENCE = Variant("reference", padded=True)
 FORMS = [
     Variant("shared"),
@@ -23,11 +25,9 @@ FORMS = [
     Variant("two_ranks_checkpointed", CHECKPOINTED, num_ranks=2),
     Variant("two_ranks_zero2_checkpointed", {**CHECKPOINTED, "zero_stage": 2}, num_ranks=2),
     Variant("two_ranks_zero3_checkpointed", {**CHECKPOINTED, "zero_stage": 3}, num_ranks=2),
-    Variant(
-        "two_ranks_zero3_not_reentrant",
-        {**CHECKPOINTED, "deepspeed": GATHERED, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        num_ranks=2,
-    ),
+    Variant("two_ranks_gathered", GATHERED, num_ranks=2),
+    Variant("two_ranks_gathered_reentrant", {**CHECKPOINTED, **GATHERED}, num_ranks=2),
+    Variant("two_ranks_gathered_checkpointed", {**CHECKPOINTED, **GATHERED, **NOT_REENTRANT}, num_ranks=2),
     # The budget's probe runs before the engine, through the same recomputation.
     Variant("two_ranks_zero3_chosen", {**CHECKPOINTED, "zero_stage": 3}, num_ranks=2, max_tokens=None),
 ]

@@ -10,13 +10,24 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from rayrm.errors import ConfigError
-from tests.numerics.ranks import NUM_STEPS, Outcome, Variant, outcome_of, run_variants, tokenized
+from rayrm.train.worker import train_rank
+from tests.numerics.ranks import (
+    GATHERED,
+    NUM_STEPS,
+    Outcome,
+    Variant,
+    job_of,
+    outcome_of,
+    run_variants,
+    tokenized,
+)
 from tests.tiny import tiny_model
 
 # float32 sums in another order differ by about 1e-7 of their size a step; 20 steps of AdamW carry that to
@@ -37,9 +48,6 @@ PROBE = {
     "max_steps": 1,
     "lr_scheduler_type": "constant",
 }
-
-
-GATHERED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
 def forms() -> list[Variant]:
@@ -73,8 +81,8 @@ def forms() -> list[Variant]:
             {"zero_stage": 3, "gradient_checkpointing": True},
             num_ranks=2,
         ),
-        # DeepSpeed keeps small weights whole on all ranks; with this none is small, and all are gathered.
-        Variant("two_ranks_zero3_gathered", {"deepspeed": GATHERED}, max_tokens=2 * longest, num_ranks=2),
+        Variant("two_ranks_gathered", GATHERED, max_tokens=2 * longest, num_ranks=2),
+        Variant("two_ranks_gathered_checkpointed", {**GATHERED, "gradient_checkpointing": True}, num_ranks=2),
     ]
     return one_rank + two_ranks
 
@@ -99,6 +107,7 @@ def interrupted() -> list[Variant]:
             for stage, ranks in [(2, 1), (0, 2), (1, 2), (2, 2), (3, 2)]
         ),
         Variant("saving_two_ranks", SAVING, num_ranks=2),
+        Variant("saving_gathered", {**SAVING, **GATHERED}, num_ranks=2),
     ]
     return whole + [replace(variant, name=f"{variant.name}_resumed", stop_in=9) for variant in whole]
 
@@ -143,6 +152,19 @@ def gradient_differences(outcome: Outcome, reference: Outcome) -> list[str]:
     assert mine.keys() == theirs.keys()
     off = {name: float((mine[name] - theirs[name]).norm() / theirs[name].norm()) for name in mine}
     return [f"{name} differs by {by:.2e}" for name, by in off.items() if not by <= TOLERANCE]
+
+
+@pytest.mark.parametrize(("settings", "kept_whole"), [(GATHERED, False), ({"zero_stage": 3}, True)])
+def test_the_gathered_forms_gather_every_weight_and_the_others_none(
+    tmp_path: Path, settings: dict[str, Any], kept_whole: bool
+) -> None:
+    job = job_of(Variant("run", {"max_steps": 1, **settings}), tmp_path, tokenized(8))
+    model: Any = job.source.model
+    seen: list[bool] = []
+    model.score.register_forward_hook(lambda *_: seen.extend(p.ds_persist for p in model.parameters()))
+    train_rank(job, lambda record: None)
+    assert seen
+    assert set(seen) == {kept_whole}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

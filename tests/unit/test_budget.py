@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.data.ingest import TokenizedSet
 from rayrm.data.packing import pack_rows
+from rayrm.data.planning import plan_step
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import choose_layout
@@ -54,10 +56,12 @@ def config_of(**settings: Any) -> RewardConfig:
     return RewardConfig(**{"bf16": False, "gradient_checkpointing": False, **settings})
 
 
-def chosen(config: RewardConfig, free: int | None, num_ranks: int = 1) -> tuple[int, list[str]]:
+def chosen(
+    config: RewardConfig, free: int | None, num_ranks: int = 1, rows: Sequence[TokenizedRow] = ROWS
+) -> tuple[int, list[str]]:
     said: list[str] = []
-    rows = TokenizedSet.from_rows(ROWS)
-    budget = choose_budget(probe_of(config), rows, config, free=free, num_ranks=num_ranks, say=said.append)
+    whole = TokenizedSet.from_rows(rows)
+    budget = choose_budget(probe_of(config), whole, config, free=free, num_ranks=num_ranks, say=said.append)
     return budget, said
 
 
@@ -110,6 +114,8 @@ def test_ranks_that_share_the_state_have_room_for_more() -> None:
     free = state_bytes(probe_of(config_of())) + int(footprint.of(1000) / SHARE)
     assert chosen(config_of(), free, 4)[0] == 512
     assert chosen(config_of(zero_stage=2), free, 4)[0] == 1024
+    assert chosen(config_of(deepspeed={"zero_optimization": {"stage": 2}}), free, 4)[0] == 1024
+    assert chosen(config_of(deepspeed={"zero_optimization": {"stage": 0}}), free, 4)[0] == 512
 
 
 def test_with_much_memory_the_budget_is_capped_and_with_unknown_memory_too() -> None:
@@ -134,29 +140,104 @@ def test_checkpointing_that_is_not_needed_is_said_with_what_to_type() -> None:
     assert not any("not needed" in line for line in chosen(config_of(), 100 * GIB)[1])
 
 
-def test_a_smaller_budget_is_named_where_only_that_does_without_checkpointing() -> None:
-    """Eight rows of 240 tokens a step: 1920 fit when layers are recomputed, 1024 when they are stored."""
-    rows = TokenizedSet.from_rows([pair(120, 60, seed=seed) for seed in range(1, 9)])
-    config = config_of(gradient_checkpointing=True, per_device_train_batch_size=8)
-    stored = probe_of(config_of()).footprint(ROWS[1])
+MANY = [*ROWS, *(pair(100, 50, seed=seed) for seed in range(3, 20))]
+STEP = {"gradient_checkpointing": True, "per_device_train_batch_size": 20}
+
+
+def peak_of(rows: Sequence[TokenizedRow], config: RewardConfig) -> int:
+    """The real peak of a micro-batch beside gradients."""
     probe = probe_of(config)
+    batch = to_device(pack_rows(rows, 0), CPU, probe.module.path)
+    for parameter in probe.module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
-    def told(tokens: int) -> tuple[int, list[str]]:
-        said: list[str] = []
-        free = state_bytes(probe) + int(stored.of(tokens) / SHARE)
-        return choose_budget(probe, rows, config, free=free, num_ranks=1, say=said.append), said
+    def run() -> None:
+        torch.autograd.backward(in_precision(probe.module, batch, "fp32").sum())
 
-    budget, said = told(1200)
+    return peak_bytes(run, CPU)
+
+
+def free_for(tokens: int, *, checkpointing: bool) -> int:
+    """As much as leaves room for a micro-batch of so many tokens."""
+    probe = probe_of(config_of(gradient_checkpointing=checkpointing))
+    return state_bytes(probe) + int(probe.footprint(ROWS[1]).of(tokens, 2) / SHARE)
+
+
+def not_needed(said: list[str]) -> list[str]:
+    return [line for line in said if "gradient checkpointing is not needed" in line]
+
+
+def test_checkpointing_is_not_needed_where_a_whole_step_fits_though_the_budget_would_not() -> None:
+    config = config_of(gradient_checkpointing=True)
+    free = free_for(340, checkpointing=False)
+    budget, said = chosen(config, free)
+    # Three rows of 320 tokens in all; without recomputing the budget's tokens would not fit.
+    assert budget == 512
+    (line,) = not_needed(said)
+    assert "a micro-batch of 320 tokens" in line
+    assert line.endswith("`gradient_checkpointing=false`")
+    assert peak_of(ROWS, config_of()) <= SHARE * (free - state_bytes(probe_of(config)))
+
+
+def test_the_budget_that_makes_checkpointing_needless_is_named() -> None:
+    config = config_of(**STEP)
+    free = free_for(1100, checkpointing=False)
+    budget, said = chosen(config, free, rows=MANY)
     assert budget >= 2048
-    assert "a micro-batch of 1024 tokens" in said[-1]
-    assert "`gradient_checkpointing=false max_tokens_per_microbatch=1024`" in said[-1]
-    # A step has no more than its eight rows, whatever the budget.
-    _, said = told(2000)
-    assert "a micro-batch of 1920 tokens" in said[-1]
-    assert "`gradient_checkpointing=false`" in said[-1]
-    # Not even the longest row would fit without.
-    _, said = told(200)
-    assert not any("not needed" in line for line in said)
+    (line,) = not_needed(said)
+    assert "not needed with `max_tokens_per_microbatch=1024`" in line
+    assert "the cut cannot change the loss" in line
+    assert line.endswith("`gradient_checkpointing=false max_tokens_per_microbatch=1024`")
+    # What is typed then is so: the budget that is measured without is the one that is named.
+    assert chosen(config_of(per_device_train_batch_size=20), free, rows=MANY)[0] == 1024
+
+
+def test_nothing_is_said_where_no_row_fits_without_checkpointing() -> None:
+    # A power of two below the longest row would be no budget.
+    budget, said = chosen(config_of(**STEP), free_for(230, checkpointing=False), rows=MANY)
+    assert budget >= LONGEST
+    assert not_needed(said) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "says"), [(1024, "`gradient_checkpointing=false`"), (4096, "max_tokens_per_microbatch=1024`")]
+)
+def test_of_a_budget_that_is_given_it_is_said_too(
+    given: int, says: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(**STEP, max_tokens_per_microbatch=given)
+    monkeypatch.setattr("rayrm.train.budget.free_bytes", lambda device: free_for(1100, checkpointing=False))
+    decide = partial(decide_budget, probe_of(config), TokenizedSet.from_rows(MANY), config, given)
+    with caplog.at_level(logging.INFO, "rayrm.train"):
+        assert decide(output_dir=tmp_path, rank=1, num_ranks=1) == given
+        assert caplog.text == ""
+        assert decide(output_dir=tmp_path, rank=0, num_ranks=1) == given
+    (line,) = not_needed(caplog.messages)
+    assert line.endswith(says)
+
+
+def test_many_short_rows_stay_within_the_room() -> None:
+    """The last layer's mask, of every score and token, grows with their product."""
+    rows = [ROWS[1], *(pair(6, 2, seed=seed) for seed in range(2, 402))]
+    config = config_of(per_device_train_batch_size=len(rows))
+    footprint = probe_of(config).footprint(ROWS[1])
+    free = free_for(4200, checkpointing=False)
+    room = SHARE * (free - state_bytes(probe_of(config)))
+    # By tokens alone the whole step would fit.
+    assert footprint.of(4096) <= room < peak_of(rows, config)
+    budget, _ = chosen(config, free, rows=rows)
+    index = TokenizedSet.from_rows(rows).index
+    (plan,) = plan_step(index.costs(share=True), num_ranks=1, max_tokens=budget)
+    peaks = [peak_of([rows[n] for n in microbatch.rows], config) for microbatch in plan]
+    assert max(peaks) <= room
+    # And it is no smaller than it must be: twice as much would not be sure to fit.
+    assert max(peaks) > room / 4
+
+
+def test_steps_of_few_rows_do_not_pay_for_a_mask_they_cannot_have() -> None:
+    rows = [ROWS[1], *(pair(6, 2, seed=seed) for seed in range(2, 402))]
+    free = free_for(4200, checkpointing=False)
+    assert chosen(config_of(per_device_train_batch_size=4), free, rows=rows)[0] == 4096
 
 
 def test_the_probe_leaves_no_trace() -> None:
@@ -232,18 +313,6 @@ def test_a_budget_that_is_set_stays_as_it_is(tmp_path: Path, caplog: pytest.LogC
         )
     assert budget == 300
     assert "max_tokens_per_microbatch" not in caplog.text
-    with caplog.at_level(logging.INFO, "rayrm.train"):
-        recomputing = config_of(max_tokens_per_microbatch=300, gradient_checkpointing=True)
-        decide_budget(
-            probe_of(recomputing),
-            TokenizedSet.from_rows(ROWS),
-            recomputing,
-            300,
-            output_dir=tmp_path,
-            rank=0,
-            num_ranks=1,
-        )
-    assert "gradient checkpointing is not needed: without it a micro-batch of 300 tokens" in caplog.text
 
 
 def test_peak_bytes_counts_what_lives_at_a_time() -> None:

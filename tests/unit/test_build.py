@@ -1,113 +1,144 @@
-"""The model a run trains is set up as the settings say, and what they do not get is told."""
+"""What building a model decides for the user is said, once and with what to type."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig
+import torch.distributed as dist
 
 from rayrm.config import RewardConfig
-from rayrm.errors import ConfigError
+from rayrm.data.ingest import TokenizedSet
+from rayrm.model.layout import unwrapped
 from rayrm.train.build import ModelSource, build_model
-from rayrm.train.positions import check_rope
 from rayrm.train.worker import train_rank
-from tests.numerics.ranks import Stopped, StoppingSet, Variant, job_of, tokenized
+from tests.numerics.ranks import Variant, job_of, tokenized
 from tests.tiny import tiny_model, tiny_tokenizer
 
-ZERO3 = {"zero_optimization": {"stage": 3}}
+
+def adapter(dropout: float = 0.0) -> Any:
+    return peft.LoraConfig(task_type="SEQ_CLS", r=2, lora_dropout=dropout, target_modules="all-linear")
 
 
-def adapter(dropout: float = 0.0) -> LoraConfig:
-    return LoraConfig(task_type="SEQ_CLS", r=2, lora_dropout=dropout, target_modules="all-linear")
+def dropouts(model: torch.nn.Module) -> set[float]:
+    return {part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)}
 
 
-def config_of(**settings: Any) -> RewardConfig:
-    return RewardConfig(**{"bf16": False, "gradient_checkpointing": False, **settings})
-
-
-def test_an_adapters_dropout_that_is_turned_off_is_told_with_what_to_type(
+def test_a_dropout_of_the_adapter_that_is_set_to_zero_is_told_with_what_to_type(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def active(config: RewardConfig, dropout: float) -> bool:
-        model = build_model(ModelSource(tiny_model(), adapter(dropout)), config, tiny_tokenizer())
-        return any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
+    built = build_model(ModelSource(tiny_model(), adapter(0.1)), RewardConfig(), tiny_tokenizer())
+    assert dropouts(built) <= {0.0}
+    (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    for part in ("`lora_dropout` (0.1", "`model.lora.dropout`", "`disable_dropout` (True)", "=false`"):
+        assert part in said.getMessage()
 
-    with caplog.at_level(logging.WARNING, "rayrm.train"):
-        assert active(config_of(disable_dropout=False), 0.1)
-        assert not active(config_of(), 0.0)
+
+@pytest.mark.parametrize(("dropout", "disable"), [(0.0, True), (0.1, False)])
+def test_an_adapter_whose_dropout_stays_as_set_is_not_warned_about(
+    dropout: float, disable: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = RewardConfig(disable_dropout=disable)
+    built = build_model(ModelSource(tiny_model(), adapter(dropout)), config, tiny_tokenizer())
+    assert max(dropouts(built), default=0.0) == dropout
     assert "dropout" not in caplog.text
-    with caplog.at_level(logging.WARNING, "rayrm.train"):
-        assert not active(config_of(), 0.1)
-    assert "adapter's dropout (0.1)" in caplog.text
-    assert "`disable_dropout=false`" in caplog.text
+
+
+ZERO3: list[dict[str, Any]] = [{"zero_stage": 3}, {"deepspeed": {"zero_optimization": {"stage": 3}}}]
+KEEPS: list[dict[str, Any]] = [{}, {"zero_stage": 2}, {"deepspeed": {"zero_optimization": {"stage": 2}}}]
+
+
+def reentrant(config: RewardConfig, *, adapted: bool) -> bool:
+    """Whether the built model's layers are recomputed reentrantly."""
+    source = ModelSource(tiny_model(), adapter() if adapted else None)
+    layers: Any = unwrapped(build_model(source, config, tiny_tokenizer())).model.layers
+    chosen: bool = layers[0]._gradient_checkpointing_func.keywords["use_reentrant"]
+    return chosen
 
 
 @pytest.mark.parametrize(
-    ("settings", "reentrant"),
+    ("settings", "adapted", "expected"),
     [
-        ({}, False),
-        ({"zero_stage": 2}, False),
-        ({"zero_stage": 3}, True),
-        ({"deepspeed": ZERO3}, True),
-        ({"deepspeed": ZERO3, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, False),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, True),
+        *((settings, True, True) for settings in ZERO3),
+        *((settings, False, False) for settings in ZERO3),
+        *((settings, True, False) for settings in KEEPS),
     ],
+    ids=str,
 )
-def test_an_adapter_is_recomputed_reentrantly_under_zero_3_unless_the_settings_say(
-    settings: dict[str, Any], reentrant: bool
+def test_an_adapter_under_zero3_is_recomputed_reentrantly_however_the_stage_is_said(
+    settings: dict[str, Any], adapted: bool, expected: bool
 ) -> None:
-    config = config_of(gradient_checkpointing=True, **settings)
-    model = build_model(ModelSource(tiny_model(), adapter()), config, tiny_tokenizer())
-    layer = model.get_base_model().model.layers[0]
-    assert layer.gradient_checkpointing
-    assert layer._gradient_checkpointing_func.keywords["use_reentrant"] is reentrant
+    assert reentrant(RewardConfig(**settings), adapted=adapted) is expected
 
 
-def test_a_run_that_fails_gives_the_model_back_as_it_was(tmp_path: Path) -> None:
-    variant = Variant("failing", {"max_steps": 5, "per_device_train_batch_size": 4})
-    job = job_of(variant, tmp_path, tokenized(20))
-    model: Any = job.source.model
-    forwards = {name: "forward" in vars(part) for name, part in model.named_modules()}
-    stopping = StoppingSet(job.train_set, 3)
-    with pytest.raises(Stopped) as stopped:
-        train_rank(replace(job, train_set=stopping), lambda record: None)
-    assert stopped.value.__traceback__ is not None  # what the run held is still referred to
-    assert not model.get_input_embeddings().sparse
-    assert model.config._attn_implementation == "sdpa"
-    assert {name: "forward" in vars(part) for name, part in model.named_modules()} == forwards
-    model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
-    torch.optim.AdamW(model.parameters()).step()
-
-
-def test_an_evaluation_batch_size_is_told_to_change_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("settings", [*ZERO3, *KEEPS], ids=str)
+@pytest.mark.parametrize("said", [False, True])
+def test_what_the_user_says_of_reentrance_holds(
+    settings: dict[str, Any], said: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def told(directory: str, **settings: Any) -> str:
-        caplog.clear()
-        variant = Variant(directory, {"max_steps": 1, "eval_strategy": "steps", **settings})
-        job = job_of(variant, tmp_path / directory, tokenized(8))
-        with caplog.at_level(logging.INFO, "rayrm.train"):
-            train_rank(replace(job, eval_sets={"": job.train_set}), lambda record: None)
-        return caplog.text
-
-    assert "per_device_eval_batch_size" not in told("default")
-    assert "`per_device_eval_batch_size` (2) changes nothing" in told("set", per_device_eval_batch_size=2)
+    config = RewardConfig(gradient_checkpointing_kwargs={"use_reentrant": said}, **settings)
+    with caplog.at_level(logging.INFO, "rayrm.train"):
+        assert reentrant(config, adapted=True) is said
+    assert ("`use_reentrant` (False) is kept" in caplog.text) is (settings in ZERO3 and not said)
 
 
-@pytest.mark.parametrize("stage", [{"zero_stage": 3}, {"deepspeed": ZERO3}])
-def test_rows_that_take_forwards_of_their_own_are_refused_at_the_start_of_zero_3(
-    stage: dict[str, Any],
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_a_model_that_cannot_recompute_is_warned_about_by_one_rank(
+    rank: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = tiny_model()
-    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
-    model.config.max_position_embeddings = 64
-    with pytest.raises(ConfigError, match=r"rows above 64 tokens .* the longest has 65.* `max_length=64`"):
-        check_rope(model, 65, config_of(**stage), 2)
-    check_rope(model, 64, config_of(**stage), 2)
-    check_rope(model, 65, config_of(**stage), 1)
-    check_rope(model, 65, config_of(zero_stage=2), 2)
+    model: Any = tiny_model()
+    model.supports_gradient_checkpointing = False
+    with contextlib.ExitStack() as around:
+        if rank is not None:
+            around.enter_context(_as_rank(rank))
+        build_model(ModelSource(model), RewardConfig(), tiny_tokenizer())
+    said = [record for record in caplog.records if "`gradient_checkpointing` (True) is off" in record.message]
+    assert [record.levelname for record in said] == ([] if rank == 1 else ["WARNING"])
+
+
+@contextlib.contextmanager
+def _as_rank(rank: int) -> Iterator[None]:
+    """A process group of two, of which this process is `rank`; no other comes."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("rows", "lines"), [(8, 0), (3, 1)])
+def test_an_evaluation_batch_that_is_set_is_told_to_set_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: int, lines: int
+) -> None:
+    settings = {"per_device_eval_batch_size": rows, "max_steps": 1}
+    with caplog.at_level(logging.INFO, "rayrm.train"):
+        train_rank(job_of(Variant("run", settings), tmp_path, tokenized(8)), lambda record: None)
+    assert caplog.text.count(f"`per_device_eval_batch_size` ({rows}) sets nothing here") == lines
+
+
+def metrics_of(directory: Path, max_tokens: int | None = None, **settings: Any) -> dict[str, float]:
+    """The evaluation after one step."""
+    found: dict[str, float] = {}
+    variant = Variant("run", {"max_steps": 1, "eval_strategy": "steps", **settings}, max_tokens=max_tokens)
+    job = job_of(variant, directory, tokenized(8))
+    train_rank(replace(job, eval_sets={"": TokenizedSet.from_rows(tokenized(20))}), found.update)
+    return {name: value for name, value in found.items() if name.startswith("eval_")}
+
+
+def test_evaluation_depends_on_neither_of_the_two_sizes(tmp_path: Path) -> None:
+    whole = metrics_of(tmp_path / "whole")
+    assert whole["eval_accuracy"] > 0
+    # Sums in another order: 1e-7 of a loss near 1.
+    by_one = metrics_of(tmp_path / "rows", per_device_eval_batch_size=1)
+    assert by_one == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    by_few_tokens = metrics_of(tmp_path / "tokens", max_tokens=1)
+    assert by_few_tokens == pytest.approx(whole, rel=1e-5, abs=1e-6)

@@ -24,11 +24,12 @@ def identity(data: str = "abc", rows: int = 8, **settings: Any) -> dict[str, Any
     )
 
 
-def save(root: Path, step: int) -> Path:
+def save(root: Path, step: int, max_tokens: int | None = None) -> Path:
     def write(directory: Path) -> None:
         (directory / "weights").write_bytes(b"w" * 64)
 
-    return save_checkpoint(root, TrainState(step=step), rank=0, barrier=lambda: None, write=write)
+    state = TrainState(step=step, max_tokens=max_tokens)
+    return save_checkpoint(root, state, rank=0, barrier=lambda: None, write=write)
 
 
 @pytest.fixture
@@ -146,6 +147,22 @@ def test_resuming_where_nothing_is_is_refused(tmp_path: Path) -> None:
 def test_a_new_run_may_begin_from_another_run_s_checkpoint(begun: Path, tmp_path: Path) -> None:
     start = examine(tmp_path / "new", identity(seed=9), resume=str(begun / "checkpoint-10"))
     assert start == RunStart(begun / "checkpoint-10", None)
+    newest = save(begun, 30, max_tokens=512)
+    assert examine(tmp_path / "new", identity(seed=9), resume=str(newest)) == RunStart(newest, 512)
+
+
+def test_a_checkpoint_from_before_budgets_were_written_still_resumes(begun: Path, tmp_path: Path) -> None:
+    def write(directory: Path) -> None:
+        (directory / "weights").write_bytes(b"w")
+
+    class Before(TrainState):
+        def to_json(self) -> str:
+            fields = json.loads(super().to_json())
+            del fields["max_tokens"]
+            return json.dumps(fields)
+
+    old = save_checkpoint(begun, Before(step=30), rank=0, barrier=lambda: None, write=write)
+    assert examine(tmp_path / "new", identity(), resume=str(old)) == RunStart(old, None)
 
 
 def test_a_corrupt_checkpoint_is_found_before_anything_starts(begun: Path) -> None:

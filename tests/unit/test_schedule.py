@@ -12,7 +12,6 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
 from rayrm.config import RewardConfig
-from rayrm.train import loop
 from rayrm.train.loop import Schedule
 
 STRATEGY = st.sampled_from(["no", "steps", "epoch"])
@@ -90,20 +89,3 @@ def test_epochs_become_steps_as_in_transformers(epochs: float, steps: int) -> No
 
 def test_max_steps_overrides_epochs() -> None:
     assert Schedule.of(RewardConfig(num_train_epochs=3, max_steps=5), 13).num_steps == 5
-
-
-def test_evaluating_and_saving_are_no_part_of_a_steps_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that says: 2 s of steps for 10 rows, then 50 s of saving, then 2 s for 10 rows again."""
-    now = [0.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-    step = loop.RankStep([], num_rows=10, num_tokens=40, num_tokens_computed=40, after=loop.Cursor())
-    clock = loop._Clock()
-    for _ in range(2):
-        clock.wait()
-        now[0] += 0.5
-        clock.resume(step)
-        now[0] += 1.5
-        taken = clock.take()
-        assert taken == {"pairs_per_second": 5.0, "tokens_per_second": 20.0, "data_wait_s": 0.5}
-        with clock.stopped():
-            now[0] += 50.0

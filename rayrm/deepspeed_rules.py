@@ -1,0 +1,161 @@
+"""A user's own DeepSpeed configuration: its ZeRO stage, and what it may say beside a `RewardConfig`.
+
+What both say must be equal, "auto" or absent in the file; so no setting of either is dropped. Knows neither
+deepspeed nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rayrm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rayrm.config import RewardConfig
+
+Table = dict[str, Any]
+
+_SAME: Final = {
+    ("gradient_clipping",): "max_grad_norm",
+    ("gradient_accumulation_steps",): "gradient_accumulation_steps",
+    ("train_micro_batch_size_per_gpu",): "per_device_train_batch_size",
+    ("bf16", "enabled"): "bf16",
+    ("bfloat16", "enabled"): "bf16",
+    ("fp16", "enabled"): "fp16",
+}
+"""A key of DeepSpeed's -> the field that says it too."""
+_ONLY: Final[dict[tuple[str, ...], tuple[Any, str]]] = {
+    ("managed_gradient_accumulation",): (False, "the number of micro-batches varies from step to step"),
+    ("zero_allow_untested_optimizer",): (True, "the optimizer is torch's own"),
+    ("torch_autocast", "enabled"): (False, "`bf16` and `fp16` say it"),
+    ("amp", "enabled"): (False, "`bf16` and `fp16` say it"),
+    ("data_types", "grad_accum_dtype"): ("fp32", "gradients are added up in float32"),
+}
+"""A key of DeepSpeed's -> the only value it may have, and why."""
+
+
+def read_deepspeed(deepspeed: Table | str) -> Table:
+    """The configuration without its "auto" values: what is absent is ours to say.
+
+    Raises:
+        ConfigError: it is no file, or no table.
+    """
+    if isinstance(deepspeed, dict):
+        return _without_auto(deepspeed)
+    file = Path(deepspeed)
+    if not file.is_file():
+        raise ConfigError(
+            f"`deepspeed` ({deepspeed!r}) is no file. Type the path of a JSON file, a table, or "
+            "`zero_stage=2`."
+        )
+    try:
+        read = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"`deepspeed` ({deepspeed}) is not valid JSON: {error}.") from error
+    if not isinstance(read, dict):
+        raise ConfigError(f"`deepspeed` ({deepspeed}) holds no table, as in {{}}. Write one.")
+    return _without_auto(read)
+
+
+def _without_auto(section: Table) -> Table:
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+def resolved_stage(config: RewardConfig) -> int | None:
+    """The ZeRO stage of a run, wherever it is said; None: plain PyTorch."""
+    if config.deepspeed is None:
+        return config.zero_stage
+    stage = _at(read_deepspeed(config.deepspeed), ("zero_optimization", "stage"))
+    return 0 if stage is None else int(stage)
+
+
+def check_deepspeed(config: RewardConfig) -> list[str]:
+    """One line for each rule that `config.deepspeed` breaks."""
+    if config.deepspeed is None:
+        return []
+    problems = []
+    if config.zero_stage is not None:
+        problems.append(
+            f"`zero_stage` ({config.zero_stage}) and `deepspeed`: both choose the ZeRO stage. Delete "
+            "`deepspeed`, or delete `zero_stage` and put `zero_optimization.stage` into `deepspeed`."
+        )
+    try:
+        table = read_deepspeed(config.deepspeed)
+    except ConfigError as problem:
+        return [*problems, str(problem)]
+    problems += [
+        f"`deepspeed` has a section `{section}`, which RewardConfig sets. Delete it and use `optim`, "
+        "`learning_rate` and `lr_scheduler_type`."
+        for section in ("optimizer", "scheduler")
+        if section in table
+    ]
+    stage = _at(table, ("zero_optimization", "stage"))
+    if stage not in (None, 0, 1, 2, 3):
+        problems.append(f"`deepspeed.zero_optimization.stage` ({stage!r}) must be 0, 1, 2 or 3.")
+    for path, field in _SAME.items():
+        said, ours = _at(table, path), getattr(config, field)
+        if said is not None and said != ours:
+            problems.append(
+                f"`deepspeed.{'.'.join(path)}` ({said}) and `{field}` ({ours}) are one setting. Type "
+                f'`{field}={str(said).lower()}`, or write "auto" in `deepspeed`.'
+            )
+    for path, (only, why) in _ONLY.items():
+        said = _at(table, path)
+        if said is not None and said != only:
+            problems.append(
+                f"`deepspeed.{'.'.join(path)}` ({said}) can only be {json.dumps(only)}: {why}. Delete it."
+            )
+    return problems + _check_rows(table, config.train_batch_rows(1))
+
+
+def check_batch_size(table: Table, config: RewardConfig, num_workers: int) -> None:
+    """Raise ConfigError where the file's `train_batch_size` is not the run's rows per step."""
+    said, ours = table.get("train_batch_size"), config.train_batch_rows(num_workers)
+    if said is not None and said != ours:
+        raise ConfigError(
+            f"`deepspeed.train_batch_size` ({said}) is not {ours}, the rows of a step: "
+            f"`per_device_train_batch_size` ({config.per_device_train_batch_size}) x "
+            f"`gradient_accumulation_steps` ({config.gradient_accumulation_steps}) x workers "
+            f'({num_workers}). Write "auto" in `deepspeed`, or change one of these.'
+        )
+
+
+def _check_rows(table: Table, rows_per_worker: int) -> list[str]:
+    """What can be said of `train_batch_size` before the number of workers is known."""
+    said = table.get("train_batch_size")
+    if said is None or (isinstance(said, int) and said > 0 and said % rows_per_worker == 0):
+        return []
+    return [
+        f"`deepspeed.train_batch_size` ({said}) must be a multiple of {rows_per_worker}, the product of "
+        '`per_device_train_batch_size` and `gradient_accumulation_steps`. Write "auto" in `deepspeed`.'
+    ]
+
+
+def without_effect(table: Table) -> list[str]:
+    """What the file says and a run cannot heed, each with the reason."""
+    found = []
+    if _at(table, ("zero_optimization", "overlap_comm")):
+        found.append(
+            "`deepspeed.zero_optimization.overlap_comm` (true) is off: DeepSpeed overlaps only where it "
+            "manages accumulation itself"
+        )
+    scaling = sorted({*table.get("fp16", {})} - {"enabled"})
+    if scaling and _at(table, ("fp16", "enabled")) is not False:
+        found.append(
+            f"`deepspeed.fp16` ({', '.join(scaling)}) is not used: fp16 is autocast, and torch's loss scale"
+        )
+    return found
+
+
+def _at(table: Table, path: tuple[str, ...]) -> Any:
+    """What stands at the path; None where nothing does."""
+    found: Any = table
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
