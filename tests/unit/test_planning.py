@@ -248,12 +248,11 @@ def test_on_one_rank_a_completion_is_computed_once_whichever_pairs_it_stands_in(
     step: Step, room: int
 ) -> None:
     """Where the completions of one prompt fit the budget."""
-    prompts: list[set[bytes]] = []
+    prompts: dict[bytes, set[bytes]] = {}
     for texts in step.sequences:
-        tied = [known for known in prompts if known & set(texts)]
-        prompts = [known for known in prompts if known not in tied] + [set(texts).union(*tied)]
+        prompts.setdefault(texts[0][:4], set()).update(texts)  # a prompt is known by its first token
     # A completion counts whole: no more than that is computed for it.
-    max_tokens = max(sum(len(ids) // 4 for ids in known) for known in prompts) + room
+    max_tokens = max(sum(len(ids) // 4 for ids in known) for known in prompts.values()) + room
     (plan,) = plan_step(step.rows, num_ranks=1, max_tokens=max_tokens)
     homes = Counter(text for part in plan for text in {t for row in part.rows for t in step.sequences[row]})
     assert set(homes.values()) == {1}
