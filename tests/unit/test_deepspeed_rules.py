@@ -50,8 +50,8 @@ def test_auto_takes_the_field(table: dict[str, Any], field: str, said: Any, ours
     auto: dict[str, Any] = {
         key: {"enabled": "auto"} if isinstance(value, dict) else "auto" for key, value in table.items()
     }
-    RewardConfig(deepspeed=auto, **{field: said})
-    RewardConfig(deepspeed=auto)
+    assert getattr(RewardConfig(deepspeed=auto, **{field: said}), field) == said
+    assert getattr(RewardConfig(deepspeed=auto), field) == getattr(RewardConfig(), field)
 
 
 @pytest.mark.parametrize(
