@@ -22,12 +22,14 @@ Neither ray nor deepspeed is needed, trl only for `--against trl`.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any, get_args
 
 from measuring import (
@@ -70,11 +72,25 @@ class Side:
     def __init__(self, name: str, arguments: argparse.Namespace, rows: Sequence[TokenizedRow]) -> None:
         self.name = name
         self.turns: list[Turn] = []
-        self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._process = ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=_end_with_the_benchmark
+        )
         self._process.submit(_open, name, arguments, rows).result()
 
     def take_turn(self) -> None:
         self.turns.append(self._process.submit(_take_turn).result())
+
+
+def _end_with_the_benchmark() -> None:
+    """A pool's process outlives a parent that is killed, and waits for work with gigabytes of memory."""
+    benchmark = parent_process()
+    assert benchmark is not None
+
+    def wait() -> None:
+        benchmark.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 _turn: Callable[[], Turn]

@@ -114,6 +114,10 @@ class Load:
         """The number of the first row."""
         return self.rows[0].number
 
+    def texts(self) -> list[int]:
+        """The numbers of the texts that stand elsewhere too."""
+        return list(dict.fromkeys(number for row in self.rows for number, _, _ in row.texts if number >= 0))
+
     def beginnings(self) -> list[int]:
         """The numbers of what all rows begin with, shortest first."""
         paths = [[number for number, _ in row.beginnings] for row in self.rows]

@@ -4,7 +4,7 @@ How it cuts:
 
 1. Rows with a text in common (a completion that stands in several pairs) or a worthwhile beginning, known by
    their keys, form a group that stays together. A group too large for the budget is cut where its beginnings
-   branch, else between rows.
+   branch, else between rows; what a text ties stays together where it fits.
 2. Groups and single rows go to ranks costliest first, each to the rank with the least so far. Where groups
    make the ranks uneven they are cut finer, as far as that makes the heaviest rank lighter.
 3. Within a rank they fill as few micro-batches as first-fit finds, each the one with which it has most in
@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -138,26 +138,27 @@ def _grouped(loads: list[Load], beginnings: npt.NDArray[np.int64]) -> tuple[list
         total[numbers] += load.tokens
         count[numbers] += 1
     worthwhile = (_WORTHWHILE * beginnings * count >= total).tolist()
-    # Each key that ties rows -> the first row that has it. Ties make trees; a tree's root is its first row.
-    owner: dict[int, int] = {}
-    above = list(range(len(loads)))
 
-    def root(row: int) -> int:
-        while above[row] != row:
-            above[row] = row = above[above[row]]
-        return row
+    def ties(load: Load) -> list[int]:
+        return [key for key, _ in load.rows[0].beginnings if worthwhile[key]] + load.texts()
 
+    groups = list(_tied(loads, ties))
+    return [group[0] for group in groups if len(group) == 1], [group for group in groups if len(group) > 1]
+
+
+def _tied(loads: Sequence[Load], keys: Callable[[Load], list[int]]) -> Iterator[list[Load]]:
+    """The loads in groups that keys tie, by their first; in a group each stands near what it is tied to."""
+    having: dict[int, list[int]] = {}
     for number, load in enumerate(loads):
-        (row,) = load.rows
-        ties = [key for key, _ in row.beginnings if worthwhile[key]]
-        for key in [*ties, *(key for key, _, _ in row.texts if key >= 0)]:
-            one, other = sorted((root(owner.setdefault(key, number)), root(number)))
-            above[other] = one
-    groups: dict[int, list[Load]] = {}
-    for number, load in enumerate(loads):
-        groups.setdefault(root(number), []).append(load)
-    singles = [group[0] for group in groups.values() if len(group) == 1]
-    return singles, [group for group in groups.values() if len(group) > 1]
+        for key in keys(load):
+            having.setdefault(key, []).append(number)
+    left = dict(enumerate(loads))
+    while left:
+        group = [left.pop(next(iter(left)))]
+        for load in group:  # which grows meanwhile
+            for key in keys(load):
+                group += [left.pop(number) for number in having.pop(key, ()) if number in left]
+        yield group
 
 
 def _cut(group: Sequence[Load], max_tokens: int, max_cost: float, depth: int = 0) -> list[Load]:
@@ -174,6 +175,13 @@ def _cut(group: Sequence[Load], max_tokens: int, max_cost: float, depth: int = 0
             branches.setdefault(further[0] if further else -1 - load.first, []).append(load)
         depth += 1
     parts = [part for branch in branches.values() for part in _cut(branch, max_tokens, max_cost, depth)]
+    # First what a text ties: filled up with other parts, a piece would have no room for all that it ties.
+    whole_ties = [piece for tied in _tied(parts, Load.texts) for piece in _filled(tied, max_tokens, max_cost)]
+    return _filled(whole_ties, max_tokens, max_cost)
+
+
+def _filled(parts: Sequence[Load], max_tokens: int, max_cost: float) -> list[Load]:
+    """Consecutive parts joined into pieces under both limits."""
     pieces = [Load.joined(parts[:1])]
     for part in parts[1:]:
         tokens, cost = pieces[-1].with_load(part)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -102,3 +105,27 @@ def test_a_bench_says_what_is_wrong_with_its_sizes(home: Path) -> None:
     done = run(home, "score", "--data", "pairs.jsonl", "--groups", "1000")
     assert done.returncode == 1
     assert "--groups (1000)" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_bench_that_is_killed_leaves_no_process_behind(home: Path, number: signal.Signals) -> None:
+    bench_dir = ROOT / "jobs" / "bench"
+    words = ["--data", "pairs.jsonl", "--pairs", "64", "--batch", "2", "--rounds", "1000", "--against", "packed"]
+    with subprocess.Popen(
+        [sys.executable, str(bench_dir / "train.py"), "--model", "base", *words],
+        cwd=home,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as benchmark:
+        process = psutil.Process(benchmark.pid)
+        sides: set[psutil.Process] = set()
+        deadline = time.monotonic() + 200
+        # The two sides, and multiprocessing's own tracker of resources.
+        while len(sides) < 3 and time.monotonic() < deadline:
+            sides |= set(process.children(recursive=True))
+            time.sleep(0.1)
+        assert len(sides) == 3
+        benchmark.send_signal(number)
+        assert benchmark.wait(60) != 0
+    _, alive = psutil.wait_procs(sides, timeout=60)
+    assert not alive

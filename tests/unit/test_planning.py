@@ -347,6 +347,17 @@ def test_a_group_too_large_for_the_budget_is_cut_where_its_beginnings_branch() -
     assert sorted(part.rows for part in plan) == [(0, 2, 4), (1, 3, 5)]
 
 
+def test_what_a_text_ties_stays_together_where_all_pairs_of_the_prompt_do_not_fit() -> None:
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(1, 2**20, 60, dtype=np.int32)
+    texts = [np.concatenate([prompt, rng.integers(1, 2**20, 50, dtype=np.int32)]) for _ in range(6)]
+    # Two rankings of three, whose pairs stand in turns.
+    pairs = [(0, 1), (3, 4), (1, 2), (4, 5), (0, 2), (3, 5)]
+    step = Step.of([[texts[one], texts[other]] for one, other in pairs])
+    (plan,) = plan_step(step.rows, num_ranks=1, max_tokens=60 + 3 * 50)
+    assert sorted(microbatch.rows for microbatch in plan) == [(0, 2, 4), (1, 3, 5)]
+
+
 def test_microbatches_are_even_unless_that_computes_much_more() -> None:
     """16 tokens in common make 284 and 180 of what could be 240 twice; of ten times as many they do not."""
     for times, expected in ((1, [(0, 1), (2, 3)]), (10, [(0, 2), (1, 3)])):
