@@ -110,7 +110,18 @@ def test_a_bench_says_what_is_wrong_with_its_sizes(home: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_bench_that_is_killed_leaves_no_process_behind(home: Path, number: signal.Signals) -> None:
     bench_dir = ROOT / "jobs" / "bench"
-    words = ["--data", "pairs.jsonl", "--pairs", "64", "--batch", "2", "--rounds", "1000", "--against", "packed"]
+    words = [
+        "--data",
+        "pairs.jsonl",
+        "--pairs",
+        "64",
+        "--batch",
+        "2",
+        "--rounds",
+        "1000",
+        "--against",
+        "packed",
+    ]
     with subprocess.Popen(
         [sys.executable, str(bench_dir / "train.py"), "--model", "base", *words],
         cwd=home,
