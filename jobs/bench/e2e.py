@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -232,4 +233,6 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # Terminated, it ends by an exception: the training that it waits for ends too, and its files go.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     run_bench(parse_arguments(), measure, report)

@@ -10,7 +10,6 @@ import json
 import platform
 import random
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -302,11 +301,7 @@ def run_bench(
     measure: Callable[[argparse.Namespace], dict[str, Any]],
     report: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Measure, and end with the result: in words, then as the last line of stdout and in `--json`.
-
-    Terminated, it ends by an exception, so that what it started and wrote aside is cleared away.
-    """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    """Measure, and end with the result: in words, then as the last line of stdout and in `--json`."""
     result = measure(arguments)
     report(result)
     path: Path | None = arguments.json

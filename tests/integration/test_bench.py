@@ -35,10 +35,15 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def command(name: str, *words: str) -> list[str]:
+    """jobs/bench/<name>.py on the tiny model of the current directory."""
+    return [sys.executable, str(ROOT / "jobs" / "bench" / f"{name}.py"), "--model", "base", *words]
+
+
 def run(home: Path, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run jobs/bench/<name>.py on the tiny model in `home`."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "bench" / f"{name}.py"), "--model", "base", *words],
+        command(name, *words),
         cwd=home,
         env={**os.environ, **environment},
         capture_output=True,
@@ -109,21 +114,9 @@ def test_a_bench_says_what_is_wrong_with_its_sizes(home: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_bench_that_is_killed_leaves_no_process_behind(home: Path, number: signal.Signals) -> None:
-    bench_dir = ROOT / "jobs" / "bench"
-    words = [
-        "--data",
-        "pairs.jsonl",
-        "--pairs",
-        "64",
-        "--batch",
-        "2",
-        "--rounds",
-        "1000",
-        "--against",
-        "packed",
-    ]
+    sizes = ["--pairs", "64", "--batch", "2", "--rounds", "1000"]
     with subprocess.Popen(
-        [sys.executable, str(bench_dir / "train.py"), "--model", "base", *words],
+        command("train", "--data", "pairs.jsonl", *sizes, "--against", "packed"),
         cwd=home,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -347,15 +348,23 @@ def test_a_group_too_large_for_the_budget_is_cut_where_its_beginnings_branch() -
     assert sorted(part.rows for part in plan) == [(0, 2, 4), (1, 3, 5)]
 
 
-def test_what_a_text_ties_stays_together_where_all_pairs_of_the_prompt_do_not_fit() -> None:
+@pytest.mark.parametrize(("size", "room"), [(3, 0), (4, 0), (4, 50), (4, 100)])
+def test_what_a_text_ties_stays_together_where_all_pairs_of_the_prompt_do_not_fit(
+    size: int, room: int
+) -> None:
+    """Room for a ranking and one or two completions more, which must not part the other ranking."""
     rng = np.random.default_rng(0)
     prompt = rng.integers(1, 2**20, 60, dtype=np.int32)
-    texts = [np.concatenate([prompt, rng.integers(1, 2**20, 50, dtype=np.int32)]) for _ in range(6)]
-    # Two rankings of three, whose pairs stand in turns.
-    pairs = [(0, 1), (3, 4), (1, 2), (4, 5), (0, 2), (3, 5)]
+    texts = [np.concatenate([prompt, rng.integers(1, 2**20, 50, dtype=np.int32)]) for _ in range(2 * size)]
+    # Two rankings, whose pairs stand in turns.
+    ranking = list(combinations(range(size), 2))
+    pairs = [pair for one, other in ranking for pair in ((one, other), (one + size, other + size))]
     step = Step.of([[texts[one], texts[other]] for one, other in pairs])
-    (plan,) = plan_step(step.rows, num_ranks=1, max_tokens=60 + 3 * 50)
-    assert sorted(microbatch.rows for microbatch in plan) == [(0, 2, 4), (1, 3, 5)]
+    (plan,) = plan_step(step.rows, num_ranks=1, max_tokens=60 + size * 50 + room)
+    assert sorted(microbatch.rows for microbatch in plan) == [
+        tuple(range(0, len(pairs), 2)),
+        tuple(range(1, len(pairs), 2)),
+    ]
 
 
 def test_microbatches_are_even_unless_that_computes_much_more() -> None:
