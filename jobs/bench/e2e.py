@@ -78,12 +78,17 @@ def timed_process(command: Sequence[str], *, threads: int, threads_by_ray: bool)
     if not threads_by_ray:
         environment["OMP_NUM_THREADS"] = str(threads)
     began = time.perf_counter()
-    done = subprocess.run(
+    with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    ) as process:
+        try:
+            said, _ = process.communicate()
+        except BaseException:
+            process.terminate()  # not killed, as `subprocess.run` does: it has a Ray cluster to end
+            raise
     seconds = time.perf_counter() - began
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout}")
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}:\n{said}")
     return seconds
 
 
