@@ -33,6 +33,7 @@ from rayrm.data.row_index import Counts, RowIndex
 from rayrm.data.sources import ROWS_PER_CHUNK, SourceRow, plan_sources, read_work, row_name
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.errors import ConfigError, DataError
+from rayrm.own_ray import ensure_ray
 
 _log = logging.getLogger("rayrm.data")
 _BLOCK_BYTES = (
@@ -105,23 +106,6 @@ class TokenizedSet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenizedSet, (self.index, self.report, self._blocks, self._block_of, self._offset)
-
-
-def ensure_ray(address: str | None = None) -> None:
-    """Connects to the cluster at `address` (or `RAY_ADDRESS`); without one, starts Ray on this machine.
-
-    Does nothing where Ray is initialised already.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
-    if address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, **quiet)
-        return
-    cpus = max(4, os.cpu_count() or 1)  # logical: Ray Data must not starve behind the training workers
-    ray.init(address="local", num_cpus=cpus, include_dashboard=True, **quiet)
 
 
 def ingest(

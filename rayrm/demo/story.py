@@ -66,7 +66,7 @@ class Outcome:
 
 def main(out: str | Path = "demo-out", *, steps: int | None = None) -> int:
     """Run the demo in a new directory below `out`; returns the exit status. `steps` cuts training short."""
-    from rayrm.data.ingest import ensure_ray
+    from rayrm.own_ray import ensure_ray
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch warns at every collective
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from rayrm.config import ClusterConfig, LoraConfig, RewardConfig
-from rayrm.data.ingest import TokenizedSet, ensure_ray, ingest
+from rayrm.data.ingest import TokenizedSet, ingest
 from rayrm.data.row_index import RowIndex
 from rayrm.errors import ClusterError, DataError, MissingExtraError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import LoadedModel, load_saved
+from rayrm.own_ray import ensure_ray
 from rayrm.runfile import Run, read_run
 from rayrm.train.build import ModelSource, check_source
 from rayrm.train.evaluation import Scores, score_model

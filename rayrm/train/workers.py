@@ -11,9 +11,9 @@ import sys
 import warnings
 from typing import Any
 
-from rayrm.data.ingest import ensure_ray
 from rayrm.errors import ClusterError, RayrmError
 from rayrm.logs import show_logs
+from rayrm.own_ray import ensure_ray, trainer_class, unwatched
 from rayrm.train.worker import TrainJob, train_rank
 
 
@@ -29,9 +29,8 @@ def fit_here(job: TrainJob) -> None:
 def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -> None:
     """Train on the workers of `scaling_config`; of `run_config` the failures and callbacks are used."""
     from ray.train import LoggingConfig, RunConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
 
-    trainer = TorchTrainer(
+    trainer = trainer_class()(
         _run_rank,
         train_loop_config={"job": job},
         scaling_config=scaling_config,
@@ -45,7 +44,8 @@ def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -
         ),
     )
     try:
-        trainer.fit()
+        with unwatched():
+            trainer.fit()
     except TrainingFailedError as failure:
         raise _cause_in_workers(failure) from failure
 
