@@ -49,7 +49,7 @@ class Tiled:
     @classmethod
     def of(cls, batch: PackedBatch) -> Tiled:
         """Cut the runs of a batch into tiles."""
-        return cls(list(_tiles(batch)))
+        return cls(_tiles(batch))
 
     def attend(
         self,
@@ -136,23 +136,31 @@ def _as(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
     return None if mask is None else mask.to(query.dtype)
 
 
-def _tiles(batch: PackedBatch) -> Iterator[_Tile]:
+def _tiles(batch: PackedBatch) -> list[_Tile]:
+    cut = list(_cut(batch))
+    behind = [_behind(begin, end, keys) for begin, end, keys in cut]
+    mask = _causal_behind(max(behind, default=0))
+    return [
+        _Tile(begin, end, keys, _seen(mask, end - begin, known) if known else None)
+        for (begin, end, keys), known in zip(cut, behind, strict=True)
+    ]
+
+
+def _cut(batch: PackedBatch) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
+    """Each tile's queries `begin`, `end`, and the ranges of keys they see."""
     starts, ends = batch.start.tolist(), (batch.start + batch.length).tolist()
-    masks: dict[tuple[int, int], torch.Tensor] = {}
     for run in attention_runs(batch.parent):
         above = _joined([(starts[s], ends[s]) for s in run.ancestors])
         begin, end = starts[run.segments[0]], ends[run.segments[-1]]
         num_tiles = -(-(end - begin) // _TILE)
         cuts = [begin + (end - begin) * n // num_tiles for n in range(num_tiles + 1)]
         for first, last in pairwise(cuts):
-            keys = _joined([*above, (begin, last)])
-            queries, seen = last - first, sum(b - a for a, b in keys)
-            mask = None
-            if seen > queries:
-                if (queries, seen) not in masks:
-                    masks[queries, seen] = _lower_right(queries, seen)
-                mask = masks[queries, seen]
-            yield _Tile(first, last, tuple(keys), mask)
+            yield first, last, tuple(_joined([*above, (begin, last)]))
+
+
+def _behind(begin: int, end: int, keys: tuple[tuple[int, int], ...]) -> int:
+    """How many keys every query of a tile sees."""
+    return sum(last - first for first, last in keys) - (end - begin)
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -166,6 +174,15 @@ def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _lower_right(queries: int, keys: int) -> torch.Tensor:
-    """Additive causal mask `[queries, keys]`: the last query sees every key."""
-    return torch.full((queries, keys), -torch.inf).triu_(diagonal=keys - queries + 1)
+def _causal_behind(known: int) -> torch.Tensor:
+    """Additive mask `[_TILE, known + _TILE]`: queries that see `known` keys, and causally each other.
+
+    Masks of tiles that see fewer are parts of it, so that a batch of long texts holds one and not one a tile.
+    """
+    return torch.full((_TILE, known + _TILE), -torch.inf).triu_(diagonal=known + 1)
+
+
+def _seen(mask: torch.Tensor, queries: int, known: int) -> torch.Tensor:
+    """The part of `mask` for so many queries that see `known` keys before themselves."""
+    first = mask.shape[1] - _TILE - known
+    return mask[:queries, first : first + known + queries]

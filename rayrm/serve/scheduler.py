@@ -8,6 +8,9 @@ A `ScoreQueue` holds the texts of many requests. Whenever the model is free, `ta
 3. go on with the oldest text still waiting and those that begin like it, until they would exceed the budget.
    A group that fits a batch of its own is then left for the next one, any other is cut.
 
+A batch is full at `max_tokens`, or at 1024 texts: each text's score meets every token of the batch in the last
+layer, whose mask would outgrow all else for thousands of texts of a few tokens.
+
 What texts begin with is read off their ids, so groups need no name: completions of one prompt, the turns of
 one dialogue and the texts under one long system prompt are found alike.
 
@@ -15,7 +18,8 @@ Invariants, each a test:
 
 1. Every text is taken exactly once, or never when its request was dropped first.
 2. The oldest waiting text is in the next batch, so that nothing starves.
-3. A batch costs at most `max_tokens`, unless one text alone costs more: it then travels alone.
+3. A batch has at most 1024 texts, and costs at most `max_tokens`, unless one text alone costs more: it then
+   travels alone.
 4. A text overtakes older ones only to join a text that has a quarter of its tokens in common with it; without
    sharing none does.
 5. Texts that begin alike and fit one batch are in one batch, if they wait when the first of them is taken.
@@ -39,6 +43,9 @@ Layout = Literal["shared", "packed", "padded"]
 
 _WORTHWHILE = 4
 """A text is pulled forward to one that has at least a quarter of its own tokens in common with it."""
+
+MOST_TEXTS = 1024
+"""Of a batch."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,8 +71,8 @@ class BatchCost:
         self.layout = layout
         self.reach = reach
         self.tokens = 0
-        # Of the padded texts.
         self._num_texts = 0
+        self._num_padded = 0
         self._longest = 0
         # Sorted by token: a text's longest match in the batch is then one of its two neighbours, and the
         # number of distinct prefixes grows by what goes beyond that match.
@@ -74,8 +81,8 @@ class BatchCost:
     def with_text(self, ids: Ids) -> int:
         """The cost if `ids` were added as well."""
         if self._pads(ids):
-            before = self._num_texts * self._longest
-            return self.tokens - before + (self._num_texts + 1) * max(self._longest, len(ids))
+            before = self._num_padded * self._longest
+            return self.tokens - before + (self._num_padded + 1) * max(self._longest, len(ids))
         if self.layout == "packed":
             return self.tokens + len(ids)
         place = bisect_left(self._sorted, _token_order(ids), key=_first)
@@ -85,23 +92,25 @@ class BatchCost:
 
     def add(self, ids: Ids) -> None:
         self.tokens = self.with_text(ids)
+        self._num_texts += 1
         if self._pads(ids):
-            self._num_texts += 1
+            self._num_padded += 1
             self._longest = max(self._longest, len(ids))
         elif self.layout == "shared":
             insort(self._sorted, (_token_order(ids), ids), key=_first)
 
     def fill(self, texts: Sequence[QueuedText], max_tokens: int) -> int:
-        """Add texts from the first on while the cost stays within `max_tokens`; how many were added."""
+        """Add texts from the first on while the batch is not full; how many were added."""
         for number, text in enumerate(texts):
-            if self.with_text(text.ids) > max_tokens:
+            if self._num_texts == MOST_TEXTS or self.with_text(text.ids) > max_tokens:
                 return number
             self.add(text.ids)
         return len(texts)
 
     def copy(self) -> BatchCost:
         twin = BatchCost(self.layout, self.reach)
-        twin.tokens, twin._num_texts, twin._longest = self.tokens, self._num_texts, self._longest
+        twin.tokens, twin._num_texts = self.tokens, self._num_texts
+        twin._num_padded, twin._longest = self._num_padded, self._longest
         twin._sorted = list(self._sorted)
         return twin
 

@@ -19,6 +19,7 @@ from rayrm.data.packing import PackedBatch, pack_texts
 from rayrm.model import segment_loop, tiled
 from rayrm.model.attention import Attention, AttentionPath, Dense, attention_of, dense_mask, reach_of
 from rayrm.model.flex import Flex
+from rayrm.model.tiled import Tiled
 from rayrm.model.varlen import Varlen
 
 CPU = torch.device("cpu")
@@ -157,6 +158,22 @@ def test_the_memory_of_capped_logits_grows_evenly_with_tokens() -> None:
 
     # Logits would be four times as many.
     assert held(1024) <= 2.1 * held(512)
+
+
+def test_the_memory_of_tiles_grows_evenly_with_tokens() -> None:
+    """The masks of a long text are parts of one, of a tile's queries."""
+
+    def held(length: int) -> int:
+        tail = np.arange(3, 3 + length // 2, dtype=np.int32)
+        sides = [np.concatenate([np.full(length // 2, 1, np.int32), [side], tail]) for side in (1, 2)]
+        tiles = Tiled.of(pack_texts([side.astype(np.int32) for side in sides], 0)).tiles
+        masks = [tile.mask.untyped_storage() for tile in tiles if tile.mask is not None]
+        assert len(masks) > 1
+        return sum({mask.data_ptr(): mask.nbytes() for mask in masks}.values())
+
+    # A mask for each tile would be four times as much, and hundreds of MB for 8192 tokens.
+    assert held(4096) <= 2.1 * held(2048)
+    assert held(4096) < 4 * 2**20
 
 
 @pytest.mark.parametrize("key_heads", [NUM_KEY_HEADS, NUM_HEADS])

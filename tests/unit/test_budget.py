@@ -70,10 +70,20 @@ def state_bytes(probe: Probe) -> int:
     return 4 * 4 * sum(p.numel() for p in probe.module.parameters())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "stored": {},
+    "recomputed": {"gradient_checkpointing": True},
+    "reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+}
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("padded", [False, True], ids=["shared", "padded"])
-def test_the_footprint_of_one_row_tells_that_of_many(checkpointing: bool, padded: bool) -> None:
-    probe = probe_of(config_of(gradient_checkpointing=checkpointing), padded=padded)
+def test_the_footprint_of_one_row_tells_that_of_many(checkpointing: str, padded: bool) -> None:
+    probe = probe_of(config_of(**CHECKPOINTING[checkpointing]), padded=padded)
     footprint = probe.footprint(ROWS[1])
     many = pack_rows([pair(120, 60, seed=seed) for seed in range(2, 10)], 0, share=not padded)
     batch = to_device(many, CPU, probe.module.path)

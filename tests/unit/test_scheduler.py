@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrm.data.packing import pack_texts
+from rayrm.serve import scheduler
 from rayrm.serve.scheduler import BatchCost, Layout, QueuedText, ScoreQueue
 
 # Few distinct tokens and short texts, so that prefixes, duplicates and empty tails really occur.
@@ -66,6 +67,20 @@ def test_every_text_is_taken_exactly_once(requests, budget, layout) -> None:
 def test_a_batch_keeps_to_the_budget_unless_one_text_alone_is_above_it(requests, budget, layout) -> None:
     for batch in drained(filled(requests, budget, layout)):
         assert len(batch) == 1 or cost_of([t.ids for t in batch], layout) <= budget
+
+
+@given(REQUESTS, st.integers(1, 5), LAYOUTS)
+def test_a_batch_has_no_more_texts_than_a_mask_has_room_for(requests, most, layout) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "MOST_TEXTS", most)
+        batches = drained(filled(requests, 1000, layout))
+    assert max(len(batch) for batch in batches) <= most
+    assert sum(len(batch) for batch in batches) == sum(len(request) for request in requests)
+
+
+def test_a_batch_full_of_texts_leaves_the_others_for_the_next() -> None:
+    texts = [[number + 1] for number in range(scheduler.MOST_TEXTS + 1)]
+    assert [len(batch) for batch in drained(filled([texts], 10**6, "shared"))] == [scheduler.MOST_TEXTS, 1]
 
 
 @given(st.lists(TEXT, min_size=1, max_size=10), LAYOUTS)
