@@ -30,6 +30,7 @@ from rayrm.data.sources import plan_sources, read_work
 from rayrm.data.tokenize import TokenizedRow, prepare_tokenizer, tokenize_rows
 from rayrm.errors import RowError
 from rayrm.model.cost import head_sizes
+from rayrm.model.precision import bf16_usable
 from rayrm.model.reward_model import load_model, load_tokenizer
 
 SEED = 0
@@ -72,10 +73,22 @@ def bench_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def device_of(arguments: argparse.Namespace) -> torch.device:
-    """The GPU if there is one; sets the number of threads on the way."""
+    """The GPU if there is one; sets the number of threads on the way, and refuses what it cannot do."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_dtype(arguments, device)
+    if device.type == "cpu" and getattr(arguments, "attn", None) == "varlen":
+        raise SystemExit("--attn varlen needs a GPU: torch has no such kernel for CPUs. Leave --attn out")
+    return device
+
+
+def check_dtype(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Training would fall back to fp32 where bf16 is slow, and be compared with what does not."""
+    if arguments.dtype == "bf16":
+        usable, why = bf16_usable(use_cpu=device.type == "cpu")
+        if not usable:
+            raise SystemExit(f"--dtype bf16 means nothing here: {why}. Leave it out")
 
 
 def open_tokenizer(arguments: argparse.Namespace) -> Any:
@@ -100,7 +113,7 @@ def open_model(arguments: argparse.Namespace) -> PreTrainedModel:
 
 
 def read_pairs(source: str) -> list[PreferenceRow]:
-    """Every pair of a source, in its own order; rows that are none are passed over."""
+    """Every row of preferences in a source, in its own order; rows that are none are passed over."""
     pairs = []
     for work in plan_sources(source, max_parts=1, max_rows=None, name="--data").work:
         for row in read_work(work):
@@ -115,8 +128,11 @@ def read_pairs(source: str) -> list[PreferenceRow]:
 def shuffled_pairs(
     source: str, tokenizer: Any, *, count: int, max_length: int
 ) -> list[tuple[PreferenceRow, TokenizedRow]]:
-    """The first `count` pairs of a seed-0 shuffle that fit `max_length`, as they are read and tokenized."""
-    pairs = read_pairs(source)
+    """The first `count` pairs of a seed-0 shuffle that fit `max_length`, as they are read and tokenized.
+
+    Rankings are passed over: TRL has no such rows.
+    """
+    pairs = [row for row in read_pairs(source) if row.ranks == (0, 1)]
     random.Random(SEED).shuffle(pairs)
     found: list[tuple[PreferenceRow, TokenizedRow]] = []
     for begin in range(0, len(pairs), _PAIRS_PER_CALL):
@@ -186,7 +202,7 @@ def matmul_peak(device: torch.device, dtype: str, *, repeats: int = 8) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
-    """What one training pass costs, in FLOPs: 6 a weight and token, 12 a (query, key) pair and channel.
+    """What a pass costs, in FLOPs: 6 a weight and token, 12 a (query, key) pair and channel.
 
     Forward is 2 FLOPs a weight and token, backward twice that. A (query, key) pair costs 4 a channel of all
     heads in forward (the logit, the weighted value), backward twice that; softmax, norms and activations
@@ -228,6 +244,10 @@ class ModelCost:
         """FLOPs of the definition: every distinct token through every weight, attention as computed."""
         attention = sum(self._attention(batch) for batch in batches)
         return 6.0 * self.weights * distinct_tokens + attention
+
+    def scoring(self, batches: Sequence[PackedBatch], distinct_tokens: int) -> float:
+        """The forward's third of `training`."""
+        return self.training(batches, distinct_tokens) / 3
 
     def executed(self, batches: Sequence[PackedBatch]) -> float:
         """FLOPs really done where the last layer computes queries, output and MLP of pooled tokens alone."""

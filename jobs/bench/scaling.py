@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from measuring import (
     bench_parser,
+    check_dtype,
     compared,
     machine,
     open_model,
@@ -189,6 +190,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(
             f"--pairs ({arguments.pairs}) must be a multiple of {both}: one step of {WORKERS} workers"
         )
+    check_dtype(arguments, torch.device("cpu"))
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # the workers inherit it
     torch.set_num_threads(arguments.threads)
     rows = shuffled_rows(

@@ -17,7 +17,10 @@ neither, and padding and masking not for the baseline. Both take turns in this p
 `ratio` is our scores/s over the baseline's, the median of the rounds' ratios. `bound` is what counting tokens
 allows: those of the padded groups over the distinct ones (each distinct beginning once). `share_of_bound` =
 ratio / bound; above 1 where the last layer, computed at the pooled tokens alone, saves more than is lost.
+`mfu` = (2 x non-embedding parameters x distinct tokens + attention over the (query, key) pairs computed) /
+time / peak, the best of the matmuls before and after the rounds.
 `--dtype bf16` gives both models bf16 weights; `--attn` takes the place of the path that RewardModel chooses.
+No GPU has been measured yet: `--shape qwen2.5-0.5b --tokenizer DIR --dtype bf16 --attn varlen` (or `flex`).
 Neither ray nor deepspeed nor trl is needed.
 """
 
@@ -28,16 +31,19 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from itertools import takewhile
+from statistics import median
 from typing import Any, get_args
 
 import torch
 from measuring import (
     SEED,
+    ModelCost,
     Stopwatch,
     bench_parser,
     compared,
     device_of,
     machine,
+    matmul_peak,
     open_model,
     open_tokenizer,
     peak_memory,
@@ -48,12 +54,11 @@ from measuring import (
 from transformers import PreTrainedModel
 
 from rayrm.data.messages import Text
-from rayrm.data.packing import Ids, pack_texts
+from rayrm.data.packing import Ids, PackedBatch, pack_texts
 from rayrm.data.preference import PreferenceRow, form_of
 from rayrm.data.tokenize import TextForm, TextInput, encode
 from rayrm.model.attention import AttentionPath
 from rayrm.model.reward_model import LoadedModel, position_limit
-from rayrm.serve.scheduler import BatchCost
 from rayrm.serve.scorer import RewardModel
 
 # Completions drawn for a prompt, in multiples of the group size, before a prompt too long for most is left.
@@ -151,17 +156,14 @@ def timed(
         return watch.stop(), scores
 
 
-def computed_tokens(ours: RewardModel, sequences: Sequence[Ids]) -> tuple[int, int]:
-    """How many tokens our batches compute, and in how many batches."""
+def batches_of(ours: RewardModel, sequences: Sequence[Ids], pad_token_id: int) -> list[PackedBatch]:
+    """What our call computes, batch by batch."""
     queue = ours.queue()
     queue.add(0, sequences)
-    costs = []
+    batches = []
     while texts := queue.take():
-        cost = BatchCost(ours.layout, ours.reach)
-        for text in texts:
-            cost.add(text.ids)
-        costs.append(cost.tokens)
-    return sum(costs), len(costs)
+        batches.append(pack_texts([text.ids for text in texts], pad_token_id, share=ours.layout == "shared"))
+    return batches
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -169,6 +171,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     device = device_of(arguments)
     tokenizer = open_tokenizer(arguments)
     model = open_model(arguments)
+    cost = ModelCost.of(model)
     if arguments.dtype == "bf16":
         model = model.to(torch.bfloat16)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -184,6 +187,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         model.to(device).eval(), tokenizer, form, tokenizer.pad_token_id, position_limit(model)
     )
     ours = RewardModel(loaded, max_tokens_per_batch=arguments.max_tokens)
+    if ours.layout == "padded" or ours.reach is not None:
+        raise SystemExit(f"{type(model).__name__} pads some texts: this benchmark counts shared tokens")
     if arguments.attn is not None:
         ours._scorer.path = arguments.attn
     sequences = [ids for group in groups for ids in group]
@@ -199,6 +204,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     peaks: dict[str, list[float]] = {name: [] for name in sides}
     delta = 0.0
+    peak_flops = matmul_peak(device, arguments.dtype)
     for number in range(arguments.rounds):
         scores: dict[str, list[float]] = {}
         for name, score in sides.items():
@@ -210,15 +216,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             f"ratio {speeds['ours'][-1] / speeds['padded'][-1]:.2f}",
             flush=True,
         )
-    computed, batches = computed_tokens(ours, sequences)
+    peak_flops = max(peak_flops, matmul_peak(device, arguments.dtype))
+    batches = batches_of(ours, sequences, tokenizer.pad_token_id)
     tokens = {
         "padded": baseline.num_tokens,
         "unpadded": sum(len(ids) for ids in sequences),
         "distinct": pack_texts(sequences, tokenizer.pad_token_id).num_tokens,
-        "computed": computed,
-        "batches": batches,
+        "computed": sum(batch.num_tokens for batch in batches),
+        "batches": len(batches),
     }
-    result = compare(arguments, ours, speeds["ours"], speeds["padded"], tokens) | {"max_score_delta": delta}
+    flops = cost.scoring(batches, tokens["distinct"])
+    result = compare(arguments, ours, speeds["ours"], speeds["padded"], tokens) | {
+        "max_score_delta": delta,
+        "mfu": median(flops * speed / len(sequences) / peak_flops for speed in speeds["ours"]),
+        "peak_gflops": peak_flops / 1e9,
+    }
     if device.type == "cuda":
         result["peak_memory_gib"] = {name: max(found) for name, found in peaks.items()}
     return result | {"machine": machine(device)}
@@ -254,7 +266,8 @@ def report(result: dict[str, Any]) -> None:
         f"share of it {result['share_of_bound']:.2f}\n"
         f"tokens: padded {tokens['padded']}, unpadded {tokens['unpadded']}, distinct {tokens['distinct']}, "
         f"computed {tokens['computed']} in {tokens['batches']} batches\n"
-        f"max score delta {result['max_score_delta']:.1e}"
+        f"max score delta {result['max_score_delta']:.1e}; MFU {result['mfu']:.2f} of a matmul peak of "
+        f"{result['peak_gflops']:.0f} GFLOP/s"
     )
 
 

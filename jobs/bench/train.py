@@ -16,6 +16,7 @@ parameters x the step's distinct tokens + attention over the (query, key) pairs 
 peak is the best of the matmuls right before and after the round, in the same process and threads (2048 cubed;
 8192 cubed on a GPU), since a machine's clock drifts; it means something without gradient checkpointing only.
 `mfu_executed` counts only FLOPs that are executed: the last layer's queries and MLP at the pooled tokens.
+No GPU has been measured yet: `--shape qwen2.5-0.5b --tokenizer DIR --dtype bf16 --attn varlen` (or `flex`).
 Neither ray nor deepspeed is needed, trl only for `--against trl`.
 """
 

@@ -8,8 +8,8 @@ A `ScoreQueue` holds the texts of many requests. Whenever the model is free, `ta
 3. go on with the oldest text still waiting and those that begin like it, until they would exceed the budget.
    A group that fits a batch of its own is then left for the next one, any other is cut.
 
-A batch is full at `max_tokens`, or at 1024 texts: in the last layer each text's score meets every token of the
-batch, and for thousands of texts of a few tokens that mask would outgrow all else.
+A batch is full at `max_tokens`, or at 1024 texts: in the last layer each text's score meets every token of
+the batch, and for thousands of texts of a few tokens that mask would outgrow all else.
 
 What texts begin with is read off their ids, so groups need no name: completions of one prompt, the turns of
 one dialogue and the texts under one long system prompt are found alike.

@@ -1,7 +1,9 @@
 """One optimizer step: count first, sum the loss, divide once by the same number on every rank.
 
 Shapes: N scores, C comparisons of a micro-batch. What the step reports is summed on the device and read only
-when something is logged: there is no host sync inside a step.
+when something is logged: in fp32 and bf16 there is no host sync inside a step (`tests/unit/test_no_sync.py`).
+Two wait for the device in each: fp16, whose loss scale is read to see whether gradients overflowed, and
+DeepSpeed, which checks and clips on the host.
 """
 
 from __future__ import annotations
