@@ -4,14 +4,16 @@
 
 `rayrm train` runs in a process of its own with one Ray Train worker, on a file of pairs; the bare step
 (`OurStep` of steps.py) runs in this process: the same weights, pairs, order, settings and number of threads
-(the worker is given as many CPUs, and Ray sets its threads by them). They take turns, `--rounds` times.
-`ratio` is the product's steady pairs/s, from its own `metrics.jsonl` without the first logging interval, over
-the bare step's over the same steps; the median of the rounds' ratios. `max_loss_delta` is between the two
-losses of each logging interval.
+(the worker is given as many CPUs, and Ray sets its threads by them). They take turns, `--rounds` times, over
+the first three logging intervals of the pairs: short turns, and the product's each between two of the bare
+step's, since a machine's clock may drift by half within minutes. `ratio` is the product's steady pairs/s,
+from its own `metrics.jsonl` without the first logging interval, over the bare step's over the same steps in
+the turns before and after; the median of the rounds' ratios. `max_loss_delta` is between the two losses of
+each logging interval.
 
-`wall_s` is from the start of the process to the saved model: Ray's start, reading and tokenizing included.
-`trl_wall_s` is that of a plain TRL script (trl_train.py) on the same file, with the same settings, run once
-at the end; `wall_ratio` = TRL's over ours. Needs ray and trl.
+`wall_s` is of one more run on all pairs, from the start of the process to the saved model: Ray's start,
+reading and tokenizing included. `trl_wall_s` is that of a plain TRL script (trl_train.py) on the same file,
+with the same settings; `wall_ratio` = TRL's over ours. Needs ray and trl.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,6 @@ from measuring import (
     run_bench,
     shown,
     shuffled_pairs,
-    spread,
 )
 from steps import OurStep, TimedStep, add_step_arguments, in_steps, settings_of
 
@@ -50,6 +52,7 @@ from rayrm.train.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGING_STEPS = 10
+INTERVALS = 3  # of a round; the first is dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +96,14 @@ def timed_process(command: Sequence[str], *, threads: int, threads_by_ray: bool)
 
 
 def run_product(
-    arguments: argparse.Namespace, home: Path, settings: dict[str, Any], number: int, threads: int
+    arguments: argparse.Namespace, home: Path, settings: dict[str, Any], pairs: str, name: str, threads: int
 ) -> ProductRun:
-    """`rayrm train` with one worker."""
+    """`rayrm train` with one worker on a file of pairs."""
     gpu = not settings["use_cpu"]
-    output_dir = home / f"product-{number}"
+    output_dir = home / name
     run = {
         "model": {"name": str(home / "base")},
-        "data": {"train": str(home / "pairs.jsonl")},
+        "data": {"train": str(home / pairs)},
         "reward": {
             "output_dir": str(output_dir),
             "shuffle": False,
@@ -114,7 +117,7 @@ def run_product(
             "resources_per_worker": {"CPU": threads, **({"GPU": 1} if gpu else {})},
         },
     }
-    file = home / f"product-{number}.toml"
+    file = home / f"{name}.toml"
     file.write_text(tomli_w.dumps(run), encoding="utf-8")
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), str(file)]
     wall_s = timed_process(command, threads=threads, threads_by_ray=True)
@@ -129,9 +132,9 @@ def steady(records: Sequence[dict[str, float]], batch: int) -> float:
     return pairs * len(kept) / sum(pairs / record["pairs_per_second"] for record in kept)
 
 
-def steady_step(timed: Sequence[TimedStep], num_intervals: int, batch: int) -> float:
-    """The bare step's pairs/s over the same steps."""
-    kept = timed[LOGGING_STEPS : LOGGING_STEPS * num_intervals]
+def steady_step(turns: Sequence[Sequence[TimedStep]], num_intervals: int, batch: int) -> float:
+    """The bare step's pairs/s over the same steps, in these turns together."""
+    kept = [step for timed in turns for step in timed[LOGGING_STEPS : LOGGING_STEPS * num_intervals]]
     return batch * len(kept) / sum(step.seconds for step in kept)
 
 
@@ -160,61 +163,70 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         *shuffled_pairs(arguments.data, tokenizer, count=arguments.pairs, max_length=arguments.max_length),
         strict=True,
     )
-    steps = in_steps(rows, arguments.batch)
+    short = min(len(rows), INTERVALS * LOGGING_STEPS * arguments.batch)
+    steps = in_steps(rows[:short], arguments.batch)
     products: list[ProductRun] = []
-    bare: list[list[TimedStep]] = []
     # Kept over all rounds: memory that is mapped anew in each would be the bare step's alone to pay for.
     with tempfile.TemporaryDirectory() as scratch, keep_freed_memory(device):
         home = Path(scratch)
         write_pairs(home / "pairs.jsonl", pairs)
+        write_pairs(home / "short.jsonl", pairs[:short])
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.save_pretrained(home / "base")
         tokenizer.save_pretrained(home / "base")
         step = OurStep(model, tokenizer, arguments, share=True)
+        bare = [step.run(steps)]
         for number in range(arguments.rounds):
-            products.append(run_product(arguments, home, settings, number, threads))
+            products.append(
+                run_product(arguments, home, settings, "short.jsonl", f"round-{number + 1}", threads)
+            )
             bare.append(step.run(steps))
-            intervals = len(products[-1].records)
-            fast = steady(products[-1].records, arguments.batch)
-            alone = steady_step(bare[-1], intervals, arguments.batch)
+            (fast,), (alone,) = speeds(arguments, products[-1:], bare[-2:])
             print(
                 f"round {number + 1}: product {fast:.2f} pairs/s, bare step {alone:.2f}, ratio "
-                f"{fast / alone:.3f}; wall {products[-1].wall_s:.1f} s",
+                f"{fast / alone:.3f}",
                 flush=True,
             )
+        whole = run_product(arguments, home, settings, "pairs.jsonl", "whole", threads)
+        print(f"all {len(pairs)} pairs: {whole.wall_s:.1f} s from start to saved model", flush=True)
         script = str(Path(__file__).with_name("trl_train.py"))
         told = [str(home / "base"), str(home / "pairs.jsonl"), str(home / "trl"), json.dumps(settings)]
         trl_wall_s = timed_process([sys.executable, script, *told], threads=threads, threads_by_ray=False)
-    return compare(arguments, products, bare, trl_wall_s) | {"machine": machine(device)}
+    return compare(arguments, products, bare, whole, trl_wall_s) | {"machine": machine(device)}
+
+
+def speeds(
+    arguments: argparse.Namespace, products: Sequence[ProductRun], bare: Sequence[Sequence[TimedStep]]
+) -> tuple[list[float], list[float]]:
+    """Each round's steady pairs/s of the product, and of the bare step before and after it."""
+    around = list(pairwise(bare))
+    return [steady(run.records, arguments.batch) for run in products], [
+        steady_step(turns, len(run.records), arguments.batch)
+        for turns, run in zip(around, products, strict=True)
+    ]
 
 
 def compare(
     arguments: argparse.Namespace,
     products: list[ProductRun],
     bare: list[list[TimedStep]],
+    whole: ProductRun,
     trl_wall_s: float,
 ) -> dict[str, Any]:
     """Speeds, ratios, wall times."""
-    fast = [steady(run.records, arguments.batch) for run in products]
-    alone = [
-        steady_step(timed, len(run.records), arguments.batch)
-        for timed, run in zip(bare, products, strict=True)
-    ]
-    wall_s = spread([run.wall_s for run in products])
-    waits = [record["data_wait_s"] for run in products for record in run.records[1:]]
-    return compared("e2e", arguments, "pairs_per_s", fast, alone) | {
+    waits = [record["data_wait_s"] for run in [*products, whole] for record in run.records[1:]]
+    return compared("e2e", arguments, "pairs_per_s", *speeds(arguments, products, bare)) | {
         "pairs": arguments.pairs,
         "batch": arguments.batch,
         "max_tokens": arguments.max_tokens,
         "gradient_checkpointing": arguments.gradient_checkpointing,
         "data_wait_s_per_interval": max(waits),
         "max_loss_delta": max(
-            loss_delta(run.records, timed) for run, timed in zip(products, bare, strict=True)
+            loss_delta(run.records, timed) for run, timed in zip(products, bare[1:], strict=True)
         ),
-        "wall_s": wall_s["median"],
-        "wall_s_spread": wall_s,
+        "wall_s": whole.wall_s,
         "trl_wall_s": trl_wall_s,
-        "wall_ratio": trl_wall_s / wall_s["median"],
+        "wall_ratio": trl_wall_s / whole.wall_s,
     }
 
 
