@@ -1,7 +1,7 @@
 """[RAY] The Ray that a run uses: a cluster that is there, or one of its own on this machine.
 
-An own Ray serves one driver and ends with it, so what watches over clusters is left out: the dashboard (11
-processes), idle task workers, Ray Train's watchers for lost controllers and reclaimed nodes. Every process of
+An own Ray serves one driver and ends with it, so what watches over clusters is left out: the dashboard's ten
+parts, idle task workers, Ray Train's watchers for lost controllers and reclaimed nodes. Every process of
 Ray's wakes a hundred times a second and takes about 1% of a core, and two threads that compute in step both
 wait for the one that was interrupted. On 2 cores that left the training worker 177% of them; so it has 184%.
 """
