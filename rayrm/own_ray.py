@@ -62,7 +62,9 @@ def trainer_class() -> type[Any]:
 @contextmanager
 def unwatched() -> Iterator[None]:
     """Ray Train runs of this block do not look for reclaimed nodes where there is one node only."""
-    if _has_dashboard() or _PREEMPTION_WATCHER in os.environ:
+    import ray
+
+    if _has_dashboard() or len(ray.nodes()) > 1 or _PREEMPTION_WATCHER in os.environ:
         yield
         return
     os.environ[_PREEMPTION_WATCHER] = "0"
@@ -73,7 +75,7 @@ def unwatched() -> Iterator[None]:
 
 
 def _has_dashboard() -> bool:
-    """Of the Ray that this process is connected to; every cluster that `ray start` begins has one."""
+    """Of the Ray that this process is connected to; clusters have one unless `ray start` is told otherwise."""
     import ray
 
     return bool(ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url)

@@ -244,7 +244,7 @@ def report(result: dict[str, Any]) -> None:
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = bench_parser(__doc__)
-    parser.add_argument("--pairs", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=1000, help="the first so many of a shuffle")
     add_step_arguments(parser)
     return parser.parse_args(words)
 

@@ -28,7 +28,7 @@ from rayrm.data.packing import PackedBatch
 from rayrm.data.preference import PreferenceRow, parse_row
 from rayrm.data.sources import plan_sources, read_work
 from rayrm.data.tokenize import TokenizedRow, prepare_tokenizer, tokenize_rows
-from rayrm.errors import RowError
+from rayrm.errors import RayrmError, RowError
 from rayrm.model.cost import head_sizes
 from rayrm.model.precision import bf16_usable
 from rayrm.model.reward_model import load_model, load_tokenizer
@@ -142,7 +142,10 @@ def shuffled_pairs(
         made = zip(part, tokenize_rows(tokenizer, part, max_length), strict=True)
         found.extend((pair, row) for pair, row in made if not isinstance(row, RowError))
     if len(found) < count:
-        raise SystemExit(f"--pairs ({count}): {source} has {len(found)} pairs of at most {max_length} tokens")
+        raise SystemExit(
+            f"--pairs ({count}): {source} has {len(found)} pairs of at most {max_length} tokens (of "
+            f"{len(pairs)}; rankings do not count). Lower --pairs, raise --max-length, or name other --data"
+        )
     return found[:count]
 
 
@@ -322,7 +325,10 @@ def run_bench(
     report: Callable[[dict[str, Any]], None],
 ) -> None:
     """Measure, and end with the result: in words, then as the last line of stdout and in `--json`."""
-    result = measure(arguments)
+    try:
+        result = measure(arguments)
+    except RayrmError as error:
+        raise SystemExit(str(error)) from None
     report(result)
     path: Path | None = arguments.json
     line = json.dumps(result)

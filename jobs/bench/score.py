@@ -88,7 +88,8 @@ def draw_groups(
     forms = {form_of(row) for row in rows}
     if len(forms) != 1:
         raise SystemExit(
-            f"--data ({source}) holds {' and '.join(sorted(forms)) or 'no'} texts: one form is needed"
+            f"--data ({source}) holds {' and '.join(sorted(forms)) or 'no'} rows; it must hold rows of "
+            "texts, all strings or all message lists. Name another file"
         )
     form: TextForm = "standard" if forms == {"standard"} else "conversational"
     rng.shuffle(rows)

@@ -252,7 +252,7 @@ def report(result: dict[str, Any]) -> None:
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = bench_parser(__doc__)
-    parser.add_argument("--pairs", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=128, help="the first so many of a shuffle")
     parser.add_argument("--against", choices=("trl", "packed"), default="trl")
     add_step_arguments(parser)
     parser.add_argument("--attn", choices=get_args(AttentionPath), help="attention path (default: as chosen)")

@@ -123,3 +123,9 @@ def test_what_a_cpu_cannot_do_is_refused(
     arguments = argparse.Namespace(**{"threads": None, "dtype": "fp32", "attn": None} | given)
     with pytest.raises(SystemExit, match=said):
         measuring.device_of(arguments)
+
+
+def test_what_a_user_can_mend_is_said_without_a_stack_trace(measuring: ModuleType, tmp_path: Path) -> None:
+    arguments = argparse.Namespace(json=None, data=str(tmp_path / "none.jsonl"))
+    with pytest.raises(SystemExit, match=r"none\.jsonl does not exist"):
+        measuring.run_bench(arguments, lambda given: {"rows": measuring.read_pairs(given.data)}, print)
