@@ -75,7 +75,7 @@ def unwatched() -> Iterator[None]:
 
 
 def _has_dashboard() -> bool:
-    """Of the Ray that this process is connected to; clusters have one unless `ray start` is told otherwise."""
+    """Of the Ray that this process is connected to; clusters have one unless `ray start` is told not to."""
     import ray
 
     return bool(ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url)
