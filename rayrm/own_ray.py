@@ -52,6 +52,10 @@ def trainer_class() -> type[Any]:
         return stock
 
     class OwnRayTrainer(TorchTrainer):  # type: ignore[misc]
+        def fit(self) -> Any:
+            with _unwatched():
+                return super().fit()
+
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
             return [callback for callback in callbacks if type(callback).__name__ not in _WATCHERS]
@@ -60,11 +64,11 @@ def trainer_class() -> type[Any]:
 
 
 @contextmanager
-def unwatched() -> Iterator[None]:
+def _unwatched() -> Iterator[None]:
     """Ray Train runs of this block do not look for reclaimed nodes where there is one node only."""
     import ray
 
-    if _has_dashboard() or len(ray.nodes()) > 1 or _PREEMPTION_WATCHER in os.environ:
+    if len(ray.nodes()) > 1 or _PREEMPTION_WATCHER in os.environ:
         yield
         return
     os.environ[_PREEMPTION_WATCHER] = "0"

@@ -199,10 +199,9 @@ def speeds(
     arguments: argparse.Namespace, products: Sequence[ProductRun], bare: Sequence[Sequence[TimedStep]]
 ) -> tuple[list[float], list[float]]:
     """Each round's steady pairs/s of the product, and of the bare step before and after it."""
-    around = list(pairwise(bare))
     return [steady(run.records, arguments.batch) for run in products], [
-        steady_step(turns, len(run.records), arguments.batch)
-        for turns, run in zip(around, products, strict=True)
+        steady_step(around, len(run.records), arguments.batch)
+        for around, run in zip(pairwise(bare), products, strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rayrm.errors import ClusterError, RayrmError
 from rayrm.logs import show_logs
-from rayrm.own_ray import ensure_ray, trainer_class, unwatched
+from rayrm.own_ray import ensure_ray, trainer_class
 from rayrm.train.worker import TrainJob, train_rank
 
 
@@ -44,8 +44,7 @@ def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -
         ),
     )
     try:
-        with unwatched():
-            trainer.fit()
+        trainer.fit()
     except TrainingFailedError as failure:
         raise _cause_in_workers(failure) from failure
 
