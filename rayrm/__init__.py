@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayrm.config import RewardConfig
+    from rayrm.config import DataConfig, RewardConfig, SourceConfig
     from rayrm.serve.client import RewardClient, ScoreResult
     from rayrm.serve.deployment import deploy
     from rayrm.serve.registry import PublishedModel, publish
@@ -19,23 +19,27 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "DataConfig",
     "PublishedModel",
     "RewardClient",
     "RewardConfig",
     "RewardModel",
     "RewardTrainer",
     "ScoreResult",
+    "SourceConfig",
     "deploy",
     "publish",
 ]
 
 _HOME = {
+    "DataConfig": "rayrm.config",
     "PublishedModel": "rayrm.serve.registry",
     "RewardClient": "rayrm.serve.client",
     "RewardConfig": "rayrm.config",
     "RewardModel": "rayrm.serve.scorer",
     "RewardTrainer": "rayrm.train.trainer",
     "ScoreResult": "rayrm.serve.client",
+    "SourceConfig": "rayrm.config",
     "deploy": "rayrm.serve.deployment",
     "publish": "rayrm.serve.registry",
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from rayrm.data_settings import DataConfig, SourceConfig
 from rayrm.rules import SAME, adopt_trl_names, check_reward_config, parse_optim_args, resolve_defaults
 from rayrm.settings import (
     Count,
@@ -34,6 +35,16 @@ from rayrm.settings import (
     switch_word,
 )
 from rayrm.unsupported import NOT_HONOURED
+
+__all__ = [
+    "ClusterConfig",
+    "DataConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "RewardConfig",
+    "ServeConfig",
+    "SourceConfig",
+]
 
 Strategy = Literal["no", "steps", "epoch"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"]
@@ -273,30 +284,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise ValueError("`name` (''): names no model. Type a directory or a hub name.")
-
-
-@settings
-class DataConfig:
-    """Where pairs come from. A source is a file, a directory, a glob or a hub name."""
-
-    train: str | list[str]
-    """The training source, or several, read in this order."""
-    eval: Annotated[str | list[str] | dict[str, str | list[str]] | None, BeforeValidator(none_word)] = None
-    """The evaluation source or sources; a table of names gives each its own `eval_<name>_` metrics."""
-    max_pairs: OptionalCount = None
-    """Read only the first rows of each training source, this many."""
-    max_eval_pairs: OptionalCount = None
-    """Read only the first rows of each evaluation source, this many."""
-
-    def __post_init__(self) -> None:
-        tables = self.eval.values() if isinstance(self.eval, dict) else [self.eval]
-        for name, source in [("train", self.train), *(("eval", source) for source in tables)]:
-            if source is not None and (not source or not all(source)):
-                raise ValueError(
-                    f"`{name}` ({source!r}): names no source. Type a path, a glob or a hub name."
-                )
-        if self.eval == {}:
-            raise ValueError("`eval` ({}): names no source. Delete it, or give it a name and a source.")
 
 
 @settings

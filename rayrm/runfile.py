@@ -165,6 +165,9 @@ def _build(tables: Mapping[str, Any], origin: str) -> Run:
             configs[section] = owner(**table)
         except ConfigError as problem:
             problems += [f"[{section}] {line}" for line in str(problem).splitlines()]
+        else:
+            if section == "data" and configs[section].train is None:
+                problems.append("[data] `train` is missing: a run needs it.")
     if problems:
         raise ConfigError(
             "\n".join([f"{origin}:", *problems]) if len(problems) > 1 else f"{origin}: {problems[0]}"
@@ -194,6 +197,7 @@ def _storable(value: Any, key: str) -> Any:
         return {
             field.name: _storable(getattr(value, field.name), f"{key}.{field.name}")
             for field in dataclasses.fields(value)
+            if getattr(value, field.name) is not None
         }
     if type(value).__name__ == "dtype":
         return str(value).removeprefix("torch.")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rayrm.config import ClusterConfig, LoraConfig, RewardConfig
+from rayrm.config import ClusterConfig, LoraConfig, RewardConfig, SourceConfig
 from rayrm.data.ingest import TokenizedSet, ingest
 from rayrm.data.row_index import RowIndex
 from rayrm.errors import ClusterError, DataError, MissingExtraError, RayrmError
@@ -69,13 +69,10 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = ()) -> TrainSummary:
     trainer = RewardTrainer(
         run.model.name,
         run.reward,
-        train_dataset=run.data.train,
-        eval_dataset=run.data.eval,
         peft_config=None if run.model.lora is None else peft_settings(run.model.lora),
         scaling_config=scaling,
         run_config=run_config,
-        max_pairs=run.data.max_pairs,
-        max_eval_pairs=run.data.max_eval_pairs,
+        data_config=run.data,
         auto_resume=True,
         run=run,
     )
@@ -176,7 +173,14 @@ def with_absolute_paths(run: Run) -> Run:
         run,
         model=dataclasses.replace(run.model, name=_absolute(run.model.name)),
         data=dataclasses.replace(
-            run.data, train=_absolute_source(run.data.train), eval=_absolute_source(run.data.eval)
+            run.data,
+            **{
+                name: _absolute_source(getattr(run.data, name))
+                for name in ("train", "eval", "exclude_prompts_of")
+            },
+            token_cache=None
+            if run.data.token_cache is None
+            else str(Path(run.data.token_cache).expanduser().absolute()),
         ),
         reward=dataclasses.replace(
             reward, output_dir=str(Path(reward.output_dir or "").expanduser().absolute()), **files
@@ -189,6 +193,8 @@ def _absolute_source(source: Any) -> Any:
         return {name: _absolute_source(one) for name, one in source.items()}
     if isinstance(source, list):
         return [_absolute_source(one) for one in source]
+    if isinstance(source, SourceConfig):
+        return dataclasses.replace(source, path=_absolute_source(source.path))
     return source if source is None else _absolute(source)
 
 

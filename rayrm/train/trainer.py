@@ -20,7 +20,7 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from rayrm.config import ModelConfig, RewardConfig
+from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.data.ingest import TokenizedSet, ingest
 from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.errors import ConfigError, DataError, RayrmError
@@ -82,7 +82,7 @@ class RewardTrainer:
     Args:
         scaling_config: `ray.train.ScalingConfig`; None trains in this process.
         run_config: `ray.train.RunConfig`; its failure configuration and callbacks are used.
-        max_pairs, max_eval_pairs: read only the first rows of each source.
+        data_config: `DataConfig`: sources by name (where no dataset is passed), and how data is read.
         auto_resume: a run that was cut off goes on without `resume_from_checkpoint`.
 
     Raises:
@@ -107,8 +107,7 @@ class RewardTrainer:
         *,
         scaling_config: Any = None,
         run_config: Any = None,
-        max_pairs: int | None = None,
-        max_eval_pairs: int | None = None,
+        data_config: DataConfig | None = None,
         auto_resume: bool = False,
         run: Any = None,
     ) -> None:
@@ -118,6 +117,9 @@ class RewardTrainer:
                 raise ConfigError(f"`{name}` is not supported: {reason}.")
         if tuple(optimizers) != (None, None):
             raise ConfigError("`optimizers` is not supported: use `optim`, or `optimizer_cls_and_kwargs`.")
+        self._data = data_config or DataConfig()
+        train_dataset = self._data.train if train_dataset is None else train_dataset
+        eval_dataset = self._data.eval if eval_dataset is None else eval_dataset
         if train_dataset is None:
             raise DataError("`train_dataset` is required. Pass a dataset, a path, or a list of rows.")
         self._source = ModelSource(_absolute(model), peft_config)
@@ -142,11 +144,10 @@ class RewardTrainer:
             pad_token=self.args.pad_token,
             chat_template_path=self.args.chat_template_path,
         )
-        self._max_eval_pairs = max_eval_pairs
         check_writable(self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
         self._quarantine = Path(tempfile.mkdtemp(prefix="rayrm-refused-")) / "quarantine.jsonl"
-        self.train_set = self._ingest(train_dataset, "train", max_pairs)
+        self.train_set = self._ingest(train_dataset, "train", self._data.max_pairs)
         self.eval_sets = self._ingest_eval(eval_dataset)
         if self.args.eval_strategy != "no" and not self.eval_sets:
             raise ConfigError(
@@ -251,8 +252,8 @@ class RewardTrainer:
         if source is None:
             return {}
         if isinstance(source, dict):
-            return {name: self._ingest(one, name, self._max_eval_pairs) for name, one in source.items()}
-        return {"": self._ingest(source, "eval", self._max_eval_pairs)}
+            return {name: self._ingest(one, name, self._data.max_eval_pairs) for name, one in source.items()}
+        return {"": self._ingest(source, "eval", self._data.max_eval_pairs)}
 
     def _text_form(self) -> TextForm:
         forms = {"train": self.train_set.report.text_form}
@@ -323,12 +324,14 @@ class RewardTrainer:
         return budget or start.max_tokens
 
     def _run_toml(self, budget: int | None) -> str:
-        from rayrm.config import ClusterConfig, DataConfig
+        from rayrm.config import ClusterConfig
         from rayrm.runfile import Run, dump_run
 
         run = self._run or Run(
             model=ModelConfig(self._source.name),
-            data=DataConfig(train=f"in memory, sha256 {self.train_set.report.fingerprint}"),
+            data=dataclasses.replace(
+                self._data, train=f"in memory, sha256 {self.train_set.report.fingerprint}"
+            ),
             cluster=ClusterConfig(num_workers=self.num_workers),
         )
         reward = dataclasses.replace(self.args, max_tokens_per_microbatch=budget)

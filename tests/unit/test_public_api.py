@@ -25,12 +25,14 @@ def test_a_light_module_loads_nothing_heavy(module: str) -> None:
 
 def test_the_public_names_are_these() -> None:
     assert rayrm.__all__ == [
+        "DataConfig",
         "PublishedModel",
         "RewardClient",
         "RewardConfig",
         "RewardModel",
         "RewardTrainer",
         "ScoreResult",
+        "SourceConfig",
         "deploy",
         "publish",
     ]
