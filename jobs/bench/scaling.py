@@ -45,8 +45,8 @@ from measuring import (
 )
 
 from rayrm import RewardConfig
-from rayrm.data.ingest import TokenizedSet
 from rayrm.data.tokenize import TokenizedRow
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.train import loop
 from rayrm.train.build import ModelSource
 from rayrm.train.evaluation import DEFAULT_TOKEN_BUDGET

@@ -8,30 +8,25 @@ Cost: the ids, 4 bytes a token with the shared prefix once, in the object store 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import hashlib
 import itertools
 import logging
-import os
 import pickle
 import sys
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from rayrm.data.blocks import SCHEMA, BlockIndex, RowBlock, index_of, table_of_rows, tokenized_tables
-from rayrm.data.preference import PairForm
+from rayrm.data.blocks import BlockIndex, index_of
 from rayrm.data.quarantine import check_refusals, one_line, write_quarantine
-from rayrm.data.row_index import Counts, RowIndex
-from rayrm.data.sources import ROWS_PER_CHUNK, SourceRow, plan_sources, read_work, row_name
-from rayrm.data.tokenize import TokenizedRow
+from rayrm.data.reading import Reading, raise_if_stopped, stop_table
+from rayrm.data.sources import ROWS_PER_CHUNK, SourceRow, plan_sources, row_name
+from rayrm.data.tokenized_set import TokenizedSet, assemble
 from rayrm.errors import ConfigError, DataError
 from rayrm.own_ray import ensure_ray
 
@@ -39,73 +34,7 @@ _log = logging.getLogger("rayrm.data")
 _BLOCK_BYTES = (
     4 * 2**20
 )  # small enough that fetching random rows moves little, large enough that refs are few
-_OPEN_BLOCKS = 32
-_STOP = {"data": DataError, "config": ConfigError}
 _ROW_NUMBER = "__rayrm_row__"
-
-
-@dataclass(frozen=True, slots=True)
-class IngestReport:
-    """What became of a source's rows.
-
-    Of `num_rows` read, `num_accepted` are in the set, with `num_completions` completions; a pair has two.
-    `num_tokens` counts every completion whole; `num_shared_tokens` of them are prefixes counted again.
-    `fingerprint` is a hash of the rows in order: the same for the same rows, however they were read.
-    """
-
-    name: str
-    num_rows: int
-    num_accepted: int
-    num_completions: int
-    refused: dict[str, int]
-    text_form: PairForm
-    fingerprint: str
-    num_tokens: int
-    num_shared_tokens: int
-
-
-@dataclass(slots=True)
-class TokenizedSet:
-    """Tokenized rows in the data's own order, wherever they lie; pickles small, for Ray Train's workers.
-
-    `index` holds what is known of them without their ids. `fetch` gets the blocks it needs and keeps the last
-    few open; the rows it gives are copies.
-    """
-
-    index: RowIndex
-    report: IngestReport
-    _blocks: list[Any]  # ObjectRefs of tables, or tables
-    _block_of: Counts
-    _offset: Counts
-    _open: OrderedDict[int, RowBlock] = field(default_factory=OrderedDict, repr=False)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self._block_of)
-
-    @classmethod
-    def from_rows(cls, rows: Sequence[TokenizedRow], name: str = "rows") -> TokenizedSet:
-        """A set of rows in this process's memory; needs and starts no Ray."""
-        table = table_of_rows(rows)
-        return _assemble(name, [table], [index_of(table)])
-
-    def fetch(self, rows: npt.ArrayLike) -> list[TokenizedRow]:
-        """The rows at these positions (0 .. num_rows-1), in the order asked."""
-        wanted = np.asarray(rows, dtype=np.int64)
-        needed = self._block_of[wanted].tolist()
-        absent = [block for block in dict.fromkeys(needed) if block not in self._open]
-        opened = {block: self._open[block] for block in dict.fromkeys(needed) if block in self._open}
-        opened |= zip(absent, map(RowBlock, _resolve([self._blocks[block] for block in absent])), strict=True)
-        for block, content in opened.items():
-            self._open[block] = content
-            self._open.move_to_end(block)
-        while len(self._open) > _OPEN_BLOCKS:
-            self._open.popitem(last=False)
-        offsets = self._offset[wanted].tolist()
-        return [opened[block].row(offset) for block, offset in zip(needed, offsets, strict=True)]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TokenizedSet, (self.index, self.report, self._blocks, self._block_of, self._offset)
 
 
 def ingest(
@@ -117,24 +46,30 @@ def ingest(
     quarantine_path: str | Path | None = None,
     max_bad_row_fraction: float = 0.01,
     max_tasks: int | None = None,
+    token_cache: str | None = None,
     name: str = "train",
 ) -> TokenizedSet:
     """All acceptable rows of a source, tokenized.
 
     `source`: a path, glob or directory of jsonl, jsonl.gz, parquet; a hub name; a `datasets.Dataset` or
     `IterableDataset`; a `ray.data.Dataset`; a list of rows; a list of these. `max_rows`: the first rows only.
-    `max_tasks`: read and tokenize in so many tasks at once (None: the cluster's CPUs).
+    `max_tasks`: read and tokenize in so many tasks at once (None: the cluster's CPUs). `token_cache`: a
+    directory where the tokenized pieces are kept, and taken from where they are there.
     Refused rows are appended to `quarantine_path`; more than `max_bad_row_fraction` of them (a row above
     `max_length` is filtered, not bad) raise `DataError`, as do a missing, unreadable or empty source and one
     that mixes text forms. A missing chat template is a `ConfigError`.
     """
     ensure_ray()
-    names, tables = _read(source, ray_pickle(tokenizer), max_length, max_rows, max_tasks, name)
+    reading = reading_of(tokenizer, max_length=max_length, token_cache=token_cache)
+    if reading.cache is not None and _is_ray_dataset(source):
+        _log.info("`token_cache` is not used: what a ray.data.Dataset holds is known by reading it only")
+        reading = dataclasses.replace(reading, cache=None)
+    names, tables = _read(source, reading, max_rows, max_tasks, name)
     blocks: list[Any] = []
     indices: list[BlockIndex] = []
     with _progress(name) as show:
-        for block, index in _indexed(tables):
-            _raise_if_stopped(index)
+        for block, index in _indexed(tables, cached=reading.cache is not None):
+            raise_if_stopped(index)
             blocks.append(block)
             indices.append(index)
             show(index.num_rows)
@@ -145,67 +80,34 @@ def ingest(
     said = name if name in names else f"{name} ({', '.join(names[:3])}{' ...' if names[3:] else ''})"
     check_refusals(said, num_rows, refusals, max_bad_row_fraction, quarantine_path)
     _check_one_form(names, indices)
-    tokenized = _assemble(name, blocks, indices)
+    tokenized = assemble(name, blocks, indices)
     _log.info("%s", one_line(name, num_rows, refusals))
     return tokenized
 
 
-def ray_pickle(tokenizer: Any) -> bytes:
-    """A tokenizer as bytes, also where its class lives in the caller's script."""
+def reading_of(tokenizer: Any, *, max_length: int | None, token_cache: str | None) -> Reading:
+    """How to read with this tokenizer, also where its class lives in the caller's script."""
     from ray import cloudpickle
 
-    return bytes(cloudpickle.dumps(tokenizer))
+    pickled = bytes(cloudpickle.dumps(tokenizer))
+    return Reading.of(tokenizer, pickled, max_length=max_length, token_cache=token_cache)
 
 
-def _assemble(name: str, blocks: list[Any], indices: list[BlockIndex]) -> TokenizedSet:
-    """The set of all blocks' rows, ordered by (source, row)."""
-
-    def joined(field_name: str) -> npt.NDArray[Any]:
-        return np.concatenate([getattr(index, field_name) for index in indices])
-
-    order = np.lexsort((joined("row"), joined("source")))
-    rows = RowIndex.joined([index.rows for index in indices]).take(order)
-    block_of = np.repeat(np.arange(len(blocks), dtype=np.int32), [len(index.row) for index in indices])
-    num_tokens = int(rows.tokens(share=False).sum())
-    report = IngestReport(
-        name=name,
-        num_rows=sum(index.num_rows for index in indices),
-        num_accepted=len(order),
-        num_completions=len(rows.lengths),
-        refused=dict(
-            Counter(refusal.reason for index in indices for refusal in index.refusals).most_common()
-        ),
-        text_form=next((form for index in indices for form in index.forms), "tokenized"),
-        fingerprint=hashlib.sha256(joined("digest")[order].tobytes()).hexdigest(),
-        num_tokens=num_tokens,
-        num_shared_tokens=num_tokens - int(rows.tokens(share=True).sum()),
-    )
-    return TokenizedSet(rows, report, blocks, block_of[order], joined("offset")[order].astype(np.int32))
-
-
-def _resolve(blocks: list[Any]) -> list[pa.Table]:
-    if not blocks or isinstance(blocks[0], pa.Table):
-        return blocks
+def _is_ray_dataset(source: Any) -> bool:
     import ray
 
-    tables: list[pa.Table] = ray.get(blocks)
-    return tables
+    return isinstance(source, ray.data.Dataset)
 
 
 def _read(
-    source: Any,
-    tokenizer: bytes,
-    max_length: int | None,
-    max_rows: int | None,
-    max_tasks: int | None,
-    name: str,
+    source: Any, reading: Reading, max_rows: int | None, max_tasks: int | None, name: str
 ) -> tuple[list[str], Any]:
     """The sources' names and the (lazy) Ray dataset of their tokenized blocks."""
     import ray
 
-    with _quiet_context():
-        if isinstance(source, ray.data.Dataset):
-            run = functools.partial(_tokenize_table, name=name, tokenizer=tokenizer, max_length=max_length)
+    with quiet_context():
+        if _is_ray_dataset(source):
+            run = functools.partial(_read_table, name=name, reading=reading)
             # A batch size gathers tiny blocks into one task.
             return [name], _numbered(source, max_rows).map_batches(
                 run, batch_size=ROWS_PER_CHUNK, batch_format="pyarrow", concurrency=max_tasks
@@ -216,59 +118,48 @@ def _read(
         if not plan.work:
             raise DataError(f"{name} has no rows; give a source that has some")
         items = [{"work": pickle.dumps(piece)} for piece in plan.work]
-        run = functools.partial(_tokenize_work, tokenizer=tokenizer, max_length=max_length)
+        run = functools.partial(_read_pieces if reading.cache is None else _fill_cache, reading=reading)
         work = ray.data.from_items(items, override_num_blocks=len(items))
         return plan.names, work.map_batches(
             run, batch_size=None, batch_format="pyarrow", concurrency=max_tasks
         )
 
 
-def _tokenize_work(batch: pa.Table, *, tokenizer: bytes, max_length: int | None) -> Iterator[pa.Table]:
+def _read_pieces(batch: pa.Table, *, reading: Reading) -> Iterator[pa.Table]:
     for piece in batch.column("work").to_pylist():
-        yield from _tables_or_stop(read_work(pickle.loads(piece)), tokenizer, max_length)
+        yield from reading.tables(pickle.loads(piece))
 
 
-def _tokenize_table(
-    batch: pa.Table, *, name: str, tokenizer: bytes, max_length: int | None
-) -> Iterator[pa.Table]:
+def _fill_cache(batch: pa.Table, *, reading: Reading) -> Iterator[pa.Table]:
+    """What stands in the cache for each piece, pickled: blocks with their indices, or the error."""
+    for piece in batch.column("work").to_pylist():
+        try:
+            found: Any = reading.cached(pickle.loads(piece))
+        except (DataError, ConfigError) as error:
+            found = [(None, index_of(stop_table(error)))]
+        yield pa.table({"found": [pickle.dumps(found)]})
+
+
+def _read_table(batch: pa.Table, *, name: str, reading: Reading) -> Iterator[pa.Table]:
     rows = (
         SourceRow(0, number, row_name(name, number), content)
         for part in batch.to_batches(max_chunksize=ROWS_PER_CHUNK)
         for content in part.to_pylist()
         for number in (content.pop(_ROW_NUMBER),)
     )
-    yield from _tables_or_stop(rows, tokenizer, max_length)
+    yield from reading.rows(rows)
 
 
-def _tables_or_stop(
-    rows: Iterator[SourceRow], tokenizer: bytes, max_length: int | None
-) -> Iterator[pa.Table]:
-    """The rows' tables; an error that ends the whole ingest travels as a row, not as a task's stack trace."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
-    try:
-        yield from tokenized_tables(rows, _load_tokenizer(tokenizer), max_length)
-    except (DataError, ConfigError) as error:
-        kind = "config" if isinstance(error, ConfigError) else "data"
-        stop = {"source": 0, "row": 0, "ids": [], "digest": bytes(16), "reason": f"!{kind}"}
-        yield pa.Table.from_pylist([{**stop, "message": str(error), "raw": ""}], SCHEMA)
-
-
-@functools.lru_cache(maxsize=2)
-def _load_tokenizer(pickled: bytes) -> Any:
-    """Unpickled once a worker process: with a large vocabulary that takes longer than a task's work."""
-    return pickle.loads(pickled)
-
-
-def _raise_if_stopped(index: BlockIndex) -> None:
-    for refusal in index.refusals:
-        if refusal.reason.startswith("!"):
-            raise _STOP[refusal.reason[1:]](refusal.message)
-
-
-def _indexed(tables: Any) -> Iterator[tuple[Any, BlockIndex]]:
-    """Each block's reference with its index, as the blocks are finished."""
+def _indexed(tables: Any, *, cached: bool) -> Iterator[tuple[Any, BlockIndex]]:
+    """Each block with its index, as the blocks are finished: a reference, or where it is in the cache."""
     import ray
 
+    if cached:
+        for bundle in tables.iter_internal_ref_bundles():
+            for table in ray.get(bundle.block_refs):
+                for found in table.column("found").to_pylist() if len(table) else []:
+                    yield from pickle.loads(found)
+        return
     # One CPU a task, though it is short: a task of none would start a process for each block at once.
     # DEFAULT: not within the placement group of a caller that is itself a Tune trial.
     index_remotely = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(index_of)
@@ -324,7 +215,7 @@ def _check_one_form(names: list[str], indices: list[BlockIndex]) -> None:
 
 
 @contextmanager
-def _quiet_context() -> Iterator[None]:
+def quiet_context() -> Iterator[None]:
     """Ray Data without its progress bars and plans, and with small blocks, for the datasets made inside."""
     from ray.data import DataContext
 

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from rayrm.config import ClusterConfig, LoraConfig, RewardConfig, SourceConfig
-from rayrm.data.ingest import TokenizedSet, ingest
+from rayrm.data.ingest import ingest
 from rayrm.data.row_index import RowIndex
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ClusterError, DataError, MissingExtraError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores

@@ -21,8 +21,9 @@ from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
-from rayrm.data.ingest import TokenizedSet, ingest
+from rayrm.data.ingest import ingest
 from rayrm.data.tokenize import prepare_tokenizer
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores

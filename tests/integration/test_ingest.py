@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrm.data import sources
-from rayrm.data.ingest import TokenizedSet, ingest
+from rayrm.data.ingest import ingest
 from rayrm.data.preference import parse_row
 from rayrm.data.tokenize import TokenizedRow, tokenize_rows
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError
 from tests.tiny import tiny_rankings, tiny_rows, tiny_tokenizer
 
@@ -270,7 +271,7 @@ def test_a_set_made_of_pairs_fetches_without_ray() -> None:
     script = """
 import pickle, sys
 import numpy as np
-from rayrm.data.ingest import TokenizedSet
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.data.tokenize import TokenizedRow
 pairs = [TokenizedRow(np.arange(i + 3, dtype=np.int32), 1, (2, i + 2), (0, 1), 0.5) for i in range(5)]
 tokenized = pickle.loads(pickle.dumps(TokenizedSet.from_rows(pairs)))

@@ -18,7 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from safetensors.torch import load_file
 
 from rayrm import RewardConfig, RewardTrainer
-from rayrm.data.ingest import TokenizedSet
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import CheckpointError, RunDirectoryError
 from rayrm.train.records import read_records
 from tests.numerics.ranks import tokenized

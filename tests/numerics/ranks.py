@@ -22,9 +22,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from rayrm.config import RewardConfig
-from rayrm.data.ingest import TokenizedSet
 from rayrm.data.preference import parse_row
 from rayrm.data.tokenize import TokenizedRow, tokenize_rows
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.model.layout import choose_layout
 from rayrm.train.build import ModelSource
 from rayrm.train.checkpoint import checkpoints

@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rayrm.data.ingest import TokenizedSet
 from rayrm.data.tokenize import TokenizedRow
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import Layout

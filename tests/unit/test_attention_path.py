@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from rayrm.config import RewardConfig
-from rayrm.data.ingest import TokenizedSet
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.model.attention_path import choose_path, gpu_path
 from rayrm.model.cost import head_sizes
 from rayrm.model.tiled import Tiled

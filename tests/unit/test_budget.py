@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
-from rayrm.data.ingest import TokenizedSet
 from rayrm.data.packing import pack_rows
 from rayrm.data.planning import plan_step
 from rayrm.data.tokenize import TokenizedRow
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import choose_layout
 from rayrm.runfile import Run, dump_run, read_run

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from rayrm.config import RewardConfig
-from rayrm.data.ingest import TokenizedSet
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.model.layout import unwrapped
 from rayrm.train.build import ModelSource, build_model
 from rayrm.train.worker import train_rank

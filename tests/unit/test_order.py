@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrm.data.order import Cursor, Order
+from rayrm.data.order import Cursor, Order, Part
 
 ORDERS = st.builds(
     Order,
@@ -64,3 +64,22 @@ def test_drop_last_leaves_out_the_short_step() -> None:
 def test_an_epoch_without_a_step_is_refused() -> None:
     with pytest.raises(ValueError, match="no step can be made of 3 rows at 4 rows a step"):
         next(Order(3, 4, seed=0, drop_last=True).steps())
+
+
+def test_a_part_of_weight_two_is_seen_twice_an_epoch_and_one_of_a_third_once_in_three() -> None:
+    order = Order(16, 4, seed=3, parts=(Part(4, 2.0), Part(9, 1 / 3), Part(3)))
+    assert order.rows_per_epoch == 8 + 3 + 3
+    assert order.steps_per_epoch == 4
+    total = np.zeros(16, int)
+    for epoch in range(3):
+        seen = np.bincount(order.epoch_rows(epoch), minlength=16)
+        assert seen[:4].tolist() == [2] * 4
+        assert seen[4:13].sum() == 3
+        assert seen[13:].tolist() == [1] * 3
+        total += seen
+    assert total[4:13].tolist() == [1] * 9
+
+
+def test_parts_of_weight_one_are_in_the_order_of_no_parts() -> None:
+    parts = Order(10, 4, seed=3, parts=(Part(4), Part(6)))
+    assert parts.epoch_rows(1).tolist() == Order(10, 4, seed=3).epoch_rows(1).tolist()

@@ -1,0 +1,113 @@
+"""One piece of a source -> tables of tokenized rows, from the token cache where it holds them. No ray.
+
+`Reading` is produced by the driver and pickled to every task that reads; what it yields depends on the piece
+and on the rules alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from rayrm.data.blocks import SCHEMA, BlockIndex, index_of, tokenized_tables
+from rayrm.data.cache import CachedBlock, TokenCache, blocks_of, file_hash, rules_of
+from rayrm.data.sources import RowChunk, Shard, SourceRow, read_work
+from rayrm.errors import ConfigError, DataError
+
+Piece = Shard | RowChunk
+_STOP = {"data": DataError, "config": ConfigError}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How pieces are read: the pickled tokenizer, the rules that shape rows, the cache (None: no cache)."""
+
+    tokenizer: bytes
+    max_length: int | None
+    cache: TokenCache | None = None
+
+    @classmethod
+    def of(
+        cls, tokenizer: Any, pickled: bytes, *, max_length: int | None, token_cache: str | None = None
+    ) -> Reading:
+        """`pickled` is the tokenizer, as a task unpickles it."""
+        cache = None
+        if token_cache is not None:
+            cache = TokenCache(token_cache, rules_of(tokenizer, max_length=max_length))
+        return cls(pickled, max_length, cache)
+
+    def tables(self, piece: Piece) -> Iterator[pa.Table]:
+        """The piece's rows, accepted and refused; an error that ends the reading is a table."""
+        try:
+            if self.cache is None:
+                yield from self._tokenized(read_work(piece))
+                return
+            for block in blocks_of(self._entry(piece)):
+                yield of_source(block.table(), piece.source)
+        except (DataError, ConfigError) as error:
+            yield stop_table(error)
+
+    def cached(self, piece: Piece) -> list[tuple[CachedBlock, BlockIndex]]:
+        """The piece's blocks in the cache, made where they are not there, with their indices."""
+        found = [(block, block.table()) for block in blocks_of(self._entry(piece))]
+        return [(block, index_of(of_source(table, piece.source))) for block, table in found]
+
+    def rows(self, rows: Iterator[SourceRow]) -> Iterator[pa.Table]:
+        """As `tables`, of rows that were read already."""
+        try:
+            yield from self._tokenized(rows)
+        except (DataError, ConfigError) as error:
+            yield stop_table(error)
+
+    def _tokenized(self, rows: Iterator[SourceRow]) -> Iterator[pa.Table]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
+        yield from tokenized_tables(rows, _load_tokenizer(self.tokenizer), self.max_length)
+
+    def _entry(self, piece: Piece) -> Path:
+        assert self.cache is not None
+        return self.cache.entry(content_of(piece), lambda: self._tokenized(read_work(piece)))
+
+
+def content_of(piece: Piece) -> str:
+    """What names a piece's content wherever it lies: a hash of its file, and which part of it it is."""
+    if isinstance(piece, RowChunk):
+        return hashlib.blake2b(piece.pickled, digest_size=16).hexdigest() + f" from {piece.start}"
+    status = os.stat(piece.path)
+    content = file_hash(piece.path, status.st_size, status.st_mtime_ns)
+    return f"{content} {replace(piece, source=0, path=Path(piece.path).suffix)}"
+
+
+def of_source(table: pa.Table, source: int) -> pa.Table:
+    """A table of the cache, whose rows know no source, as one of the source with this index."""
+    place = table.schema.get_field_index("source")
+    return table.set_column(
+        place, SCHEMA.field("source"), pa.repeat(pa.scalar(source, pa.int32()), len(table))
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _load_tokenizer(pickled: bytes) -> Any:
+    """Unpickled once a worker process: with a large vocabulary that takes longer than a task's work."""
+    return pickle.loads(pickled)
+
+
+def stop_table(error: DataError | ConfigError) -> pa.Table:
+    """An error that ends the whole reading, as a row: so it travels without a task's stack trace."""
+    kind = "config" if isinstance(error, ConfigError) else "data"
+    stop = {"source": 0, "row": 0, "ids": [], "digest": bytes(16), "reason": f"!{kind}"}
+    return pa.Table.from_pylist([{**stop, "message": str(error), "raw": ""}], SCHEMA)
+
+
+def raise_if_stopped(index: BlockIndex) -> None:
+    """Raises the error of a `stop_table`."""
+    for refusal in index.refusals:
+        if refusal.reason.startswith("!"):
+            raise _STOP[refusal.reason[1:]](refusal.message)

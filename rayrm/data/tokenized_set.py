@@ -1,0 +1,137 @@
+"""[RAY] Tokenized rows in the data's own order, by position, wherever their blocks lie.
+
+Blocks are tables of this process, references into Ray's object store, or record batches of a token cache's
+files. What a set knows of its rows without their ids (`index`) is in memory, about 110 bytes a pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from rayrm.data.blocks import BlockIndex, RowBlock, index_of, table_of_rows
+from rayrm.data.cache import CachedBlock
+from rayrm.data.preference import PairForm
+from rayrm.data.row_index import Counts, RowIndex
+from rayrm.data.tokenize import TokenizedRow
+from rayrm.errors import DataError
+
+_OPEN_BLOCKS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class IngestReport:
+    """What became of a source's rows.
+
+    Of `num_rows` read, `num_accepted` are in the set, with `num_completions` completions; a pair has two.
+    `num_tokens` counts every completion whole; `num_shared_tokens` of them are prefixes counted again.
+    `fingerprint` is a hash of the rows in order: the same for the same rows, however they were read.
+    """
+
+    name: str
+    num_rows: int
+    num_accepted: int
+    num_completions: int
+    refused: dict[str, int]
+    text_form: PairForm
+    fingerprint: str
+    num_tokens: int
+    num_shared_tokens: int
+
+
+@dataclass(slots=True)
+class TokenizedSet:
+    """Tokenized rows in the data's own order, wherever they lie; pickles small, for Ray Train's workers.
+
+    `index` holds what is known of them without their ids. `fetch` gets the blocks it needs and keeps the last
+    few open; the rows it gives are copies.
+    """
+
+    index: RowIndex
+    report: IngestReport
+    _blocks: list[Any]  # ObjectRefs of tables, or tables
+    _block_of: Counts
+    _offset: Counts
+    _open: OrderedDict[int, RowBlock] = field(default_factory=OrderedDict, repr=False)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._block_of)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[TokenizedRow], name: str = "rows") -> TokenizedSet:
+        """A set of rows in this process's memory; needs and starts no Ray."""
+        table = table_of_rows(rows)
+        return assemble(name, [table], [index_of(table)])
+
+    def fetch(self, rows: npt.ArrayLike) -> list[TokenizedRow]:
+        """The rows at these positions (0 .. num_rows-1), in the order asked."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        needed = self._block_of[wanted].tolist()
+        absent = [block for block in dict.fromkeys(needed) if block not in self._open]
+        opened = {block: self._open[block] for block in dict.fromkeys(needed) if block in self._open}
+        opened |= zip(absent, map(RowBlock, _resolve([self._blocks[block] for block in absent])), strict=True)
+        for block, content in opened.items():
+            self._open[block] = content
+            self._open.move_to_end(block)
+        while len(self._open) > _OPEN_BLOCKS:
+            self._open.popitem(last=False)
+        offsets = self._offset[wanted].tolist()
+        return [opened[block].row(offset) for block, offset in zip(needed, offsets, strict=True)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenizedSet, (self.index, self.report, self._blocks, self._block_of, self._offset)
+
+
+def assemble(name: str, blocks: list[Any], indices: list[BlockIndex]) -> TokenizedSet:
+    """The set of all blocks' rows, ordered by (source, row)."""
+
+    def joined(field_name: str) -> npt.NDArray[Any]:
+        return np.concatenate([getattr(index, field_name) for index in indices])
+
+    order = np.lexsort((joined("row"), joined("source")))
+    rows = RowIndex.joined([index.rows for index in indices]).take(order)
+    block_of = np.repeat(np.arange(len(blocks), dtype=np.int32), [len(index.row) for index in indices])
+    num_tokens = int(rows.tokens(share=False).sum())
+    report = IngestReport(
+        name=name,
+        num_rows=sum(index.num_rows for index in indices),
+        num_accepted=len(order),
+        num_completions=len(rows.lengths),
+        refused=dict(
+            Counter(refusal.reason for index in indices for refusal in index.refusals).most_common()
+        ),
+        text_form=next((form for index in indices for form in index.forms), "tokenized"),
+        fingerprint=hashlib.sha256(joined("digest")[order].tobytes()).hexdigest(),
+        num_tokens=num_tokens,
+        num_shared_tokens=num_tokens - int(rows.tokens(share=True).sum()),
+    )
+    return TokenizedSet(rows, report, blocks, block_of[order], joined("offset")[order].astype(np.int32))
+
+
+def _resolve(blocks: list[Any]) -> list[pa.Table]:
+    if not blocks or isinstance(blocks[0], pa.Table):
+        return blocks
+    if isinstance(blocks[0], CachedBlock):
+        return [_cached_table(block) for block in blocks]
+    import ray
+
+    tables: list[pa.Table] = ray.get(blocks)
+    return tables
+
+
+def _cached_table(block: CachedBlock) -> pa.Table:
+    try:
+        return block.table()
+    except OSError as error:
+        raise DataError(
+            f"token cache entry {block.path} is gone or cannot be read ({error}): start again to make it "
+            "anew, and leave the cache alone while runs use it"
+        ) from error
