@@ -50,7 +50,10 @@ ABOVE = {"jobs", "examples", "tests"}
 
 RAY_FILES = {
     "own_ray.py",
+    "data/dispatcher.py",
     "data/ingest.py",
+    "data/streaming.py",
+    "data/tokenized_set.py",
     "train/launch.py",
     "train/workers.py",
     "train/sweep.py",

@@ -79,7 +79,7 @@ def ingest(
         write_quarantine(Path(quarantine_path), names, refusals)
     said = name if name in names else f"{name} ({', '.join(names[:3])}{' ...' if names[3:] else ''})"
     check_refusals(said, num_rows, refusals, max_bad_row_fraction, quarantine_path)
-    _check_one_form(names, indices)
+    check_one_form(names, indices)
     tokenized = assemble(name, blocks, indices)
     _log.info("%s", one_line(name, num_rows, refusals))
     return tokenized
@@ -201,7 +201,8 @@ def _numbered(dataset: Any, max_rows: int | None) -> Any:
     )
 
 
-def _check_one_form(names: list[str], indices: list[BlockIndex]) -> None:
+def check_one_form(names: list[str], indices: list[BlockIndex]) -> None:
+    """Raises `DataError` where rows are of several text forms, with the first row of each."""
     first: dict[str, tuple[int, int]] = {}
     for index in indices:
         for form, place in index.forms.items():
@@ -215,7 +216,7 @@ def _check_one_form(names: list[str], indices: list[BlockIndex]) -> None:
 
 
 @contextmanager
-def quiet_context() -> Iterator[None]:
+def quiet_context() -> Iterator[Any]:
     """Ray Data without its progress bars and plans, and with small blocks, for the datasets made inside."""
     from ray.data import DataContext
 
@@ -231,7 +232,7 @@ def quiet_context() -> Iterator[None]:
     for option, value in ours.items():
         setattr(context, option, value)
     try:
-        yield
+        yield context
     finally:
         for option, value in before.items():
             setattr(context, option, value)

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from rayrm.data.blocks import BlockIndex, RowBlock, index_of, table_of_rows
 from rayrm.data.cache import CachedBlock
+from rayrm.data.order import Part
 from rayrm.data.preference import PairForm
 from rayrm.data.row_index import Counts, RowIndex
 from rayrm.data.tokenize import TokenizedRow
@@ -50,7 +51,7 @@ class IngestReport:
 class TokenizedSet:
     """Tokenized rows in the data's own order, wherever they lie; pickles small, for Ray Train's workers.
 
-    `index` holds what is known of them without their ids. `fetch` gets the blocks it needs and keeps the last
+    `index` holds what is known of them without their ids; `parts` how a mixture's rows are weighed. `fetch` gets the blocks it needs and keeps the last
     few open; the rows it gives are copies.
     """
 
@@ -59,6 +60,7 @@ class TokenizedSet:
     _blocks: list[Any]  # ObjectRefs of tables, or tables
     _block_of: Counts
     _offset: Counts
+    parts: tuple[Part, ...] = ()
     _open: OrderedDict[int, RowBlock] = field(default_factory=OrderedDict, repr=False)
 
     @property
@@ -68,8 +70,17 @@ class TokenizedSet:
     @classmethod
     def from_rows(cls, rows: Sequence[TokenizedRow], name: str = "rows") -> TokenizedSet:
         """A set of rows in this process's memory; needs and starts no Ray."""
-        table = table_of_rows(rows)
+        return cls.of_table(table_of_rows(rows), name)
+
+    @classmethod
+    def of_table(cls, table: pa.Table, name: str = "rows") -> TokenizedSet:
+        """The accepted rows of a table in this process's memory."""
         return assemble(name, [table], [index_of(table)])
+
+    @property
+    def sample(self) -> TokenizedSet:
+        """Rows by which a run measures its memory: all."""
+        return self
 
     def fetch(self, rows: npt.ArrayLike) -> list[TokenizedRow]:
         """The rows at these positions (0 .. num_rows-1), in the order asked."""
@@ -87,7 +98,8 @@ class TokenizedSet:
         return [opened[block].row(offset) for block, offset in zip(needed, offsets, strict=True)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenizedSet, (self.index, self.report, self._blocks, self._block_of, self._offset)
+        told = (self.index, self.report, self._blocks, self._block_of, self._offset, self.parts)
+        return TokenizedSet, told
 
 
 def assemble(name: str, blocks: list[Any], indices: list[BlockIndex]) -> TokenizedSet:

@@ -44,6 +44,7 @@ class TrainState:
 
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
+    epoch: float = 0.0
     num_tokens: int = 0
     num_tokens_computed: int = 0
     loss_sum: float = 0.0

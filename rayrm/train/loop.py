@@ -32,7 +32,7 @@ Record = dict[str, float]
 class RankStep:
     """One rank's share of a step. `num_rows` and `num_tokens` are the whole step's, over all ranks.
 
-    `padded`: the model pads each micro-batch to its longest row.
+    `padded`: the model pads each micro-batch to its longest row. `epoch`: the progress after the step.
     """
 
     microbatches: Sequence[PackedBatch]
@@ -40,6 +40,7 @@ class RankStep:
     num_tokens: int
     after: Cursor
     padded: bool = False
+    epoch: float = 0.0
 
     @property
     def num_tokens_computed(self) -> int:
@@ -49,20 +50,24 @@ class RankStep:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """When a run of `num_steps` logs, evaluates and saves; 0 steps: at the end of each epoch, None: never."""
+    """When a run of `num_steps` logs, evaluates and saves; 0 steps: at the end of each epoch, None: never.
+
+    Nobody knows how many steps an epoch of a stream has: there events go by steps.
+    """
 
     num_steps: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     log_every: int | None
     evaluate_every: int | None
     save_every: int | None
     log_first: bool = False
 
     @classmethod
-    def of(cls, config: RewardConfig, steps_per_epoch: int) -> Schedule:
-        num_steps = (
-            config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
-        )
+    def of(cls, config: RewardConfig, steps_per_epoch: int | None) -> Schedule:
+        num_steps = config.max_steps
+        if num_steps < 1:
+            assert steps_per_epoch is not None  # the trainer asks for `max_steps` of a stream
+            num_steps = math.ceil(config.num_train_epochs * steps_per_epoch)
 
         def every(strategy: str, interval: int) -> int | None:
             return {"no": None, "epoch": 0}.get(strategy, interval)
@@ -93,6 +98,7 @@ class Schedule:
         if every is None or step == 0:
             return False
         if every == 0:
+            assert self.steps_per_epoch is not None
             return step % self.steps_per_epoch == 0 or step == self.num_steps
         return step % every == 0
 
@@ -188,7 +194,7 @@ def run_loop(
             step.num_tokens_computed,
         )
         state.step += 1
-        state.cursor = step.after
+        state.cursor, state.epoch = step.after, step.epoch
         state.num_tokens += step.num_tokens
         events.progress(state.step)
         if schedule.logs(state.step):
@@ -201,7 +207,7 @@ def run_loop(
                     "learning_rate": learning_rate,
                     "num_tokens": state.num_tokens,
                     "num_tokens_computed": state.num_tokens_computed,
-                    "epoch": state.step / schedule.steps_per_epoch,
+                    "epoch": state.epoch,
                     **clock.take(),
                 }
             )

@@ -71,7 +71,7 @@ class RunLog:
         self._shown = now
         self._write_progress({"step": step, "num_steps": num_steps, "finished": False})
 
-    def finish(self, state: TrainState, num_steps: int, steps_per_epoch: int) -> None:
+    def finish(self, state: TrainState, num_steps: int) -> None:
         """Write the summary record, with transformers' names, and mark the run finished."""
         if not self._active:
             return
@@ -79,7 +79,7 @@ class RunLog:
         self.write(
             {
                 "step": state.step,
-                "epoch": state.step / steps_per_epoch,
+                "epoch": state.epoch,
                 "train_loss": state.loss_sum / max(state.step, 1),
                 "train_runtime": runtime,
                 "train_steps_per_second": (state.step - self._began_at_step) / max(runtime, 1e-9),

@@ -19,9 +19,12 @@ import torch.distributed as dist
 from transformers import set_seed
 
 from rayrm.config import RewardConfig
-from rayrm.data.order import Order, StepRows
+from rayrm.data.dispatcher import StreamedSteps
+from rayrm.data.order import Order
 from rayrm.data.packing import pack_rows
 from rayrm.data.planning import plan_step
+from rayrm.data.steps import IndexedSteps, Step, TrainSteps
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.attention_path import choose_path
@@ -57,6 +60,8 @@ _EVAL_ROWS = RewardConfig.per_device_eval_batch_size
 class TrainJob:
     """One training run, as every rank is told it. `resume` is the checkpoint to begin from, if any.
 
+    `train_set` is a whole set, whose steps each rank derives, or the steps of a stream.
+
     `max_tokens` is the token budget of a micro-batch; None: the ranks choose one at the start. `built`
     is the model where training runs in the process that built it: it is updated in place.
     """
@@ -65,7 +70,7 @@ class TrainJob:
     source: ModelSource
     tokenizer: Any
     text_form: TextForm
-    train_set: RowSet
+    train_set: TokenizedSet | StreamedSteps
     eval_sets: dict[str, RowSet]
     output_dir: Path
     max_tokens: int | None
@@ -132,7 +137,7 @@ class _RankRun:
         set_seed(self.config.seed)
         built = job.built if job.built is not None else build_model(job.source, job.config, job.tokenizer)
         model = built.to(rank.device)
-        sets = [job.train_set, *job.eval_sets.values()]
+        sets = [job.train_set.sample, *job.eval_sets.values()]
         longest = max(int(s.index.lengths.max()) for s in sets)
         check_positions(unwrapped(model), longest, self._say)
         check_rope(unwrapped(model), longest, self.config, rank.count)
@@ -160,21 +165,15 @@ class _RankRun:
         probe = Probe(self.module, precision, rank.device, self.pad_token_id)
         self.max_tokens = decide_budget(
             probe,
-            job.train_set,
+            job.train_set.sample,
             self.config,
             job.max_tokens,
             output_dir=job.output_dir,
             rank=rank.index,
             num_ranks=rank.count,
         )
-        self.order = Order(
-            job.train_set.num_rows,
-            self.config.train_batch_rows(rank.count),
-            seed=self.config.seed if self.config.data_seed is None else self.config.data_seed,
-            shuffle=self.config.shuffle,
-            drop_last=self.config.dataloader_drop_last,
-        )
-        self.schedule = Schedule.of(self.config, self.order.steps_per_epoch)
+        self.source = _steps_of(job, rank.count)
+        self.schedule = Schedule.of(self.config, self.source.steps_per_epoch)
         self.engine = _build_engine(job, self.module, rank, precision, self.schedule.num_steps)
         if rank.count == 1:
             around.callback(self.engine.release)
@@ -208,7 +207,7 @@ class _RankRun:
             self._report({"step": state.step, "train_loss": state.loss_sum / max(state.step, 1)})
             self.rank.barrier()
             if self.rank.index == 0:
-                self.log.finish(state, self.schedule.num_steps, self.order.steps_per_epoch)
+                self.log.finish(state, self.schedule.num_steps)
         self.rank.barrier()
         return self.module.model
 
@@ -231,29 +230,33 @@ class _RankRun:
         return state
 
     def _steps(self, state: TrainState) -> Iterator[RankStep]:
-        for step in self.order.steps(state.cursor):
+        for step in self.source.steps(state.cursor):
             yield self._prepare(step)
 
-    def _prepare(self, step: StepRows) -> RankStep:
+    def _prepare(self, step: Step) -> RankStep:
         """Plan the step over all ranks, fetch and pack this rank's share."""
-        index = self.job.train_set.index.take(step.rows)
+        index = step.index
         shares, padded = self.layout.name == "shared", self.layout.name == "padded"
+        costs = index.costs(share=shares, padded=padded)
         plan = plan_step(
-            index.costs(share=shares, padded=padded),
+            costs,
             num_ranks=self.rank.count,
-            max_tokens=self.max_tokens,
+            # A stream may hold longer rows than its beginning, such as rankings.
+            max_tokens=max(self.max_tokens, int(costs.tokens.max())),
             attention_weight=self.attention_weight,
         )
         packed = [
             pack_rows(
-                self.job.train_set.fetch(step.rows[list(microbatch.rows)]),
+                step.fetch(microbatch.rows),
                 self.pad_token_id,
                 share=shares,
                 weights=microbatch.weights,
             )
             for microbatch in plan[self.rank.index]
         ]
-        return RankStep(packed, len(step.rows), int(index.lengths.sum()), step.after, padded)
+        return RankStep(
+            packed, index.num_rows, int(index.lengths.sum()), step.after, padded=padded, epoch=step.epoch
+        )
 
     def _progress(self, step: int) -> None:
         if self.rank.index == 0:
@@ -279,7 +282,7 @@ class _RankRun:
             metrics = evaluate_scores(scores, rows.index, center=self.config.center_rewards_coefficient)
             prefix = f"eval_{name}_" if name else "eval_"
             record = {f"{prefix}{key}": value for key, value in metrics.items()}
-            record |= {"step": state.step, "epoch": state.step / self.order.steps_per_epoch}
+            record |= {"step": state.step, "epoch": state.epoch}
             found |= record
             self._log(record)
             self._report(record)
@@ -327,6 +330,21 @@ class _RankRun:
                 text_form=self.job.text_form,
                 state_dict=state,
             )
+
+
+def _steps_of(job: TrainJob, num_ranks: int) -> TrainSteps:
+    if isinstance(job.train_set, StreamedSteps):
+        return job.train_set
+    config = job.config
+    order = Order(
+        job.train_set.num_rows,
+        config.train_batch_rows(num_ranks),
+        seed=config.seed if config.data_seed is None else config.data_seed,
+        shuffle=config.shuffle,
+        drop_last=config.dataloader_drop_last,
+        parts=job.train_set.parts,
+    )
+    return IndexedSteps(job.train_set, order)
 
 
 def _build_engine(

@@ -1,0 +1,335 @@
+"""[RAY] One actor reads a stream ahead of its ranks, and hands out steps as references into the object store.
+
+    Ray Data reads and tokenizes pieces, in order -> StreamCutter -> steps -> each rank takes each step
+
+Restartable: the actor keeps nothing that a cursor does not tell. A rank asks for the step after a cursor; an
+actor that has just been started, or is asked for a step it no longer has, begins to read at that cursor. It
+stays a window ahead, at least four steps, and reads no further until they are taken: memory is that of two
+windows and of Ray Data's own limit, whatever the size of the source.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from rayrm.data.blocks import BlockIndex, RowBlock, index_of
+from rayrm.data.ingest import quiet_context
+from rayrm.data.order import Cursor, StreamOrder
+from rayrm.data.reading import Piece, Reading, raise_if_stopped
+from rayrm.data.refusals import RefusalLog
+from rayrm.data.row_index import RowIndex
+from rayrm.data.stream import StreamCutter, StreamStep
+from rayrm.data.tokenize import TokenizedRow
+from rayrm.data.tokenized_set import TokenizedSet
+from rayrm.errors import DataError
+
+_POSITION = "__rayrm_position__"
+_BUFFER_BYTES = 256 * 2**20
+"""What Ray Data may hold of blocks that are read and not yet taken."""
+_STEPS_KEPT = 16
+"""Steps that were taken and are kept for ranks that are behind."""
+_INDICES_AHEAD = 8
+_OPEN_BLOCKS = 16
+_PATIENCE_S = 600.0
+_log = logging.getLogger("rayrm.data")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPlan:
+    """What the dispatcher is told once: the pieces, how to read them, and their order."""
+
+    pieces: list[Piece]
+    names: list[str]
+    reading: Reading
+    order: StreamOrder
+    refusals: RefusalLog
+    max_tasks: int | None = None
+
+
+@dataclass(slots=True)
+class _Run:
+    """One reading of the stream, from a cursor on. `ready` is keyed by the cursor before a step."""
+
+    tail: Cursor
+    ready: OrderedDict[Cursor, StreamStep] = field(default_factory=OrderedDict)
+    asked: Cursor = field(default_factory=Cursor)
+    error: Exception | None = None
+    stopped: bool = False
+
+    def gives(self, cursor: Cursor) -> bool:
+        """Whether the step after `cursor` is here or comes yet."""
+        return cursor in self.ready or cursor >= self.tail
+
+    def num_ahead(self) -> int:
+        return sum(before > self.asked for before in self.ready)
+
+
+class Dispatcher:
+    """The actor's class; its methods run in threads, one for each rank that waits."""
+
+    def __init__(self, plan: StreamPlan) -> None:
+        self._plan = plan
+        self._changed = threading.Condition()
+        self._run: _Run | None = None
+
+    def step(self, cursor: Cursor) -> StreamStep:
+        """The step after `cursor`; waits until it is read. Raises what reading raised."""
+        deadline = time.monotonic() + _PATIENCE_S
+        with self._changed:
+            while True:
+                run = self._run
+                if run is None or not run.gives(cursor):
+                    run = self._begin(cursor)
+                if cursor in run.ready:
+                    run.asked = max(run.asked, cursor)
+                    self._changed.notify_all()
+                    return run.ready[cursor]
+                if run.error is not None:
+                    raise run.error
+                if not self._changed.wait(timeout=deadline - time.monotonic()):
+                    raise DataError(
+                        f"no step could be read of the stream in {_PATIENCE_S:.0f} s: its tasks wait for a "
+                        "CPU beside the training workers, or its storage does not answer. Free a CPU, or "
+                        'set data.mode="indexed".'
+                    )
+
+    def num_ahead(self) -> int:
+        """Steps that are ready and that no rank has asked for yet."""
+        with self._changed:
+            return 0 if self._run is None else self._run.num_ahead()
+
+    def process(self) -> int:
+        """The actor's process id."""
+        import os
+
+        return os.getpid()
+
+    def _begin(self, cursor: Cursor) -> _Run:
+        if self._run is not None:
+            self._run.stopped = True
+        run = self._run = _Run(tail=cursor, asked=cursor)
+        threading.Thread(target=self._read, args=(run,), daemon=True, name="rayrm-stream").start()
+        self._changed.notify_all()
+        return run
+
+    def _read(self, run: _Run) -> None:
+        try:
+            cutter = StreamCutter(self._plan.order, run.tail)
+            while not run.stopped:
+                begin, num_steps = cutter.cursor, 0
+                for position, share, block, index in self._blocks(run, cutter.cursor):
+                    for step in cutter.add(position, share, block, index):
+                        num_steps += 1
+                        self._put(run, step)
+                    if run.stopped:
+                        return
+                for step in cutter.end_epoch():
+                    num_steps += 1
+                    self._put(run, step)
+                if not num_steps and begin == Cursor(begin.epoch):
+                    self._plan.refusals.check()
+                    raise DataError("the stream has no rows to train on; give a source that has some")
+        # What ends the reading, whatever it is, must reach the ranks: they wait for the next step.
+        except Exception as error:
+            with self._changed:
+                run.error = error
+                self._changed.notify_all()
+
+    def _put(self, run: _Run, step: StreamStep) -> None:
+        most = max(4, self._plan.order.steps_per_window)
+        with self._changed:
+            while run.num_ahead() >= most and not run.stopped:
+                self._changed.wait()
+            run.ready[run.tail] = step
+            run.tail = step.after
+            taken = [before for before in run.ready if before < run.asked]
+            for before in taken[:-_STEPS_KEPT]:
+                del run.ready[before]
+            self._changed.notify_all()
+
+    def _blocks(self, run: _Run, cursor: Cursor) -> Iterator[tuple[int, float, Any, BlockIndex]]:
+        """The blocks of the epoch's pieces from the cursor's on, in order, each with its index."""
+        import ray
+
+        pieces = self._plan.order.pieces(cursor.epoch)
+        waiting: deque[tuple[Any, Any]] = deque()
+        index_remotely = ray.remote(num_cpus=0.1, scheduling_strategy="DEFAULT")(_index_of_position)
+        for bundle in self._tables(cursor, pieces):
+            for block in bundle.block_refs:
+                waiting.append((block, index_remotely.remote(block)))
+            while len(waiting) > _INDICES_AHEAD:
+                yield from self._told(waiting.popleft(), pieces)
+            if run.stopped:
+                return
+        while waiting:
+            yield from self._told(waiting.popleft(), pieces)
+
+    def _told(
+        self, found: tuple[Any, Any], pieces: list[tuple[int, float]]
+    ) -> Iterator[tuple[int, float, Any, BlockIndex]]:
+        import ray
+
+        position, index = ray.get(found[1])
+        if position is None:
+            return
+        raise_if_stopped(index)
+        self._plan.refusals.add(index)
+        yield position, pieces[position][1], found[0], index
+
+    def _tables(self, cursor: Cursor, pieces: list[tuple[int, float]]) -> Iterator[Any]:
+        """Ray Data's bundles of tokenized blocks, in order."""
+        import ray
+        from ray.data import ExecutionResources
+
+        items = [
+            {"position": position, "piece": pickle.dumps(self._plan.pieces[pieces[position][0]])}
+            for position in range(cursor.piece, len(pieces))
+        ]
+        if not items:
+            return
+        with quiet_context() as context:
+            kept_order = context.execution_options.preserve_order
+            limits = context.execution_options.resource_limits
+            context.execution_options.preserve_order = True
+            context.execution_options.resource_limits = ExecutionResources(object_store_memory=_BUFFER_BYTES)
+            try:
+                work = ray.data.from_items(items, override_num_blocks=len(items))
+                read = work.map_batches(
+                    _ReadPieces(self._plan.reading),
+                    batch_size=None,
+                    batch_format="pyarrow",
+                    concurrency=self._plan.max_tasks,
+                )
+                bundles = read.iter_internal_ref_bundles()
+            finally:
+                context.execution_options.preserve_order = kept_order
+                context.execution_options.resource_limits = limits
+        yield from bundles
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadPieces:
+    """A task's work; what it yields knows the place of its piece in the epoch."""
+
+    reading: Reading
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for row in batch.to_pylist():
+            for table in self.reading.tables(pickle.loads(row["piece"])):
+                position = pa.repeat(pa.scalar(row["position"], pa.int64()), len(table))
+                yield table.append_column(_POSITION, position)
+
+
+def _index_of_position(table: pa.Table) -> tuple[int | None, BlockIndex]:
+    if not len(table):
+        return None, index_of(table)
+    first, last = (table.column(_POSITION)[place].as_py() for place in (0, len(table) - 1))
+    assert first == last, "Ray Data joined blocks of two pieces"
+    return first, index_of(table)
+
+
+@dataclass(slots=True)
+class TakenStep:
+    """A step as a rank holds it: fetches from the object store, and asks anew where blocks were lost."""
+
+    told: StreamStep
+    stream: StreamedSteps
+
+    @property
+    def index(self) -> RowIndex:
+        return self.told.index
+
+    @property
+    def after(self) -> Cursor:
+        return self.told.after
+
+    @property
+    def epoch(self) -> float:
+        return self.told.epoch
+
+    def fetch(self, rows: Sequence[int]) -> list[TokenizedRow]:
+        from ray.exceptions import ObjectLostError
+
+        for attempt in range(5):
+            try:
+                return self.stream.fetch(self.told, rows)
+            except ObjectLostError as error:
+                # The blocks went with the actor that read them, or with a node: its successor reads them.
+                _log.warning("blocks of a step were lost (%s), reading them again", type(error).__name__)
+                time.sleep(attempt)
+                self.told = self.stream.ask(self.told.before)
+        return self.stream.fetch(self.told, rows)
+
+
+@dataclass(slots=True)
+class StreamedSteps:
+    """The steps of a stream, asked of its dispatcher; pickles small, for Ray Train's workers.
+
+    `sample`: a few rows of the stream, and one as long as rows can be, by which a run measures its memory.
+    """
+
+    actor: Any
+    sample: TokenizedSet
+    _open: OrderedDict[Any, RowBlock] = field(default_factory=OrderedDict, repr=False)
+
+    @property
+    def steps_per_epoch(self) -> None:
+        return None
+
+    def steps(self, cursor: Cursor) -> Iterator[TakenStep]:
+        while True:
+            told = self.ask(cursor)
+            yield TakenStep(told, self)
+            cursor = told.after
+
+    def ask(self, cursor: Cursor) -> StreamStep:
+        """The step after `cursor`. Raises `DataError` for what ended the reading."""
+        import ray
+        from ray.exceptions import RayTaskError
+
+        try:
+            step: StreamStep = ray.get(self.actor.step.remote(cursor))
+        except RayTaskError as error:
+            if isinstance(error.cause, Exception):
+                raise error.cause from None
+            raise
+        return step
+
+    def fetch(self, step: StreamStep, rows: Sequence[int]) -> list[TokenizedRow]:
+        """Rows of a step by their places in it."""
+        import ray
+
+        needed = {step.blocks[step.block_of[row]] for row in rows}
+        absent = [block for block in needed if block not in self._open]
+        for block, table in zip(absent, ray.get(absent), strict=True):
+            self._open[block] = RowBlock(table)
+        found = [self._open[step.blocks[step.block_of[row]]].row(int(step.offset[row])) for row in rows]
+        while len(self._open) > max(_OPEN_BLOCKS, len(needed)):
+            self._open.popitem(last=False)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StreamedSteps, (self.actor, self.sample)
+
+
+def start_dispatcher(plan: StreamPlan, num_ranks: int) -> Any:
+    """A handle of a new actor; it is restarted where it is lost, and ends with this process or `ray.kill`."""
+    import ray
+
+    actor = ray.remote(Dispatcher).options(
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=4 * num_ranks + 8,
+        scheduling_strategy="DEFAULT",
+    )
+    return actor.remote(plan)

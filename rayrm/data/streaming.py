@@ -1,0 +1,138 @@
+"""[RAY] A source that is trained on while it is read: what is known of it before, and its dispatcher.
+
+Only the beginning is read here, in this process: enough to know the rows' form, to refuse a source that is
+bad at once, and to have rows by which a run measures its memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayrm.data.blocks import index_of
+from rayrm.data.dispatcher import StreamedSteps, StreamPlan, start_dispatcher
+from rayrm.data.ingest import check_one_form, reading_of
+from rayrm.data.order import StreamOrder
+from rayrm.data.preference import PairForm
+from rayrm.data.reading import Piece, Reading, raise_if_stopped
+from rayrm.data.refusals import RefusalLog
+from rayrm.data.sources import plan_sources
+from rayrm.data.tokenize import TokenizedRow
+from rayrm.data.tokenized_set import TokenizedSet
+from rayrm.errors import DataError
+
+_SAMPLE_ROWS = 256
+_log = logging.getLogger("rayrm.data")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReport:
+    """What is known of a stream before it is read. `fingerprint`: of the pieces' names and sizes."""
+
+    name: str
+    text_form: PairForm
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSource:
+    """A source as pieces to read; `sample` are rows of its beginning and one as long as any can be."""
+
+    report: StreamReport
+    names: list[str]
+    pieces: list[Piece]
+    weights: tuple[float, ...]
+    reading: Reading
+    sample: TokenizedSet
+
+    @contextmanager
+    def started(
+        self,
+        *,
+        rows_per_step: int,
+        num_ranks: int,
+        seed: int,
+        window: int,
+        shuffle: bool,
+        drop_last: bool,
+        quarantine_path: Path,
+        max_bad_row_fraction: float,
+        max_tasks: int | None,
+    ) -> Iterator[StreamedSteps]:
+        """The steps of a run, read by an actor that lives as long as the block."""
+        import ray
+
+        order = StreamOrder(self.weights, rows_per_step, seed, window, shuffle, drop_last)
+        refusals = RefusalLog(self.report.name, self.names, quarantine_path, max_bad_row_fraction)
+        plan = StreamPlan(self.pieces, self.names, self.reading, order, refusals, max_tasks)
+        actor = start_dispatcher(plan, num_ranks)
+        try:
+            yield StreamedSteps(actor, self.sample)
+        finally:
+            ray.kill(actor)
+
+
+def open_stream(
+    source: Any, tokenizer: Any, *, max_length: int, token_cache: str | None, name: str = "train"
+) -> StreamSource:
+    """Plan the pieces of a source and read its first rows.
+
+    Raises `DataError`: a source that is missing or unreadable, has no row at its beginning that can be used,
+    or mixes text forms there.
+    """
+    plan = plan_sources(source, max_parts=1, max_rows=None, name=name)
+    if not plan.work:
+        raise DataError(f"{name} has no rows; give a source that has some")
+    reading = reading_of(tokenizer, max_length=max_length, token_cache=token_cache)
+    rows, form = _beginning(name, plan.names, plan.work, reading)
+    sample = TokenizedSet.from_rows([*rows, _longest_row(max_length)], name)
+    report = StreamReport(name, form, _fingerprint(plan.work))
+    return StreamSource(report, plan.names, plan.work, (1.0,) * len(plan.work), reading, sample)
+
+
+def _beginning(
+    name: str, names: list[str], pieces: list[Piece], reading: Reading
+) -> tuple[list[TokenizedRow], PairForm]:
+    """The first rows that can be used, and their form."""
+    refusals = []
+    # Not through the cache: that would tokenize whole pieces before the first row is seen.
+    reading = replace(reading, cache=None)
+    tables = (table for piece in pieces for table in reading.tables(piece))
+    for table in islice(tables, 8):
+        index = index_of(table)
+        raise_if_stopped(index)
+        refusals += index.refusals
+        if len(index.row):
+            check_one_form(names, [index])
+            rows = TokenizedSet.of_table(table).fetch(np.arange(min(len(index.row), _SAMPLE_ROWS)))
+            return rows, next(iter(index.forms))
+    raise DataError(
+        f"no row of the beginning of {name} can be used"
+        + (f": {refusals[0].message}" if refusals else "; give a source that has some")
+    )
+
+
+def _longest_row(max_length: int) -> TokenizedRow:
+    """A pair of sides as long as they may be, with nothing in common: the most a pair can cost."""
+    return TokenizedRow.pair(np.zeros(max_length, np.int32), np.ones(max_length, np.int32))
+
+
+def _fingerprint(pieces: list[Piece]) -> str:
+    content = hashlib.sha256()
+    for piece in pieces:
+        content.update(repr(_named(piece)).encode())
+    return content.hexdigest()
+
+
+def _named(piece: Piece) -> Any:
+    if hasattr(piece, "pickled"):
+        return hashlib.sha256(piece.pickled).hexdigest()
+    return replace(piece, path=Path(piece.path).name)
