@@ -51,8 +51,8 @@ class IngestReport:
 class TokenizedSet:
     """Tokenized rows in the data's own order, wherever they lie; pickles small, for Ray Train's workers.
 
-    `index` holds what is known of them without their ids; `parts` how a mixture's rows are weighed. `fetch` gets the blocks it needs and keeps the last
-    few open; the rows it gives are copies.
+    `index` holds what is known of them without their ids, `parts` how a mixture's rows are weighed. `fetch`
+    gets the blocks it needs and keeps the last few open; the rows it gives are copies.
     """
 
     index: RowIndex

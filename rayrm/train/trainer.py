@@ -21,7 +21,9 @@ from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
+from rayrm.data.dispatcher import StreamedSteps
 from rayrm.data.ingest import ingest
+from rayrm.data.streaming import StreamSource, open_stream
 from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, RayrmError
@@ -33,6 +35,7 @@ from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.records import read_records
 from rayrm.train.rundir import RunStart, check_writable, claim, examine, identity_of, only_run
+from rayrm.train.train_data import choose_mode, steps_for
 from rayrm.train.worker import TrainJob
 from rayrm.train.workers import check_cluster, fit_here, fit_on_workers
 
@@ -148,7 +151,7 @@ class RewardTrainer:
         check_writable(self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
         self._quarantine = Path(tempfile.mkdtemp(prefix="rayrm-refused-")) / "quarantine.jsonl"
-        self.train_set = self._ingest(train_dataset, "train", self._data.max_pairs)
+        self.train_set = self._train_set(train_dataset)
         self.eval_sets = self._ingest_eval(eval_dataset)
         if self.args.eval_strategy != "no" and not self.eval_sets:
             raise ConfigError(
@@ -184,8 +187,16 @@ class RewardTrainer:
         `resume_from_checkpoint`: True for the newest checkpoint of `output_dir`, or a checkpoint's path.
         """
         with only_run(self.output_dir):
-            job = self._job(self._claim(resume_from_checkpoint))
-            with Display(self.output_dir, bar=not self.args.disable_tqdm):
+            start = self._claim(resume_from_checkpoint)
+            steps = steps_for(
+                self.train_set,
+                self.args,
+                self._data,
+                num_workers=self.num_workers,
+                quarantine_path=self._quarantine,
+            )
+            with steps as train_set, Display(self.output_dir, bar=not self.args.disable_tqdm):
+                job = self._job(start, train_set)
                 if self.num_workers == 0:
                     fit_here(job)
                 else:
@@ -235,6 +246,17 @@ class RewardTrainer:
             return
         save_model(self.model, self.processing_class, directory, text_form=self.text_form)
 
+    def _train_set(self, source: Any) -> TokenizedSet | StreamSource:
+        if choose_mode(self._data, source, self.args) == "indexed":
+            return self._ingest(source, "train", self._data.max_pairs)
+        assert self.args.max_length is not None
+        return open_stream(
+            source,
+            self.processing_class,
+            max_length=self.args.max_length,
+            token_cache=self._data.token_cache,
+        )
+
     def _ingest(self, source: Any, name: str, max_rows: int | None) -> TokenizedSet:
         if isinstance(source, TokenizedSet):
             return source
@@ -246,6 +268,7 @@ class RewardTrainer:
             quarantine_path=self._quarantine,
             max_bad_row_fraction=self.args.max_bad_row_fraction,
             max_tasks=self.args.dataset_num_proc,
+            token_cache=self._data.token_cache,
             name=name,
         )
 
@@ -289,16 +312,19 @@ class RewardTrainer:
     def _claim(self, resume: bool | str | None) -> RunStart:
         """Check the output directory and the token budget, and make the directory this run's."""
         rows_per_step = self.args.train_batch_rows(self.num_workers)
-        if self.args.dataloader_drop_last and rows_per_step > self.train_set.num_rows:
+        num_rows = self.train_set.sample.num_rows
+        streams = isinstance(self.train_set, StreamSource)
+        if self.args.dataloader_drop_last and not streams and rows_per_step > num_rows:
             raise ConfigError(
                 f"`dataloader_drop_last` (True) leaves no step: a step takes {rows_per_step} rows and there "
-                f"are {self.train_set.num_rows}. Lower `per_device_train_batch_size`, or set it to False."
+                f"are {num_rows}. Lower `per_device_train_batch_size`, or set it to False."
             )
+        fingerprint = self.train_set.report.fingerprint
         identity = identity_of(
             self.args,
             model=self._source.name,
             adapter=self._source.peft_config,
-            data=self.train_set.report.fingerprint,
+            data=f"{f'stream, window {self._data.shuffle_window}, ' if streams else ''}{fingerprint}",
             rows_per_step=rows_per_step,
             optimizer=self._optimizer,
         )
@@ -315,7 +341,7 @@ class RewardTrainer:
 
     def _budget(self, start: RunStart) -> int | None:
         """The token budget of a micro-batch: as set, or as chosen when the run began; None: ranks choose."""
-        longest = int(self.train_set.index.tokens(share=self.args.share_prefix).max())
+        longest = int(self.train_set.sample.index.tokens(share=self.args.share_prefix).max())
         budget = self.args.max_tokens_per_microbatch
         if budget is not None and budget < longest:
             raise ConfigError(
@@ -338,14 +364,14 @@ class RewardTrainer:
         reward = dataclasses.replace(self.args, max_tokens_per_microbatch=budget)
         return dump_run(dataclasses.replace(run, reward=reward))
 
-    def _job(self, start: RunStart) -> TrainJob:
+    def _job(self, start: RunStart, train_set: TokenizedSet | StreamedSteps) -> TrainJob:
         return TrainJob(
             config=self.args,
             source=self._source,
             built=self._model if self.num_workers == 0 else None,
             tokenizer=self.processing_class,
             text_form=self.text_form,
-            train_set=self.train_set,
+            train_set=train_set,
             eval_sets=dict(self.eval_sets),
             output_dir=self.output_dir,
             max_tokens=start.max_tokens,

@@ -1,0 +1,113 @@
+"""The training set of a run: read whole before training, or while it trains; which of the two, and why."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from rayrm.config import DataConfig, RewardConfig
+from rayrm.data.dispatcher import StreamedSteps
+from rayrm.data.streaming import StreamSource
+from rayrm.data.tokenized_set import TokenizedSet
+from rayrm.errors import ConfigError
+
+Mode = Literal["indexed", "streaming"]
+LARGE_BYTES = 32 * 2**30
+"""From here on "auto" streams: some 30 million pairs, whose index would take gigabytes of every rank."""
+logger = logging.getLogger("rayrm.train")
+
+
+def choose_mode(data: DataConfig, source: Any, config: RewardConfig) -> Mode:
+    """How the source is read, by `data.mode`; says why. Raises `ConfigError` for what streaming cannot do."""
+    mode, why = _decide(data, source, config)
+    logger.info("data.mode: %s, since %s", mode, why)
+    if mode == "streaming":
+        _check_streaming(config)
+    return mode
+
+
+def _decide(data: DataConfig, source: Any, config: RewardConfig) -> tuple[Mode, str]:
+    if data.mode != "auto":
+        return data.mode, "data.mode says so"
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and isinstance(source, datasets.IterableDataset):
+        if config.max_steps > 0:
+            return "streaming", "the source is an IterableDataset and `max_steps` is set"
+        return "indexed", "`max_steps` is not set; the whole IterableDataset is read first"
+    size = _local_bytes(source)
+    if size <= LARGE_BYTES:
+        return "indexed", "the set fits an index (`data.mode=streaming` would start at once)"
+    if config.max_steps > 0:
+        return "streaming", f"the source is large ({size / 2**30:.0f} GiB)"
+    return "indexed", (
+        f"`max_steps` is not set (the source is large, {size / 2**30:.0f} GiB: with `max_steps` it would be "
+        "trained on while it is read)"
+    )
+
+
+def _local_bytes(source: Any) -> int:
+    """The size of local files that the source names; 0 for what is not known without reading."""
+    if isinstance(source, (list, tuple)):
+        return sum(_local_bytes(entry) for entry in source if not isinstance(entry, dict))
+    source = getattr(source, "path", source)
+    if isinstance(source, list):
+        return _local_bytes(source)
+    if not isinstance(source, (str, os.PathLike)):
+        return 0
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _check_streaming(config: RewardConfig) -> None:
+    problems = []
+    if config.max_steps < 1:
+        problems.append(
+            f"`max_steps` ({config.max_steps}): a stream has no known length. Type `max_steps=10000`, or "
+            "`data.mode=indexed`."
+        )
+    if config.max_length is None:
+        problems.append(
+            "`max_length` (None): the longest row of a stream is not known before it comes. Type "
+            "`max_length=1024`, or `data.mode=indexed`."
+        )
+    for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+        if getattr(config, name) == "epoch":
+            problems.append(
+                f'`{name}` ("epoch"): nobody knows where an epoch of a stream ends. Type `{name}=steps`.'
+            )
+    if problems:
+        raise ConfigError("\n".join([*problems]))
+
+
+@contextmanager
+def steps_for(
+    train_set: TokenizedSet | StreamSource,
+    config: RewardConfig,
+    data: DataConfig,
+    *,
+    num_workers: int,
+    quarantine_path: Path,
+) -> Iterator[TokenizedSet | StreamedSteps]:
+    """What the ranks are given to train on; a stream is read as long as the block lasts."""
+    if isinstance(train_set, TokenizedSet):
+        yield train_set
+        return
+    with train_set.started(
+        rows_per_step=config.train_batch_rows(num_workers),
+        num_ranks=max(1, num_workers),
+        seed=config.seed if config.data_seed is None else config.data_seed,
+        window=data.shuffle_window,
+        shuffle=config.shuffle,
+        drop_last=config.dataloader_drop_last,
+        quarantine_path=quarantine_path,
+        max_bad_row_fraction=config.max_bad_row_fraction,
+        max_tasks=config.dataset_num_proc,
+    ) as steps:
+        yield steps
