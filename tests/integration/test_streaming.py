@@ -1,0 +1,166 @@
+"""A stream read ahead by a real actor: the steps of its order, from any cursor, whatever is killed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrm.data.dispatcher import StreamedSteps
+from rayrm.data.order import Cursor
+from rayrm.data.steps import Step
+from rayrm.data.streaming import open_stream
+from rayrm.errors import DataError
+from tests.tiny import tiny_rows, tiny_tokenizer
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+SHARDS, ROWS_PER_SHARD = 9, 30
+TOKENIZER = tiny_tokenizer()
+
+
+def write_shards(directory: Path, **bad: str) -> Path:
+    """Shards whose rows are known by their margins: 0, 1, 2 ... in the data's own order."""
+    directory.mkdir(exist_ok=True)
+    rows = [{**row, "margin": float(n)} for n, row in enumerate(tiny_rows(SHARDS * ROWS_PER_SHARD))]
+    for shard in range(SHARDS):
+        mine = rows[shard * ROWS_PER_SHARD : (shard + 1) * ROWS_PER_SHARD]
+        text = "".join(json.dumps(row) + "\n" for row in mine)
+        (directory / f"shard-{shard}.jsonl").write_text(text + bad.get(f"shard_{shard}", ""))
+    return directory
+
+
+@contextmanager
+def stream_of(source: Any, tmp_path: Path, **changes: Any) -> Iterator[StreamedSteps]:
+    opened = open_stream(str(source), TOKENIZER, max_length=200, token_cache=changes.pop("token_cache", None))
+    settings = {
+        "rows_per_step": 8,
+        "num_ranks": 1,
+        "seed": 1,
+        "window": 64,
+        "shuffle": True,
+        "drop_last": False,
+        "quarantine_path": tmp_path / "quarantine.jsonl",
+        "max_bad_row_fraction": 0.01,
+        "max_tasks": None,
+        **changes,
+    }
+    with opened.started(**settings) as steps:
+        yield steps
+
+
+def numbers(step: Step) -> list[int]:
+    return [int(row.margin) for row in step.fetch(range(step.index.num_rows))]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[int], Cursor, float]]:
+    """The first 80 steps, which is more than two epochs."""
+    with stream_of(shards, tmp_path_factory.mktemp("whole")) as steps:
+        return [(numbers(step), step.after, step.epoch) for step in islice(steps.steps(Cursor()), 80)]
+
+
+def test_an_epoch_has_each_row_once_and_the_next_has_another_order(
+    whole: list[tuple[list[int], Cursor, float]],
+) -> None:
+    epochs: dict[int, list[int]] = {}
+    before = Cursor()
+    for rows, after, _ in whole:
+        epochs.setdefault(before.epoch, []).extend(rows)
+        before = after
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(SHARDS * ROWS_PER_SHARD))
+    assert epochs[0] != epochs[1]
+    progress = [epoch for _, _, epoch in whole]
+    assert progress == sorted(progress)
+    assert progress[33] == 1.0  # 270 rows are 34 steps of 8
+
+
+@pytest.mark.parametrize("begin", [0, 5, 33, 40])
+def test_a_run_goes_on_from_a_cursor_with_the_steps_that_follow(
+    begin: int, whole: list[tuple[list[int], Cursor, float]], shards: Path, tmp_path: Path
+) -> None:
+    with stream_of(shards, tmp_path) as steps:
+        again = [numbers(step) for step in islice(steps.steps(whole[begin][1]), 20)]
+    assert again == [rows for rows, _, _ in whole[begin + 1 : begin + 21]]
+
+
+def test_a_killed_dispatcher_is_replaced_and_no_step_is_lost_or_seen_twice(
+    whole: list[tuple[list[int], Cursor, float]], shards: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    with stream_of(shards, tmp_path) as steps:
+        seen = []
+        for count, step in enumerate(islice(steps.steps(Cursor()), 45)):
+            if count in (3, 20):
+                process = ray.get(steps.actor.process.remote())
+                os.kill(process, signal.SIGKILL)  # its blocks go with it, those of `step` among them
+                steps._open.clear()
+            seen.append(numbers(step))
+        assert ray.get(steps.actor.process.remote()) != process
+    assert seen == [rows for rows, _, _ in whole[:45]]
+
+
+def test_the_dispatcher_stays_four_steps_ahead_and_no_further_than_a_window(
+    shards: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    with stream_of(shards, tmp_path, window=16) as steps:
+        for step in islice(steps.steps(Cursor()), 30):
+            deadline = time.monotonic() + 60
+            while (ahead := ray.get(steps.actor.num_ahead.remote())) < 4:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert ahead == 4
+            numbers(step)
+
+
+def test_a_rank_that_is_behind_gets_the_same_steps(shards: Path, tmp_path: Path) -> None:
+    with stream_of(shards, tmp_path, num_ranks=2) as steps:
+        first, second = steps.steps(Cursor()), steps.steps(Cursor())
+        ahead = [numbers(step) for step in islice(first, 10)]
+        assert [numbers(step) for step in islice(second, 10)] == ahead
+
+
+def test_later_epochs_come_from_the_token_cache(
+    whole: list[tuple[list[int], Cursor, float]], shards: Path, tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "cache")
+    for _ in range(2):
+        with stream_of(shards, tmp_path, token_cache=cache) as steps:
+            seen = [numbers(step) for step in islice(steps.steps(Cursor()), 50)]
+        assert seen == [rows for rows, _, _ in whole[:50]]
+        assert len(list(Path(cache).rglob("*.arrow"))) == SHARDS
+
+
+def test_a_refused_row_is_kept_once_with_file_and_line(tmp_path: Path) -> None:
+    bad = write_shards(tmp_path / "bad", shard_3='{"chosen": 1}\n')
+    with stream_of(bad, tmp_path, max_bad_row_fraction=0.5) as steps:
+        seen = [n for step in islice(steps.steps(Cursor()), 68) for n in numbers(step)]
+    assert sorted(seen) == sorted(2 * list(range(SHARDS * ROWS_PER_SHARD)))
+    (entry,) = (json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines())
+    assert entry["source"].endswith("shard-3.jsonl")
+    assert f"shard-3.jsonl:{ROWS_PER_SHARD + 1}" in entry["message"]
+
+
+def test_a_file_that_is_damaged_ends_the_reading_with_its_name(tmp_path: Path) -> None:
+    bad = write_shards(tmp_path / "bad")
+    rows = b"".join(json.dumps(row).encode() + b"\n" for row in tiny_rows(900, seed=5))
+    (bad / "zz.jsonl.gz").write_bytes(gzip.compress(rows)[:-1000])
+    with stream_of(bad, tmp_path) as steps, pytest.raises(DataError, match=r"zz\.jsonl\.gz cannot be read"):
+        for step in islice(steps.steps(Cursor()), 68):
+            numbers(step)
