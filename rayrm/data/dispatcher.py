@@ -10,12 +10,14 @@ windows and of Ray Data's own limit, whatever the size of the source.
 
 from __future__ import annotations
 
+import functools
 import logging
 import pickle
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,13 +78,18 @@ class _Run:
 class Dispatcher:
     """The actor's class; its methods run in threads, one for each rank that waits."""
 
-    def __init__(self, plan: StreamPlan) -> None:
-        self._plan = plan
+    def __init__(self) -> None:
+        self._plan_ref: Any = None
         self._changed = threading.Condition()
         self._run: _Run | None = None
 
-    def step(self, cursor: Cursor) -> StreamStep:
-        """The step after `cursor`; waits until it is read. Raises what reading raised."""
+    def step(self, cursor: Cursor, plan: list[Any]) -> StreamStep:
+        """The step after `cursor` of the `StreamPlan` that `plan` refers to; waits until it is read.
+
+        Raises what reading raised. The plan comes with each call, so that a restarted actor has it.
+        """
+        with self._changed:
+            self._plan_ref = plan[0]
         deadline = time.monotonic() + _PATIENCE_S
         with self._changed:
             while True:
@@ -112,6 +119,13 @@ class Dispatcher:
         import os
 
         return os.getpid()
+
+    @functools.cached_property
+    def _plan(self) -> StreamPlan:
+        import ray
+
+        plan: StreamPlan = ray.get(self._plan_ref)
+        return plan
 
     def _begin(self, cursor: Cursor) -> _Run:
         if self._run is not None:
@@ -274,10 +288,12 @@ class TakenStep:
 class StreamedSteps:
     """The steps of a stream, asked of its dispatcher; pickles small, for Ray Train's workers.
 
-    `sample`: a few rows of the stream, and one as long as rows can be, by which a run measures its memory.
+    `plan`: a reference to the `StreamPlan`. `sample`: a few rows of the stream, and one as long as rows can
+    be, by which a run measures its memory.
     """
 
     actor: Any
+    plan: Any
     sample: TokenizedSet
     _open: OrderedDict[Any, RowBlock] = field(default_factory=OrderedDict, repr=False)
 
@@ -297,7 +313,7 @@ class StreamedSteps:
         from ray.exceptions import RayTaskError
 
         try:
-            step: StreamStep = ray.get(self.actor.step.remote(cursor))
+            step: StreamStep = ray.get(self.actor.step.remote(cursor, [self.plan]))
         except RayTaskError as error:
             if isinstance(error.cause, Exception):
                 raise error.cause from None
@@ -318,18 +334,26 @@ class StreamedSteps:
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StreamedSteps, (self.actor, self.sample)
+        return StreamedSteps, (self.actor, self.plan, self.sample)
 
 
-def start_dispatcher(plan: StreamPlan, num_ranks: int) -> Any:
-    """A handle of a new actor; it is restarted where it is lost, and ends with this process or `ray.kill`."""
+@contextmanager
+def streamed(plan: StreamPlan, sample: TokenizedSet, num_ranks: int) -> Iterator[StreamedSteps]:
+    """The steps of a plan by a new actor, which is restarted where it is lost and ends with the block."""
     import ray
 
-    actor = ray.remote(Dispatcher).options(
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=-1,
-        max_concurrency=4 * num_ranks + 8,
-        scheduling_strategy="DEFAULT",
+    actor = (
+        ray.remote(Dispatcher)
+        .options(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=4 * num_ranks + 8,
+            scheduling_strategy="DEFAULT",
+        )
+        .remote()
     )
-    return actor.remote(plan)
+    try:
+        yield StreamedSteps(actor, ray.put(plan), sample)
+    finally:
+        ray.kill(actor)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rayrm.data.blocks import index_of
-from rayrm.data.dispatcher import StreamedSteps, StreamPlan, start_dispatcher
+from rayrm.data.dispatcher import StreamedSteps, StreamPlan, streamed
 from rayrm.data.ingest import check_one_form, reading_of
 from rayrm.data.order import StreamOrder
 from rayrm.data.preference import PairForm
@@ -68,16 +68,11 @@ class StreamSource:
         max_tasks: int | None,
     ) -> Iterator[StreamedSteps]:
         """The steps of a run, read by an actor that lives as long as the block."""
-        import ray
-
         order = StreamOrder(self.weights, rows_per_step, seed, window, shuffle, drop_last)
         refusals = RefusalLog(self.report.name, self.names, quarantine_path, max_bad_row_fraction)
         plan = StreamPlan(self.pieces, self.names, self.reading, order, refusals, max_tasks)
-        actor = start_dispatcher(plan, num_ranks)
-        try:
-            yield StreamedSteps(actor, self.sample)
-        finally:
-            ray.kill(actor)
+        with streamed(plan, self.sample, num_ranks) as steps:
+            yield steps
 
 
 def open_stream(
