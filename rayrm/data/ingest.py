@@ -74,6 +74,7 @@ class TokenizedSet:
 
     index: RowIndex
     report: IngestReport
+    names: list[str]  # of its sources
     _blocks: list[Any]  # ObjectRefs of tables, or tables
     _block_of: Counts
     _offset: Counts
@@ -87,7 +88,7 @@ class TokenizedSet:
     def from_rows(cls, rows: Sequence[TokenizedRow], name: str = "rows") -> TokenizedSet:
         """A set of rows in this process's memory; needs and starts no Ray."""
         table = table_of_rows(rows)
-        return _assemble(name, [table], [index_of(table)])
+        return _assemble(name, [name], [table], [index_of(table)])
 
     def fetch(self, rows: npt.ArrayLike) -> list[TokenizedRow]:
         """The rows at these positions (0 .. num_rows-1), in the order asked."""
@@ -104,8 +105,13 @@ class TokenizedSet:
         offsets = self._offset[wanted].tolist()
         return [opened[block].row(offset) for block, offset in zip(needed, offsets, strict=True)]
 
+    def name_of(self, row: TokenizedRow) -> str:
+        """What messages call a row of this set: its file and line."""
+        source, number = row.place
+        return row_name(self.names[source], number)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenizedSet, (self.index, self.report, self._blocks, self._block_of, self._offset)
+        return TokenizedSet, (self.index, self.report, self.names, self._blocks, self._block_of, self._offset)
 
 
 def ingest(
@@ -145,7 +151,7 @@ def ingest(
     said = name if name in names else f"{name} ({', '.join(names[:3])}{' ...' if names[3:] else ''})"
     check_refusals(said, num_rows, refusals, max_bad_row_fraction, quarantine_path)
     _check_one_form(names, indices)
-    tokenized = _assemble(name, blocks, indices)
+    tokenized = _assemble(name, names, blocks, indices)
     _log.info("%s", one_line(name, num_rows, refusals))
     return tokenized
 
@@ -157,7 +163,7 @@ def ray_pickle(tokenizer: Any) -> bytes:
     return bytes(cloudpickle.dumps(tokenizer))
 
 
-def _assemble(name: str, blocks: list[Any], indices: list[BlockIndex]) -> TokenizedSet:
+def _assemble(name: str, names: list[str], blocks: list[Any], indices: list[BlockIndex]) -> TokenizedSet:
     """The set of all blocks' rows, ordered by (source, row)."""
 
     def joined(field_name: str) -> npt.NDArray[Any]:
@@ -180,7 +186,9 @@ def _assemble(name: str, blocks: list[Any], indices: list[BlockIndex]) -> Tokeni
         num_tokens=num_tokens,
         num_shared_tokens=num_tokens - int(rows.tokens(share=True).sum()),
     )
-    return TokenizedSet(rows, report, blocks, block_of[order], joined("offset")[order].astype(np.int32))
+    return TokenizedSet(
+        rows, report, names, blocks, block_of[order], joined("offset")[order].astype(np.int32)
+    )
 
 
 def _resolve(blocks: list[Any]) -> list[pa.Table]:

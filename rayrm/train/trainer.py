@@ -22,6 +22,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from rayrm.config import ModelConfig, RewardConfig
 from rayrm.data.ingest import TokenizedSet, ingest
+from rayrm.data.quarantine import skipped_lines
 from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.errors import ConfigError, DataError, RayrmError
 from rayrm.logs import show_logs
@@ -306,7 +307,10 @@ class RewardTrainer:
         claim(self.output_dir, identity, budget, self._run_toml(budget))
         kept = self.output_dir / "quarantine.jsonl"
         if self._quarantine != kept and self._quarantine.exists():
+            skipped = skipped_lines(kept)
             shutil.move(self._quarantine, kept)
+            with kept.open("a", encoding="utf-8") as lines:
+                lines.writelines(skipped)
             self._quarantine.parent.rmdir()
         self._quarantine = kept
         return RunStart(start.resume, budget)
