@@ -64,7 +64,7 @@ Scheduler = Literal[
 
 @settings
 class RewardConfig:
-    """How a reward model is trained: TRL's `RewardConfig`, and five settings of ours at the end."""
+    """How a reward model is trained: TRL's `RewardConfig`, and our own settings at the end."""
 
     output_dir: str | None = None
     """The run's directory, `~` expanded. None: `trainer_output`."""
@@ -208,6 +208,11 @@ class RewardConfig:
     """A new seeded order every epoch. False: the data's own order."""
     zero_stage: Annotated[Annotated[int, Field(ge=0, le=3)] | None, BeforeValidator(none_word)] = None
     """DeepSpeed's ZeRO stage. None: plain PyTorch, gradients summed over workers."""
+    nonfinite_loss: Literal["stop", "skip"] = "stop"
+    """What an infinite or NaN loss does. "stop": ends the run and names the rows. "skip": leaves the step's
+    update out and keeps those rows in `quarantine.jsonl`; it waits for the device in each step."""
+    log_rows: bool = False
+    """Write which rows each step was trained on: `rows-<rank>.jsonl` in `output_dir`."""
     max_bad_row_fraction: Fraction = 0.01
     """The run fails when a larger share of a source's rows is refused (too long a pair is no bad row)."""
 

@@ -151,18 +151,21 @@ class RowBlock:
     def __init__(self, table: pa.Table) -> None:
         self._prefix_lengths = table.column("prefix_length").to_numpy()
         self._margins = table.column("margin").to_numpy()
+        self._places = [table.column(name).to_numpy() for name in ("source", "row")]
         self._ids, self._lengths, self._ranks = (
             _Lists(table.column(name).combine_chunks()) for name in ("ids", "lengths", "ranks")
         )
 
     def row(self, offset: int) -> TokenizedRow:
         """The row at a position of the table."""
+        source, row = (int(column[offset]) for column in self._places)
         return TokenizedRow(
             self._ids.at(offset).copy(),
             int(self._prefix_lengths[offset]),
             tuple(self._lengths.at(offset).tolist()),
             tuple(self._ranks.at(offset).tolist()),
             float(self._margins[offset]),
+            (source, row),
         )
 
 

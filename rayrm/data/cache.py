@@ -31,15 +31,21 @@ _BLOCK_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class CachedBlock:
-    """Record batch number `batch` of an entry: rows that can be read in any process that sees the file."""
+    """Record batch number `batch` of an entry: rows that can be read in any process that sees the file.
+
+    Entries know no source; here the rows are of the one with index `source`.
+    """
 
     path: str
     batch: int
+    source: int
 
     def table(self) -> pa.Table:
         """The rows, mapped from the file; a process's memory holds what of them is touched."""
         with pa.memory_map(self.path) as stream:
-            return pa.Table.from_batches([pa.ipc.open_file(stream).get_batch(self.batch)])
+            table = pa.Table.from_batches([pa.ipc.open_file(stream).get_batch(self.batch)])
+        source = pa.repeat(pa.scalar(self.source, pa.int32()), len(table))
+        return table.set_column(table.schema.get_field_index("source"), "source", source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +77,12 @@ class TokenCache:
             ) from error
 
 
-def blocks_of(entry: Path) -> list[CachedBlock]:
-    """The blocks of an entry, in order."""
+def blocks_of(entry: Path, source: int) -> list[CachedBlock]:
+    """The blocks of an entry, in order, as rows of the source with this index."""
     with pa.memory_map(str(entry)) as stream:
-        return [CachedBlock(str(entry), n) for n in range(pa.ipc.open_file(stream).num_record_batches)]
+        return [
+            CachedBlock(str(entry), n, source) for n in range(pa.ipc.open_file(stream).num_record_batches)
+        ]
 
 
 def rules_of(tokenizer: Any, **rules: Any) -> str:

@@ -29,6 +29,7 @@ from rayrm.data.order import Cursor, StreamOrder
 from rayrm.data.reading import Piece, Reading, raise_if_stopped
 from rayrm.data.refusals import RefusalLog
 from rayrm.data.row_index import RowIndex
+from rayrm.data.sources import row_name
 from rayrm.data.stream import StreamCutter, StreamStep
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
@@ -289,12 +290,13 @@ class StreamedSteps:
     """The steps of a stream, asked of its dispatcher; pickles small, for Ray Train's workers.
 
     `plan`: a reference to the `StreamPlan`. `sample`: a few rows of the stream, and one as long as rows can
-    be, by which a run measures its memory.
+    be, by which a run measures its memory. `names`: of the sources.
     """
 
     actor: Any
     plan: Any
     sample: TokenizedSet
+    names: list[str]
     _open: OrderedDict[Any, RowBlock] = field(default_factory=OrderedDict, repr=False)
 
     @property
@@ -333,8 +335,13 @@ class StreamedSteps:
             self._open.popitem(last=False)
         return found
 
+    def name_of(self, row: TokenizedRow) -> str:
+        """What messages call a row of the stream: its file and line."""
+        source, number = row.place
+        return row_name(self.names[source], number)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return StreamedSteps, (self.actor, self.plan, self.sample)
+        return StreamedSteps, (self.actor, self.plan, self.sample, self.names)
 
 
 @contextmanager
@@ -354,6 +361,6 @@ def streamed(plan: StreamPlan, sample: TokenizedSet, num_ranks: int) -> Iterator
         .remote()
     )
     try:
-        yield StreamedSteps(actor, ray.put(plan), sample)
+        yield StreamedSteps(actor, ray.put(plan), sample, plan.names)
     finally:
         ray.kill(actor)

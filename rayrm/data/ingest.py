@@ -80,7 +80,7 @@ def ingest(
     said = name if name in names else f"{name} ({', '.join(names[:3])}{' ...' if names[3:] else ''})"
     check_refusals(said, num_rows, refusals, max_bad_row_fraction, quarantine_path)
     check_one_form(names, indices)
-    tokenized = assemble(name, blocks, indices)
+    tokenized = assemble(name, names, blocks, indices)
     _log.info("%s", one_line(name, num_rows, refusals))
     return tokenized
 

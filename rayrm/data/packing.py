@@ -38,8 +38,8 @@ class PackedBatch:
     Tokens: `ids`, `positions` `[T]`. Segments: `parent` (-1 for a root), `start`, `length` `[S]`.
     Scores: `pooled` `[N]`, packed token indices, one for each sequence in the order given (a row's
     completions, row after row); equal sequences are read at the same token. Comparisons: `better`, `worse`
-    `[C]` index into the scores; `margin`, `weight` `[C]`. `num_unshared_tokens` counts what would be computed
-    without sharing.
+    `[C]` index into the scores; `margin`, `weight` `[C]`; `row` `[C]`, whose they are.
+    `num_unshared_tokens` counts what would be computed without sharing.
     """
 
     ids: Indices
@@ -52,6 +52,7 @@ class PackedBatch:
     worse: Indices
     margin: Floats
     weight: Floats
+    row: Indices
     num_unshared_tokens: int
 
     @property
@@ -178,15 +179,17 @@ def pack_rows(
     worse: list[int] = []
     margin: list[float] = []
     weight: list[float] = []
+    of_row: list[int] = []
     first = 0
-    for row, row_weight in zip(rows, weights or [1.0] * len(rows), strict=True):
+    for number, (row, row_weight) in enumerate(zip(rows, weights or [1.0] * len(rows), strict=True)):
         comparisons = row.comparisons
         better.extend(first + above for above, _ in comparisons)
         worse.extend(first + below for _, below in comparisons)
         margin.extend([row.margin] * len(comparisons))
         weight.extend([row_weight / len(comparisons)] * len(comparisons))
+        of_row.extend([number] * len(comparisons))
         first += len(row.lengths)
-    return _batch(sequences, pad_token_id, share, better, worse, margin, weight)
+    return _batch(sequences, pad_token_id, share, better, worse, margin, weight, of_row)
 
 
 def pack_texts(sequences: Sequence[Ids], pad_token_id: int | None, *, share: bool = True) -> PackedBatch:
@@ -202,6 +205,7 @@ def _batch(
     worse: Sequence[int] = (),
     margin: Sequence[float] = (),
     weight: Sequence[float] = (),
+    of_row: Sequence[int] = (),
 ) -> PackedBatch:
     # What begins with another token shares nothing.
     groups: dict[int, list[int]] = {}
@@ -223,6 +227,7 @@ def _batch(
         worse=np.asarray(worse, np.int64),
         margin=np.asarray(margin, np.float32),
         weight=np.asarray(weight, np.float32),
+        row=np.asarray(of_row, np.int64),
         num_unshared_tokens=sum(len(ids) for ids in sequences),
     )
 

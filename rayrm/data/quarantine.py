@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rayrm.data.sources import place_of
 from rayrm.errors import DataError
 
 if TYPE_CHECKING:
     from rayrm.data.blocks import Refusal
 
+QUARANTINE = "quarantine.jsonl"
 FILTERED = ("too-long",)
+NONFINITE = "nonfinite-loss"
 _SHOWN_REASONS = 3
 
 
@@ -34,6 +37,44 @@ def write_quarantine(path: Path, names: Sequence[str], refusals: Sequence[Refusa
                 "raw": refusal.raw,
             }
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def write_skipped(path: Path, step: int, rows: Sequence[str]) -> None:
+    """Appends rows (by `row_name`) for which training left out a step; `raw` is not known there."""
+    with path.open("a", encoding="utf-8") as stream:
+        for name in rows:
+            source, number = place_of(name)
+            message = f"{name}: the loss was not finite, and step {step} was left out"
+            entry = {"source": source, "row": number, "reason": NONFINITE, "message": message, "raw": ""}
+            stream.write(json.dumps({**entry, "step": step}, ensure_ascii=False) + "\n")
+
+
+def skipped_lines(path: Path) -> list[str]:
+    """The lines of `write_skipped`; one cut off by a kill is left out."""
+    return [line for line in _lines(path) if _skipped_in(line) > 0]
+
+
+def drop_skipped(path: Path, after_step: int) -> None:
+    """Drops the lines of `write_skipped` beyond a step: a run that goes on from there does it again."""
+    lines = _lines(path)
+    kept = [line for line in lines if _skipped_in(line) <= after_step]
+    if len(kept) < len(lines):
+        aside = path.with_name(f".{path.name}")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(path)
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="\n") as stream:  # texts may hold other ends of lines
+        return [line for line in stream if line.endswith("\n")]
+
+
+def _skipped_in(line: str) -> int:
+    """The step that left the line's row out; 0: it was refused before training."""
+    entry = json.loads(line)
+    return int(entry["step"]) if entry["reason"] == NONFINITE else 0
 
 
 def check_refusals(

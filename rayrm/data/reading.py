@@ -50,15 +50,15 @@ class Reading:
             if self.cache is None:
                 yield from self._tokenized(read_work(piece))
                 return
-            for block in blocks_of(self._entry(piece)):
-                yield of_source(block.table(), piece.source)
+            for block in blocks_of(self._entry(piece), piece.source):
+                yield block.table()
         except (DataError, ConfigError) as error:
             yield stop_table(error)
 
     def cached(self, piece: Piece) -> list[tuple[CachedBlock, BlockIndex]]:
         """The piece's blocks in the cache, made where they are not there, with their indices."""
-        found = [(block, block.table()) for block in blocks_of(self._entry(piece))]
-        return [(block, index_of(of_source(table, piece.source))) for block, table in found]
+        blocks = blocks_of(self._entry(piece), piece.source)
+        return [(block, index_of(block.table())) for block in blocks]
 
     def rows(self, rows: Iterator[SourceRow]) -> Iterator[pa.Table]:
         """As `tables`, of rows that were read already."""
@@ -83,14 +83,6 @@ def content_of(piece: Piece) -> str:
     status = os.stat(piece.path)
     content = file_hash(piece.path, status.st_size, status.st_mtime_ns)
     return f"{content} {replace(piece, source=0, path=Path(piece.path).suffix)}"
-
-
-def of_source(table: pa.Table, source: int) -> pa.Table:
-    """A table of the cache, whose rows know no source, as one of the source with this index."""
-    place = table.schema.get_field_index("source")
-    return table.set_column(
-        place, SCHEMA.field("source"), pa.repeat(pa.scalar(source, pa.int32()), len(table))
-    )
 
 
 @functools.lru_cache(maxsize=2)

@@ -121,6 +121,15 @@ def row_name(source: str, number: int) -> str:
     return f"{source}:{number + 1}" if source.endswith(_TEXT_SUFFIXES) else f"{source}[{number}]"
 
 
+def place_of(name: str) -> tuple[str, int]:
+    """The source and the row's number (from 0) behind a `row_name`."""
+    if name.endswith("]"):
+        source, _, number = name[:-1].rpartition("[")
+        return source, int(number)
+    source, _, line = name.rpartition(":")
+    return source, int(line) - 1
+
+
 def _expand(source: Any, name: str) -> Iterator[Path | tuple[str, Iterable[Any]]]:
     if isinstance(source, (str, os.PathLike)):
         yield from _expand_path(os.fspath(source))

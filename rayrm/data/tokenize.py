@@ -51,7 +51,8 @@ class TokenizedRow:
 
     `ids` is int32 `[prefix_length + the K tails]`, the tails in the row's own order; `lengths` are whole, the
     prefix included. A tail may be empty. `ranks`: lower is better, equal ones are not compared. `margin` is
-    that of each comparison. A pair is K = 2 with ranks (0, 1): chosen, rejected.
+    that of each comparison. A pair is K = 2 with ranks (0, 1): chosen, rejected. `place`: which source and
+    which row of it, both from 0, where it came out of a set; no part of what the row says.
     """
 
     ids: Ids
@@ -59,6 +60,7 @@ class TokenizedRow:
     lengths: tuple[int, ...]
     ranks: tuple[int, ...]
     margin: float
+    place: tuple[int, int] = field(default=(0, -1), compare=False)
 
     @classmethod
     def of(cls, sequences: Sequence[Ids], ranks: Sequence[int], margin: float = 0.0) -> TokenizedRow:

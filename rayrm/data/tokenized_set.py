@@ -21,6 +21,7 @@ from rayrm.data.cache import CachedBlock
 from rayrm.data.order import Part
 from rayrm.data.preference import PairForm
 from rayrm.data.row_index import Counts, RowIndex
+from rayrm.data.sources import row_name
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.errors import DataError
 
@@ -57,6 +58,7 @@ class TokenizedSet:
 
     index: RowIndex
     report: IngestReport
+    names: list[str]  # of its sources
     _blocks: list[Any]  # ObjectRefs of tables, or tables
     _block_of: Counts
     _offset: Counts
@@ -75,7 +77,7 @@ class TokenizedSet:
     @classmethod
     def of_table(cls, table: pa.Table, name: str = "rows") -> TokenizedSet:
         """The accepted rows of a table in this process's memory."""
-        return assemble(name, [table], [index_of(table)])
+        return assemble(name, [name], [table], [index_of(table)])
 
     @property
     def sample(self) -> TokenizedSet:
@@ -97,12 +99,17 @@ class TokenizedSet:
         offsets = self._offset[wanted].tolist()
         return [opened[block].row(offset) for block, offset in zip(needed, offsets, strict=True)]
 
+    def name_of(self, row: TokenizedRow) -> str:
+        """What messages call a row of this set: its file and line."""
+        source, number = row.place
+        return row_name(self.names[source], number)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        told = (self.index, self.report, self._blocks, self._block_of, self._offset, self.parts)
+        told = (self.index, self.report, self.names, self._blocks, self._block_of, self._offset, self.parts)
         return TokenizedSet, told
 
 
-def assemble(name: str, blocks: list[Any], indices: list[BlockIndex]) -> TokenizedSet:
+def assemble(name: str, names: list[str], blocks: list[Any], indices: list[BlockIndex]) -> TokenizedSet:
     """The set of all blocks' rows, ordered by (source, row)."""
 
     def joined(field_name: str) -> npt.NDArray[Any]:
@@ -125,7 +132,9 @@ def assemble(name: str, blocks: list[Any], indices: list[BlockIndex]) -> Tokeniz
         num_tokens=num_tokens,
         num_shared_tokens=num_tokens - int(rows.tokens(share=True).sum()),
     )
-    return TokenizedSet(rows, report, blocks, block_of[order], joined("offset")[order].astype(np.int32))
+    return TokenizedSet(
+        rows, report, names, blocks, block_of[order], joined("offset")[order].astype(np.int32)
+    )
 
 
 def _resolve(blocks: list[Any]) -> list[pa.Table]:

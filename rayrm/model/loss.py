@@ -1,4 +1,4 @@
-"""The Bradley-Terry loss over comparisons, as a sum: the caller divides once, by the step's row count."""
+"""The Bradley-Terry loss of comparisons: the caller adds up, and divides once, by the step's row count."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 
-def bradley_terry_loss(
+def bradley_terry_losses(
     scores: torch.Tensor,
     better: torch.Tensor,
     worse: torch.Tensor,
@@ -15,9 +15,9 @@ def bradley_terry_loss(
     weight: torch.Tensor,
     center_rewards_coefficient: float | None = None,
 ) -> torch.Tensor:
-    """The weighted sum of comparison losses, a scalar.
+    """The weighted loss of each comparison c, `[C]`.
 
-        sum_c w_c * [ -log sigmoid(r_better - r_worse - m_c)  +  k * (r_better + r_worse)^2 ]
+        w_c * [ -log sigmoid(r_better - r_worse - m_c)  +  k * (r_better + r_worse)^2 ]
 
     `scores` `[N]` in float32; `better`, `worse` `[C]` index into them; `margin`, `weight` `[C]`. The first
     term is the Bradley-Terry likelihood as InstructGPT trains it (https://arxiv.org/abs/2203.02155, section
@@ -28,4 +28,4 @@ def bradley_terry_loss(
     losses = -F.logsigmoid(r_better - r_worse - margin)
     if center_rewards_coefficient is not None:
         losses = losses + center_rewards_coefficient * (r_better + r_worse).square()
-    return (losses * weight).sum()
+    return losses * weight

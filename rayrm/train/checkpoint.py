@@ -39,7 +39,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 class TrainState:
     """Where training stands. `interval` holds the metrics of steps that are done but not yet logged.
 
-    `max_tokens` is the run's token budget, which a run that goes on from here keeps (None: not written).
+    `skipped_steps` counts those that were left out, for a loss that was not finite. `max_tokens` is the run's
+    token budget, which a run that goes on from here keeps (None: not written).
     """
 
     step: int = 0
@@ -48,11 +49,17 @@ class TrainState:
     num_tokens: int = 0
     num_tokens_computed: int = 0
     loss_sum: float = 0.0
+    skipped_steps: int = 0
     interval: list[list[float]] = field(default_factory=list)
     best_metric: float | None = None
     best_checkpoint: str | None = None
     num_workers: int = 1
     max_tokens: int | None = None
+
+    @property
+    def train_loss(self) -> float:
+        """The mean over all steps that were not left out."""
+        return self.loss_sum / max(self.step - self.skipped_steps, 1)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

@@ -40,7 +40,10 @@ class Engine(Protocol):
         ...
 
     def step(self) -> torch.Tensor:
-        """Average gradients over ranks, clip, update; the global gradient norm before clipping, a scalar."""
+        """Average gradients over ranks, clip, update; the global gradient norm before clipping, a scalar.
+
+        One made to skip leaves everything but the gradients as it is where that norm is not finite.
+        """
         ...
 
     def learning_rate(self) -> float: ...
@@ -75,6 +78,7 @@ class TorchEngine:
         world_size: int,
         max_grad_norm: float,
         precision: Precision = "fp32",
+        skips_nonfinite: bool = False,
     ) -> None:
         self.module = module
         self.device = device
@@ -84,6 +88,7 @@ class TorchEngine:
         self._max_grad_norm = max_grad_norm
         self._precision = precision
         self.scales_loss = precision == "fp16"
+        self._skips_nonfinite = skips_nonfinite and not self.scales_loss  # the scaler does
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         # Unscaling reads the parameters' own gradients, and none is there while it is held by row.
         self._embedding = None if self.scales_loss else RowGradient.of(unwrapped(module.model), device)
@@ -106,6 +111,9 @@ class TorchEngine:
         gradients = self._gradients()
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
+        if self._skips_nonfinite and not bool(torch.isfinite(norm)):
+            self._optimizer.zero_grad(set_to_none=True)
+            return norm
         if self._max_grad_norm > 0:
             # As torch.nn.utils.clip_grads_with_norm_, which takes parameters.
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -42,6 +42,8 @@ class RowSet(Protocol):
 
     def fetch(self, rows: npt.ArrayLike) -> list[TokenizedRow]: ...
 
+    def name_of(self, row: TokenizedRow) -> str: ...
+
 
 def score_rows(
     scores_of: Callable[[DeviceBatch], torch.Tensor],

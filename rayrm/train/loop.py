@@ -19,10 +19,10 @@ import torch.distributed as dist
 from rayrm.config import RewardConfig
 from rayrm.data.order import Cursor
 from rayrm.data.packing import PackedBatch
-from rayrm.errors import RayrmError
 from rayrm.metrics.step import IntervalMean, StepMetrics
 from rayrm.train.checkpoint import TrainState
 from rayrm.train.engine import Engine
+from rayrm.train.soundness import SeenStep, Soundness
 from rayrm.train.step import StepTotals, computed_tokens, train_step
 
 Record = dict[str, float]
@@ -32,15 +32,32 @@ Record = dict[str, float]
 class RankStep:
     """One rank's share of a step. `num_rows` and `num_tokens` are the whole step's, over all ranks.
 
-    `padded`: the model pads each micro-batch to its longest row. `epoch`: the progress after the step.
+    `padded`: the model pads each micro-batch to its longest row. `row_names`: of each micro-batch its rows'
+    names, "" for a dummy. `pack_alone`: the row at a place of a micro-batch by itself. `epoch`: the progress
+    after the step.
     """
 
     microbatches: Sequence[PackedBatch]
     num_rows: int
     num_tokens: int
     after: Cursor
+    row_names: Sequence[Sequence[str]]
+    pack_alone: Callable[[int, int], PackedBatch]
     padded: bool = False
     epoch: float = 0.0
+
+    @property
+    def comparison_names(self) -> list[str]:
+        """Whose each comparison of this rank is."""
+        return [self.row_names[place][row] for place, row in self._comparison_rows()]
+
+    def alone(self, comparison: int) -> PackedBatch:
+        """The row of this rank's i-th comparison by itself."""
+        return self.pack_alone(*self._comparison_rows()[comparison])
+
+    def _comparison_rows(self) -> list[tuple[int, int]]:
+        batches = enumerate(self.microbatches)
+        return [(place, row) for place, batch in batches for row in batch.row.tolist()]
 
     @property
     def num_tokens_computed(self) -> int:
@@ -105,12 +122,16 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """What happens around the steps. Every rank calls each; what only rank 0 does, it decides itself."""
+    """What happens around the steps. Every rank calls each; what only rank 0 does, it decides itself.
+
+    `trained` is told a step's number, this rank's share of it, and whether its update was left out.
+    """
 
     progress: Callable[[int], None]
     log: Callable[[Record], None]
     evaluate: Callable[[TrainState], None]
     save: Callable[[TrainState], None]
+    trained: Callable[[int, RankStep, bool], None] = lambda step, share, skipped: None
 
 
 @dataclass(slots=True)
@@ -149,7 +170,8 @@ class Interval:
     def take(self) -> Record:
         """The interval's means by TRL's names, with the last step's grad_norm; starts the next interval."""
         mean = IntervalMean()
-        rows = self.reduce()
+        # A step that was left out has the weight of no row.
+        rows = [row for row in self.reduce() if row[5] > 0]
         for _, loss, won, margin, reward, weight, low, minus_high, _ in rows:
             step = StepMetrics(
                 pairs=weight,
@@ -162,7 +184,7 @@ class Interval:
             )
             mean.add(step.means())
         self.reduced = []
-        return {**mean.take(), "grad_norm": rows[-1][-1]}
+        return {**mean.take(), "grad_norm": rows[-1][-1]} if rows else {}
 
 
 def run_loop(
@@ -173,10 +195,12 @@ def run_loop(
     events: Events,
     *,
     center_rewards_coefficient: float | None,
+    soundness: Soundness | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> TrainState:
     """Train from where `state` stands to the schedule's end. `now` tells the time in seconds."""
     interval = Interval(reduced=list(state.interval))
+    soundness = soundness or Soundness(engine)
     clock = _Clock(now)
     engine.train(True)
     while state.step < schedule.num_steps:
@@ -184,26 +208,36 @@ def run_loop(
         step = next(steps)
         clock.resume(step)
         learning_rate = engine.learning_rate()
-        interval.add(
-            train_step(
-                engine,
-                step.microbatches,
-                step.num_rows,
-                center_rewards_coefficient=center_rewards_coefficient,
-            ),
-            step.num_tokens_computed,
+        totals = train_step(
+            engine,
+            step.microbatches,
+            step.num_rows,
+            center_rewards_coefficient=center_rewards_coefficient,
+            spoils=soundness.skips,
         )
         state.step += 1
+        seen = SeenStep(state.step, totals.nonfinite, step.comparison_names, step.num_rows)
+        if skipped := soundness.was_skipped(seen, totals, step.alone):
+            state.skipped_steps += 1
+            totals = StepTotals.none(engine.device)
+        interval.add(totals, step.num_tokens_computed)
         state.cursor, state.epoch = step.after, step.epoch
         state.num_tokens += step.num_tokens
+        events.trained(state.step, step, skipped)
         events.progress(state.step)
-        if schedule.logs(state.step):
+        logs, evaluates, saves = (
+            due(state.step) for due in (schedule.logs, schedule.evaluates, schedule.saves)
+        )
+        if logs or evaluates or saves:
+            soundness.check(interval.reduce(), state.step)
+        if logs:
             interval.add_to(state)
-            record = interval.take()
+            num_skipped = sum(row[5] == 0 for row in interval.reduced)
             events.log(
                 {
                     "step": state.step,
-                    **_checked(record, state.step, engine),
+                    **interval.take(),
+                    **({"skipped_steps": num_skipped} if soundness.skips else {}),
                     "learning_rate": learning_rate,
                     "num_tokens": state.num_tokens,
                     "num_tokens_computed": state.num_tokens_computed,
@@ -211,8 +245,7 @@ def run_loop(
                     **clock.take(),
                 }
             )
-        saves = schedule.saves(state.step)
-        if schedule.evaluates(state.step):
+        if evaluates:
             engine.train(False)
             with clock.stopped():
                 events.evaluate(state)
@@ -221,19 +254,9 @@ def run_loop(
             state.interval = interval.reduce()
             with clock.stopped():
                 events.save(state)
+    soundness.check(interval.reduce(), state.step)
     interval.add_to(state)
     return state
-
-
-def _checked(record: Record, step: int, engine: Engine) -> Record:
-    # With loss scaling (fp16) a step whose gradients overflow is skipped, and the scale lowered.
-    norm_is_sound = engine.scales_loss or math.isfinite(record["grad_norm"])
-    if not math.isfinite(record["loss"]) or not norm_is_sound:
-        raise RayrmError(
-            f"the loss ({record['loss']}) or the gradient norm ({record['grad_norm']}) is not finite at step "
-            f"{step}. Lower `learning_rate`, or train in fp32 (`bf16=false`); the last checkpoint is intact."
-        )
-    return record
 
 
 class _Clock:

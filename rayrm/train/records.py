@@ -80,7 +80,7 @@ class RunLog:
             {
                 "step": state.step,
                 "epoch": state.epoch,
-                "train_loss": state.loss_sum / max(state.step, 1),
+                "train_loss": state.train_loss,
                 "train_runtime": runtime,
                 "train_steps_per_second": (state.step - self._began_at_step) / max(runtime, 1e-9),
                 "num_tokens": state.num_tokens,

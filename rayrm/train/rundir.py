@@ -29,8 +29,8 @@ RUN_TOML = "run.toml"
 _BUDGET = "max_tokens_per_microbatch"
 # What a run writes into its directory: a file of one of these names that is not ours would be lost.
 _WRITTEN = (
-    METRICS, PROGRESS, IDENTITY, RUN_TOML, "quarantine.jsonl", "tensorboard", "checkpoint-*", "README.md",
-    "config.json", "adapter_*", "*.safetensors*", "rayrm.json", "tokenizer*", "special_tokens_map.json",
+    METRICS, PROGRESS, IDENTITY, RUN_TOML, "quarantine.jsonl", "rows-*.jsonl", "tensorboard", "checkpoint-*",
+    "README.md", "config.json", "adapter_*", "*.safetensors*", "rayrm.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "trainer_state.json",
 )  # fmt: skip
 _FREE = {
@@ -39,6 +39,9 @@ _FREE = {
     "logging_strategy", "logging_steps", "logging_first_step",
     "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size",
     "save_strategy", "save_steps", "save_total_limit",
+    # Until a loss is not finite, both values do the same.
+    "nonfinite_loss",
+    "log_rows",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     # Named by what they make together: rows_per_step.
     "per_device_train_batch_size", "gradient_accumulation_steps",

@@ -15,7 +15,7 @@ import torch
 
 from rayrm.data.packing import PackedBatch
 from rayrm.model.forward import to_device
-from rayrm.model.loss import bradley_terry_loss
+from rayrm.model.loss import bradley_terry_losses
 from rayrm.train.engine import Engine
 
 
@@ -25,11 +25,18 @@ class StepTotals:
 
     sums: loss (already divided by the step's rows), rows won, margin, reward over all scores, weight of rows.
     extremes: the least score, minus the greatest. `grad_norm` is the global norm before clipping.
+    `nonfinite` `[C]`: which comparisons of this rank have an infinite or NaN loss.
     """
 
     sums: torch.Tensor
     extremes: torch.Tensor
     grad_norm: torch.Tensor
+    nonfinite: torch.Tensor
+
+    @classmethod
+    def none(cls, device: torch.device) -> StepTotals:
+        """Those of no row at all."""
+        return cls(*_zeros(device), torch.zeros((), device=device), torch.zeros(0, device=device))
 
 
 def computed_tokens(batch: PackedBatch, *, padded: bool) -> int:
@@ -43,17 +50,19 @@ def train_step(
     num_rows: int,
     *,
     center_rewards_coefficient: float | None = None,
+    spoils: bool = False,
 ) -> StepTotals:
     """Forward and backward over this rank's micro-batches, then one update.
 
-    `num_rows` is the step's row count over all ranks: the one denominator.
+    `num_rows` is the step's row count over all ranks: the one denominator. `spoils`: a loss that is not
+    finite makes all gradients NaN, so that the norm tells every rank of it.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
-    extremes = torch.full((2,), torch.inf, dtype=torch.float64, device=engine.device)
+    sums, extremes = _zeros(engine.device)
+    nonfinite = []
     for microbatch in microbatches:
         batch = to_device(microbatch, engine.device, engine.module.path)
         scores = engine.scores(batch)
-        loss = bradley_terry_loss(
+        losses = bradley_terry_losses(
             scores,
             batch.better,
             batch.worse,
@@ -61,11 +70,20 @@ def train_step(
             weight=batch.weight,
             center_rewards_coefficient=center_rewards_coefficient,
         )
+        loss = losses.sum()
+        if spoils:
+            loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         # Engines average gradients over ranks: x world size makes it a sum, / num_rows the step's mean.
         engine.backward(loss * (engine.world_size / num_rows))
         with torch.no_grad():
+            nonfinite.append(~torch.isfinite(losses))
             _add_totals(sums, extremes, loss / num_rows, scores, batch.better, batch.worse, batch.weight)
-    return StepTotals(sums, extremes, engine.step())
+    return StepTotals(sums, extremes, engine.step(), torch.cat(nonfinite))
+
+
+def _zeros(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    return sums, torch.full((2,), torch.inf, dtype=torch.float64, device=device)
 
 
 def _add_totals(

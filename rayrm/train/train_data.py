@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from rayrm.config import DataConfig, RewardConfig
 from rayrm.data.dispatcher import StreamedSteps
+from rayrm.data.order import Order
+from rayrm.data.steps import IndexedSteps, TrainSteps
 from rayrm.data.streaming import StreamSource
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError
@@ -111,3 +113,18 @@ def steps_for(
         max_tasks=config.dataset_num_proc,
     ) as steps:
         yield steps
+
+
+def train_steps(train_set: TokenizedSet | StreamedSteps, config: RewardConfig, num_ranks: int) -> TrainSteps:
+    """The steps of a run: those of a stream, or those that the order of a whole set makes."""
+    if isinstance(train_set, StreamedSteps):
+        return train_set
+    order = Order(
+        train_set.num_rows,
+        config.train_batch_rows(num_ranks),
+        seed=config.seed if config.data_seed is None else config.data_seed,
+        shuffle=config.shuffle,
+        drop_last=config.dataloader_drop_last,
+        parts=train_set.parts,
+    )
+    return IndexedSteps(train_set, order)

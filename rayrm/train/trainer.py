@@ -23,6 +23,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.data.dispatcher import StreamedSteps
 from rayrm.data.ingest import ingest
+from rayrm.data.quarantine import skipped_lines
 from rayrm.data.streaming import StreamSource, open_stream
 from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.data.tokenized_set import TokenizedSet
@@ -334,7 +335,10 @@ class RewardTrainer:
         claim(self.output_dir, identity, budget, self._run_toml(budget))
         kept = self.output_dir / "quarantine.jsonl"
         if self._quarantine != kept and self._quarantine.exists():
+            skipped = skipped_lines(kept)
             shutil.move(self._quarantine, kept)
+            with kept.open("a", encoding="utf-8") as lines:
+                lines.writelines(skipped)
             self._quarantine.parent.rmdir()
         self._quarantine = kept
         return RunStart(start.resume, budget)

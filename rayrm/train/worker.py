@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import set_seed
 
 from rayrm.config import RewardConfig
 from rayrm.data.dispatcher import StreamedSteps
-from rayrm.data.order import Order
-from rayrm.data.packing import pack_rows
+from rayrm.data.packing import PackedBatch, pack_rows
 from rayrm.data.planning import plan_step
-from rayrm.data.steps import IndexedSteps, Step, TrainSteps
+from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
+from rayrm.data.steps import Step
+from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError
 from rayrm.metrics.evaluation import evaluate_scores
@@ -49,7 +48,11 @@ from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from rayrm.train.optimizer import OptimizerSpec, make_optimizer, make_scheduler
 from rayrm.train.positions import check_positions, check_rope
 from rayrm.train.precision import Precision, autocast_dtype, resolve_precision
+from rayrm.train.rank import Hosts, Rank
 from rayrm.train.records import RunLog
+from rayrm.train.row_log import RowLog
+from rayrm.train.soundness import Soundness, shown
+from rayrm.train.train_data import train_steps
 
 logger = logging.getLogger("rayrm.train")
 _STEPS_AHEAD = 2
@@ -77,33 +80,6 @@ class TrainJob:
     resume: Path | None = None
     built: torch.nn.Module | None = None
     optimizer: OptimizerSpec | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """Which of how many this process is, and its device."""
-
-    index: int
-    count: int
-    device: torch.device
-
-    @classmethod
-    def here(cls, *, use_cpu: bool) -> Rank:
-        """Read off the process group (one rank where there is none)."""
-        ready = dist.is_initialized()
-        cuda = torch.cuda.is_available() and not use_cpu
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        return cls(
-            dist.get_rank() if ready else 0,
-            dist.get_world_size() if ready else 1,
-            torch.device("cuda", local if local < torch.cuda.device_count() else 0)
-            if cuda
-            else torch.device("cpu"),
-        )
-
-    def barrier(self) -> None:
-        if self.count > 1:
-            dist.barrier()
 
 
 def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Module:
@@ -172,11 +148,13 @@ class _RankRun:
             rank=rank.index,
             num_ranks=rank.count,
         )
-        self.source = _steps_of(job, rank.count)
+        self.source = train_steps(job.train_set, self.config, rank.count)
         self.schedule = Schedule.of(self.config, self.source.steps_per_epoch)
         self.engine = _build_engine(job, self.module, rank, precision, self.schedule.num_steps)
         if rank.count == 1:
             around.callback(self.engine.release)
+        self.hosts = Hosts()
+        self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
     def _say(self, message: str) -> None:
@@ -186,8 +164,8 @@ class _RankRun:
     def train(self) -> torch.nn.Module:
         state = self._restore()
         steps = _ahead(self._steps(state))
-        events = Events(self._progress, self._log, self._evaluate, self._save)
-        with contextlib.closing(self.log), contextlib.closing(steps):
+        events = Events(self._progress, self._log, self._evaluate, self._save, self._trained)
+        with contextlib.closing(self.log), contextlib.closing(self.row_log), contextlib.closing(steps):
             if self.config.eval_on_start and state.step == 0:
                 self.engine.train(False)
                 self._evaluate(state)
@@ -199,12 +177,18 @@ class _RankRun:
                 state,
                 events,
                 center_rewards_coefficient=self.config.center_rewards_coefficient,
+                soundness=Soundness(
+                    self.engine,
+                    skips=self.config.nonfinite_loss == "skip",
+                    hosts=self.hosts,
+                    on_skip=self._keep_skipped,
+                ),
             )
             if self.config.load_best_model_at_end and state.best_checkpoint:
                 self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
                 self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
             self._write_model(self.job.output_dir)
-            self._report({"step": state.step, "train_loss": state.loss_sum / max(state.step, 1)})
+            self._report({"step": state.step, "train_loss": state.train_loss})
             self.rank.barrier()
             if self.rank.index == 0:
                 self.log.finish(state, self.schedule.num_steps)
@@ -215,7 +199,7 @@ class _RankRun:
         found = checkpoints(self.job.output_dir)
         source = found[-1] if found else self.job.resume
         if source is None:
-            self.log.begin(0)
+            self._begin(0)
             return TrainState(num_workers=self.rank.count, max_tokens=self.max_tokens)
         state = read_state(source)
         if source.parent != self.job.output_dir:
@@ -223,11 +207,18 @@ class _RankRun:
             state.best_metric = state.best_checkpoint = None
         self.engine.load(source / "engine")
         restore_rng(source, self.rank.index)
-        self.log.begin(state.step)
+        self._begin(state.step)
         self._say(f"resuming after step {state.step} from {source}")
         state.num_workers = self.rank.count
         state.max_tokens = self.max_tokens
         return state
+
+    def _begin(self, step: int) -> None:
+        """Of what a directory says of later steps nothing stays: they are done again."""
+        self.log.begin(step)
+        self.row_log.begin(step)
+        if self.rank.index == 0:
+            drop_skipped(self.job.output_dir / QUARANTINE, step)
 
     def _steps(self, state: TrainState) -> Iterator[RankStep]:
         for step in self.source.steps(state.cursor):
@@ -245,18 +236,37 @@ class _RankRun:
             max_tokens=max(self.max_tokens, int(costs.tokens.max())),
             attention_weight=self.attention_weight,
         )
-        packed = [
-            pack_rows(
-                step.fetch(microbatch.rows),
-                self.pad_token_id,
-                share=shares,
-                weights=microbatch.weights,
-            )
-            for microbatch in plan[self.rank.index]
-        ]
+        mine = plan[self.rank.index]
+        fetched = [step.fetch(microbatch.rows) for microbatch in mine]
+
+        def pack(rows: list[TokenizedRow], weights: Sequence[float] | None = None) -> PackedBatch:
+            return pack_rows(rows, self.pad_token_id, share=shares, weights=weights)
+
+        def names(rows: list[TokenizedRow], weights: Sequence[float]) -> list[str]:
+            weighed = zip(rows, weights, strict=True)
+            return [self.job.train_set.name_of(row) if weight else "" for row, weight in weighed]
+
+        parts = [(rows, microbatch.weights) for rows, microbatch in zip(fetched, mine, strict=True)]
         return RankStep(
-            packed, index.num_rows, int(index.lengths.sum()), step.after, padded=padded, epoch=step.epoch
+            [pack(*part) for part in parts],
+            index.num_rows,
+            int(index.lengths.sum()),
+            step.after,
+            row_names=[names(*part) for part in parts],
+            pack_alone=lambda place, row: pack([fetched[place][row]]),
+            padded=padded,
+            epoch=step.epoch,
         )
+
+    def _keep_skipped(self, step: int, rows: list[str]) -> None:
+        if self.rank.index == 0:
+            write_skipped(self.job.output_dir / QUARANTINE, step, rows)
+            why = f"the loss of {shown(rows)}" if rows else "the gradient norm"
+            logger.warning("step %d was left out: %s is not finite", step, why)
+
+    def _trained(self, step: int, share: RankStep, skipped: bool) -> None:
+        rows = [name for names in share.row_names for name in names if name]
+        self.row_log.write(step, share.after, rows, skipped=skipped)
 
     def _progress(self, step: int) -> None:
         if self.rank.index == 0:
@@ -306,6 +316,8 @@ class _RankRun:
             state.best_checkpoint = f"checkpoint-{state.step}"
 
     def _save(self, state: TrainState) -> None:
+        self.row_log.sync()
+
         def write(directory: Path) -> None:
             engine_dir = directory / "engine"
             engine_dir.mkdir(exist_ok=True)
@@ -332,21 +344,6 @@ class _RankRun:
             )
 
 
-def _steps_of(job: TrainJob, num_ranks: int) -> TrainSteps:
-    if isinstance(job.train_set, StreamedSteps):
-        return job.train_set
-    config = job.config
-    order = Order(
-        job.train_set.num_rows,
-        config.train_batch_rows(num_ranks),
-        seed=config.seed if config.data_seed is None else config.data_seed,
-        shuffle=config.shuffle,
-        drop_last=config.dataloader_drop_last,
-        parts=job.train_set.parts,
-    )
-    return IndexedSteps(job.train_set, order)
-
-
 def _build_engine(
     job: TrainJob, module: PackedScorer, rank: Rank, precision: Precision, num_steps: int
 ) -> Engine:
@@ -362,6 +359,7 @@ def _build_engine(
             world_size=rank.count,
             max_grad_norm=config.max_grad_norm,
             precision=precision,
+            skips_nonfinite=config.nonfinite_loss == "skip",
         )
     from rayrm.train.zero import DeepSpeedEngine, deepspeed_config
 
@@ -373,6 +371,7 @@ def _build_engine(
         world_size=rank.count,
         max_grad_norm=config.max_grad_norm,
         settings=deepspeed_config(config, precision, rank.count),
+        skips_nonfinite=config.nonfinite_loss == "skip",
     )
 
 

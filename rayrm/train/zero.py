@@ -77,6 +77,7 @@ class DeepSpeedEngine:
         world_size: int,
         max_grad_norm: float,
         settings: dict[str, Any],
+        skips_nonfinite: bool = False,
     ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
         os.environ.setdefault(
@@ -94,6 +95,8 @@ class DeepSpeedEngine:
         self.scales_loss = settings.get("torch_autocast", {}).get("dtype") == "float16"
         self._stage = int(settings["zero_optimization"]["stage"])
         self._max_grad_norm = max_grad_norm
+        self._skips_nonfinite = skips_nonfinite
+        self._optimizer: Any = optimizer
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._norm = torch.zeros((), device=device)
         self._scheduler = scheduler
@@ -109,6 +112,14 @@ class DeepSpeedEngine:
 
     def _clip(self, *_: Any) -> None:
         self._norm = torch.nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
+        if self._skips_nonfinite:
+            # As the optimizers of the other stages, which leave such a step out whatever was asked for:
+            # DeepSpeed reads `overflow`, and then leaves the schedule alone.
+            self._optimizer.overflow = not bool(torch.isfinite(self._norm))
+            if self._optimizer.overflow:
+                for parameter in self._trainable:
+                    parameter.grad = None
+                return
         if self._max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self._trainable, self._max_grad_norm, self._norm)
 
@@ -123,6 +134,8 @@ class DeepSpeedEngine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> torch.Tensor:
+        # Where an overflow (fp16) leaves the update out, stage 0 measures nothing.
+        self._norm = torch.full((), torch.nan, device=self.device)
         self._engine.step()
         if self._stage > 0:
             self._norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)

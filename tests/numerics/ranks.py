@@ -7,6 +7,7 @@ count share one spawn: importing torch and deepspeed costs seconds in each proce
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from rayrm.config import RewardConfig
 from rayrm.data.preference import parse_row
 from rayrm.data.tokenize import TokenizedRow, tokenize_rows
 from rayrm.data.tokenized_set import TokenizedSet
+from rayrm.errors import RayrmError
 from rayrm.model.layout import choose_layout
 from rayrm.train.build import ModelSource
 from rayrm.train.checkpoint import checkpoints
@@ -57,6 +59,10 @@ class Variant:
     lora: bool = False
     # Stop in the middle of this step, then train again in the same directory.
     stop_in: int | None = None
+    # A token whose embedding is NaN: so is the loss of each row that has it.
+    poison: int | None = None
+    # Training ends with a RayrmError that says this.
+    fails: str | None = None
 
 
 class Stopped(Exception):
@@ -77,6 +83,9 @@ class StoppingSet:
         if self._left <= 0:
             raise Stopped
         return self._whole.fetch(rows)
+
+    def name_of(self, row: TokenizedRow) -> str:
+        return self._whole.name_of(row)
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,9 @@ def job_of(variant: Variant, output_dir: Path, rows: Sequence[TokenizedRow]) -> 
     if variant.gradients_times != 1.0:
         for parameter in model.parameters():
             parameter.register_hook(lambda gradient: gradient * variant.gradients_times)
+    if variant.poison is not None:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[variant.poison] = torch.nan
     settings: dict[str, Any] = {
         "per_device_train_batch_size": PAIRS_PER_STEP // variant.num_ranks,
         "max_steps": NUM_STEPS,
@@ -147,6 +159,7 @@ def run_variants(variants: Sequence[Variant], root: Path, rows: Sequence[Tokeniz
             train(variant, root, rows)
     for num_ranks in sorted({v.num_ranks for v in variants} - {1}):
         chosen = [variant for variant in variants if variant.num_ranks == num_ranks]
+        root.mkdir(parents=True, exist_ok=True)
         store = root / f"store-{num_ranks}"
         torch.multiprocessing.spawn(_rank_main, (num_ranks, store, chosen, root, rows), nprocs=num_ranks)
 
@@ -159,7 +172,10 @@ def train(variant: Variant, root: Path, rows: Sequence[TokenizedRow]) -> None:
         with pytest.raises(Stopped):
             train_rank(replace(job_of(variant, directory, rows), train_set=stopping), lambda record: None)
         assert checkpoints(directory)
-    train_rank(job_of(variant, directory, rows), lambda record: None)
+    with (
+        contextlib.nullcontext() if variant.fails is None else pytest.raises(RayrmError, match=variant.fails)
+    ):
+        train_rank(job_of(variant, directory, rows), lambda record: None)
 
 
 def _rank_main(

@@ -36,7 +36,14 @@ def test_speed_leaves_evaluation_and_saving_out(log_every: int) -> None:
     def steps() -> Iterator[RankStep]:
         for number in range(1, 7):
             time.takes(0.5)
-            yield RankStep([pack_rows(rows, 0)], 4, 120, Cursor(0, number))
+            yield RankStep(
+                [pack_rows(rows, 0)],
+                4,
+                120,
+                Cursor(0, number),
+                row_names=[["a", "b", "c", "d"]],
+                pack_alone=lambda _, row: pack_rows([rows[row]], 0),
+            )
 
     records: list[Record] = []
     run_loop(

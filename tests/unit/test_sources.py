@@ -15,7 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrm.data import sources
-from rayrm.data.sources import RowChunk, Shard, SourceRow, load_hub_dataset, plan_sources, read_work
+from rayrm.data.sources import (
+    RowChunk,
+    Shard,
+    SourceRow,
+    load_hub_dataset,
+    place_of,
+    plan_sources,
+    read_work,
+    row_name,
+)
 from rayrm.errors import DataError, RowError
 from tests.tiny import tiny_rows
 
@@ -195,3 +204,9 @@ def test_an_empty_directory_is_an_error_that_names_the_suffixes(tmp_path: Path) 
 def test_a_file_that_vanished_after_planning_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.jsonl cannot be read"):
         list(read_work(Shard(0, str(tmp_path / "gone.jsonl"))))
+
+
+@pytest.mark.parametrize("source", ["a.jsonl", "b:7.jsonl.gz", "c[1].parquet", "train", "hub/name:x"])
+@pytest.mark.parametrize("number", [0, 41])
+def test_a_row_s_name_tells_its_source_and_its_number(source: str, number: int) -> None:
+    assert place_of(row_name(source, number)) == (source, number)
