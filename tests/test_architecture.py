@@ -21,7 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "rayrm"
 
 LAYERS: list[set[str]] = [
-    {"errors", "logs", "settings", "unsupported", "deepspeed_rules", "rules", "config", "runfile", "own_ray"},
+    {
+        "errors",
+        "logs",
+        "settings",
+        "unsupported",
+        "deepspeed_rules",
+        "rules",
+        "config",
+        "data_settings",
+        "runfile",
+        "own_ray",
+    },
     {"data"},
     {"model", "metrics"},
     {"train", "serve"},
@@ -63,6 +74,8 @@ NO_TORCH_ON_IMPORT = [
     "data.prefix_keys",
     "data.order",
     "data.preference",
+    "data.quarantine",
+    "data.selection",
     "data.tokenize",
     "serve.client",
     "serve.scheduler",

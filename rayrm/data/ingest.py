@@ -28,9 +28,10 @@ import pyarrow as pa
 
 from rayrm.data.blocks import SCHEMA, BlockIndex, RowBlock, index_of, table_of_rows, tokenized_tables
 from rayrm.data.preference import PairForm
-from rayrm.data.quarantine import check_refusals, one_line, write_quarantine
+from rayrm.data.quarantine import RefusalWatch, write_quarantine
 from rayrm.data.row_index import Counts, RowIndex
-from rayrm.data.sources import ROWS_PER_CHUNK, SourceRow, plan_sources, read_work, row_name
+from rayrm.data.selection import EVERY_ROW, HELD_OUT, Selection
+from rayrm.data.sources import ROWS_PER_CHUNK, SourcePlan, SourceRow, plan_sources, read_work, row_name
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.errors import ConfigError, DataError
 from rayrm.own_ray import ensure_ray
@@ -118,35 +119,40 @@ def ingest(
     max_bad_row_fraction: float = 0.01,
     max_tasks: int | None = None,
     name: str = "train",
+    selection: Selection = EVERY_ROW,
 ) -> TokenizedSet:
-    """All acceptable rows of a source, tokenized.
+    """All acceptable rows of a source that `selection` takes, tokenized.
 
     `source`: a path, glob or directory of jsonl, jsonl.gz, parquet; a hub name; a `datasets.Dataset` or
     `IterableDataset`; a `ray.data.Dataset`; a list of rows; a list of these. `max_rows`: the first rows only.
-    `max_tasks`: read and tokenize in so many tasks at once (None: the cluster's CPUs).
-    Refused rows are appended to `quarantine_path`; more than `max_bad_row_fraction` of them (a row above
-    `max_length` is filtered, not bad) raise `DataError`, as do a missing, unreadable or empty source and one
-    that mixes text forms. A missing chat template is a `ConfigError`.
+    `max_tasks`: read and tokenize in so many tasks at once (None: the cluster's CPUs). `selection`: one side
+    of a split by prompt, without excluded prompts; rows that it leaves out are counted, and not bad.
+    Refused rows are appended to `quarantine_path`; more than `max_bad_row_fraction` of a source's (a row
+    above `max_length` is filtered, not bad) raise `DataError` as soon as they are seen, as do a missing,
+    unreadable or empty source and one that mixes text forms. A missing chat template is a `ConfigError`.
     """
     ensure_ray()
-    names, tables = _read(source, ray_pickle(tokenizer), max_length, max_rows, max_tasks, name)
+    plan, tables = _read(source, ray_pickle(tokenizer), max_length, selection, max_rows, max_tasks, name)
     blocks: list[Any] = []
     indices: list[BlockIndex] = []
-    with _progress(name) as show:
-        for block, index in _indexed(tables):
-            _raise_if_stopped(index)
-            blocks.append(block)
-            indices.append(index)
-            show(index.num_rows)
-    refusals = sorted(itertools.chain.from_iterable(index.refusals for index in indices))
-    num_rows = sum(index.num_rows for index in indices)
-    if quarantine_path is not None:
-        write_quarantine(Path(quarantine_path), names, refusals)
-    said = name if name in names else f"{name} ({', '.join(names[:3])}{' ...' if names[3:] else ''})"
-    check_refusals(said, num_rows, refusals, max_bad_row_fraction, quarantine_path)
-    _check_one_form(names, indices)
+    watch = RefusalWatch(name, plan.groups, max_bad_row_fraction, quarantine_path)
+    try:
+        with _progress(name) as show:
+            for block, index in _indexed(tables):
+                _raise_if_stopped(index)
+                blocks.append(block)
+                indices.append(index)
+                show(index.num_rows)
+                watch.add(index.num_rows_of, index.refusals, index.num_held_out)
+        watch.finish()
+    finally:
+        if quarantine_path is not None:
+            refusals = sorted(itertools.chain.from_iterable(index.refusals for index in indices))
+            write_quarantine(Path(quarantine_path), plan.names, refusals)
+    _check_one_form(plan.names, indices)
     tokenized = _assemble(name, blocks, indices)
-    _log.info("%s", one_line(name, num_rows, refusals))
+    for line in watch.lines():
+        _log.info("%s", line)
     return tokenized
 
 
@@ -172,15 +178,20 @@ def _assemble(name: str, blocks: list[Any], indices: list[BlockIndex]) -> Tokeni
         num_rows=sum(index.num_rows for index in indices),
         num_accepted=len(order),
         num_completions=len(rows.lengths),
-        refused=dict(
-            Counter(refusal.reason for index in indices for refusal in index.refusals).most_common()
-        ),
+        refused=_refused(indices),
         text_form=next((form for index in indices for form in index.forms), "tokenized"),
         fingerprint=hashlib.sha256(joined("digest")[order].tobytes()).hexdigest(),
         num_tokens=num_tokens,
         num_shared_tokens=num_tokens - int(rows.tokens(share=True).sum()),
     )
     return TokenizedSet(rows, report, blocks, block_of[order], joined("offset")[order].astype(np.int32))
+
+
+def _refused(indices: list[BlockIndex]) -> dict[str, int]:
+    """How many rows were left out for each reason; rows of the split's other part come last."""
+    counts = Counter(refusal.reason for index in indices for refusal in index.refusals)
+    held_out = sum(sum(index.num_held_out.values()) for index in indices)
+    return dict(counts.most_common()) | ({HELD_OUT: held_out} if held_out else {})
 
 
 def _resolve(blocks: list[Any]) -> list[pa.Table]:
@@ -196,18 +207,20 @@ def _read(
     source: Any,
     tokenizer: bytes,
     max_length: int | None,
+    selection: Selection,
     max_rows: int | None,
     max_tasks: int | None,
     name: str,
-) -> tuple[list[str], Any]:
-    """The sources' names and the (lazy) Ray dataset of their tokenized blocks."""
+) -> tuple[SourcePlan, Any]:
+    """The sources and the (lazy) Ray dataset of their tokenized blocks."""
     import ray
 
+    given = {"tokenizer": tokenizer, "max_length": max_length, "selection": selection}
     with _quiet_context():
         if isinstance(source, ray.data.Dataset):
-            run = functools.partial(_tokenize_table, name=name, tokenizer=tokenizer, max_length=max_length)
+            run = functools.partial(_tokenize_table, name=name, **given)
             # A batch size gathers tiny blocks into one task.
-            return [name], _numbered(source, max_rows).map_batches(
+            return SourcePlan([name], [], [name]), _numbered(source, max_rows).map_batches(
                 run, batch_size=ROWS_PER_CHUNK, batch_format="pyarrow", concurrency=max_tasks
             )
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -216,37 +229,33 @@ def _read(
         if not plan.work:
             raise DataError(f"{name} has no rows; give a source that has some")
         items = [{"work": pickle.dumps(piece)} for piece in plan.work]
-        run = functools.partial(_tokenize_work, tokenizer=tokenizer, max_length=max_length)
+        run = functools.partial(_tokenize_work, **given)
         work = ray.data.from_items(items, override_num_blocks=len(items))
-        return plan.names, work.map_batches(
-            run, batch_size=None, batch_format="pyarrow", concurrency=max_tasks
-        )
+        return plan, work.map_batches(run, batch_size=None, batch_format="pyarrow", concurrency=max_tasks)
 
 
-def _tokenize_work(batch: pa.Table, *, tokenizer: bytes, max_length: int | None) -> Iterator[pa.Table]:
+def _tokenize_work(batch: pa.Table, **given: Any) -> Iterator[pa.Table]:
     for piece in batch.column("work").to_pylist():
-        yield from _tables_or_stop(read_work(pickle.loads(piece)), tokenizer, max_length)
+        yield from _tables_or_stop(read_work(pickle.loads(piece)), **given)
 
 
-def _tokenize_table(
-    batch: pa.Table, *, name: str, tokenizer: bytes, max_length: int | None
-) -> Iterator[pa.Table]:
+def _tokenize_table(batch: pa.Table, *, name: str, **given: Any) -> Iterator[pa.Table]:
     rows = (
         SourceRow(0, number, row_name(name, number), content)
         for part in batch.to_batches(max_chunksize=ROWS_PER_CHUNK)
         for content in part.to_pylist()
         for number in (content.pop(_ROW_NUMBER),)
     )
-    yield from _tables_or_stop(rows, tokenizer, max_length)
+    yield from _tables_or_stop(rows, **given)
 
 
 def _tables_or_stop(
-    rows: Iterator[SourceRow], tokenizer: bytes, max_length: int | None
+    rows: Iterator[SourceRow], *, tokenizer: bytes, max_length: int | None, selection: Selection
 ) -> Iterator[pa.Table]:
     """The rows' tables; an error that ends the whole ingest travels as a row, not as a task's stack trace."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
     try:
-        yield from tokenized_tables(rows, _load_tokenizer(tokenizer), max_length)
+        yield from tokenized_tables(rows, _load_tokenizer(tokenizer), max_length, selection=selection)
     except (DataError, ConfigError) as error:
         kind = "config" if isinstance(error, ConfigError) else "data"
         stop = {"source": 0, "row": 0, "ids": [], "digest": bytes(16), "reason": f"!{kind}"}

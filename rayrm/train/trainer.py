@@ -22,6 +22,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.data.ingest import TokenizedSet, ingest
+from rayrm.data.selection import EVERY_ROW, Selection, selections
 from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.errors import ConfigError, DataError, RayrmError
 from rayrm.logs import show_logs
@@ -147,12 +148,18 @@ class RewardTrainer:
         check_writable(self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
         self._quarantine = Path(tempfile.mkdtemp(prefix="rayrm-refused-")) / "quarantine.jsonl"
-        self.train_set = self._ingest(train_dataset, "train", self._data.max_pairs)
-        self.eval_sets = self._ingest_eval(eval_dataset)
+        self._check_selection(train_dataset, eval_dataset)
+        for_training, for_evaluation = selections(self._data)
+        self.train_set = self._ingest(train_dataset, "train", self._data.max_pairs, for_training)
+        self.eval_sets = (
+            {"": self._ingest(train_dataset, "eval", self._data.max_pairs, for_evaluation)}
+            if self._data.eval_fraction
+            else self._ingest_eval(eval_dataset)
+        )
         if self.args.eval_strategy != "no" and not self.eval_sets:
             raise ConfigError(
                 f"`eval_strategy` ({self.args.eval_strategy}) needs an evaluation set. Pass `eval_dataset` "
-                '(a run file: `[data] eval`), or set `eval_strategy="no"`.'
+                '(a run file: `[data] eval` or `eval_fraction`), or set `eval_strategy="no"`.'
             )
         self.text_form: TextForm = self._text_form()
         if self.num_workers:
@@ -234,7 +241,24 @@ class RewardTrainer:
             return
         save_model(self.model, self.processing_class, directory, text_form=self.text_form)
 
-    def _ingest(self, source: Any, name: str, max_rows: int | None) -> TokenizedSet:
+    def _check_selection(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """What `eval_fraction` and `exclude_prompts_of` cannot be honoured with."""
+        fraction, excluded = self._data.eval_fraction, self._data.exclude_prompts_of
+        if fraction and eval_dataset is not None:
+            raise ConfigError(
+                f"`eval_fraction` ({fraction:g}) and `eval_dataset`: the evaluation set is one of the two. "
+                "Leave one out."
+            )
+        if (fraction or excluded is not None) and isinstance(train_dataset, TokenizedSet):
+            named = f"`eval_fraction` ({fraction:g})" if fraction else f"`exclude_prompts_of` ({excluded})"
+            raise ConfigError(
+                f"{named} goes by the prompts' text, and `train_dataset` is a TokenizedSet, which has none. "
+                "Pass `selection` to the `ingest` that makes it."
+            )
+
+    def _ingest(
+        self, source: Any, name: str, max_rows: int | None, selection: Selection = EVERY_ROW
+    ) -> TokenizedSet:
         if isinstance(source, TokenizedSet):
             return source
         return ingest(
@@ -246,6 +270,7 @@ class RewardTrainer:
             max_bad_row_fraction=self.args.max_bad_row_fraction,
             max_tasks=self.args.dataset_num_proc,
             name=name,
+            selection=selection,
         )
 
     def _ingest_eval(self, source: Any) -> dict[str, TokenizedSet]:
