@@ -78,3 +78,9 @@ class DataConfig:
                 f"`eval_fraction` ({self.eval_fraction:g}) and `eval` ({self.eval!r}): the evaluation set is "
                 "one of the two. Delete one."
             )
+        if self.eval_fraction and self.max_eval_pairs is not None:
+            raise ValueError(
+                f"`max_eval_pairs` ({self.max_eval_pairs}) is for evaluation sources of their own, and "
+                f"`eval_fraction` ({self.eval_fraction:g}) takes its share of `train`. Lower `eval_fraction` "
+                "instead."
+            )

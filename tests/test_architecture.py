@@ -77,6 +77,8 @@ NO_TORCH_ON_IMPORT = [
     "data.prefix_keys",
     "data.order",
     "data.preference",
+    "data.quarantine",
+    "data.selection",
     "data.tokenize",
     "serve.client",
     "serve.scheduler",

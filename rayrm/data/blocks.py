@@ -22,6 +22,7 @@ from rayrm.data.packing import distinct_cost
 from rayrm.data.preference import PairForm, PreferenceRow, form_of, parse_row
 from rayrm.data.prefix_keys import BOUNDARIES, prefix_keys, text_key
 from rayrm.data.row_index import Places, RowIndex
+from rayrm.data.selection import EVERY_ROW, HELD_OUT, Selection
 from rayrm.data.sources import SourceRow
 from rayrm.data.tokenize import TokenizedRow, tokenize_rows
 from rayrm.errors import RowError
@@ -68,7 +69,8 @@ class BlockIndex:
     """What the driver keeps of a table with P accepted rows; `offset` is their position in the table.
 
     `source`, `row`, `offset`: `[P]`; `digest`: uint8 `[P, 16]`; `rows`: their index. `forms`: the first row
-    (source, row) of each text form seen, refused after parsing or not.
+    (source, row) of each text form seen, refused after parsing or not. `num_rows_of`: rows by source;
+    `num_held_out`: those of the split's other part, by source, which are in `num_rows` but no refusals.
     """
 
     source: Places
@@ -79,15 +81,28 @@ class BlockIndex:
     forms: dict[PairForm, tuple[int, int]]
     refusals: list[Refusal]
     num_rows: int
+    num_rows_of: dict[int, int]
+    num_held_out: dict[int, int]
 
 
 def tokenized_tables(
-    rows: Iterable[SourceRow], tokenizer: Any, max_length: int | None, num_rows: int = ROWS_PER_TABLE
+    rows: Iterable[SourceRow],
+    tokenizer: Any,
+    max_length: int | None,
+    num_rows: int = ROWS_PER_TABLE,
+    selection: Selection = EVERY_ROW,
 ) -> Iterator[pa.Table]:
-    """The rows' tables of at most `num_rows` rows each; every row is in one of them, accepted or refused."""
+    """The rows' tables of at most `num_rows` rows each; every row is in one of them, accepted or refused.
+
+    What `selection` leaves out is not tokenized; a row of the other part leaves no more than its place.
+    """
     reader = iter(rows)
     while batch := list(islice(reader, num_rows)):
-        parsed = [_parsed(row) for row in batch]
+        parsed = [_parsed(row, selection) for row in batch]
+        batch = [
+            SourceRow(row.source, row.number, row.where, None, b"") if _is_held_out(entry) else row
+            for row, entry in zip(batch, parsed, strict=True)
+        ]
         places = [index for index, entry in enumerate(parsed) if isinstance(entry, PreferenceRow)]
         accepted = [entry for entry in parsed if isinstance(entry, PreferenceRow)]
         outcomes: list[TokenizedRow | RowError | None] = [
@@ -121,7 +136,10 @@ def index_of(table: pa.Table) -> BlockIndex:
     is_accepted = table.column("reason").is_null()
     accepted = np.flatnonzero(is_accepted.to_numpy())
     kept = table.filter(is_accepted)
-    refused = table.filter(pa.compute.invert(is_accepted))
+    # A null reason compares as null, which `filter` drops.
+    is_held_out = pa.compute.equal(table.column("reason"), HELD_OUT)
+    held_out = table.filter(is_held_out).column("source").to_numpy()
+    refused = table.filter(pa.compute.invert(is_held_out))
     refusals = refused.select(["source", "row", "reason", "message", "raw"]).to_pylist()
     return BlockIndex(
         column["source"][accepted].astype(np.int64),
@@ -142,7 +160,14 @@ def index_of(table: pa.Table) -> BlockIndex:
         forms,
         [Refusal(**refusal) for refusal in refusals],
         len(table),
+        _counts(column["source"]),
+        _counts(held_out),
     )
+
+
+def _counts(sources: npt.NDArray[np.integer]) -> dict[int, int]:
+    found, counts = np.unique(sources, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 class RowBlock:
@@ -180,13 +205,18 @@ class _Lists:
         return self._values[self._starts[position] : self._starts[position + 1]]
 
 
-def _parsed(row: SourceRow) -> PreferenceRow | RowError:
+def _parsed(row: SourceRow, selection: Selection) -> PreferenceRow | RowError:
     if isinstance(row.content, RowError):
         return row.content
     try:
-        return parse_row(row.content)
+        parsed = parse_row(row.content)
     except RowError as error:
         return error
+    return selection.refusal(parsed) or parsed
+
+
+def _is_held_out(entry: PreferenceRow | RowError) -> bool:
+    return isinstance(entry, RowError) and entry.reason == HELD_OUT
 
 
 def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str | None) -> dict[str, Any]:

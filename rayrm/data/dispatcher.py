@@ -150,9 +150,13 @@ class Dispatcher:
                 for step in cutter.end_epoch():
                     num_steps += 1
                     self._put(run, step)
-                if not num_steps and begin == Cursor(begin.epoch):
-                    self._plan.refusals.check()
-                    raise DataError("the stream has no rows to train on; give a source that has some")
+                if begin == Cursor(begin.epoch):
+                    self._plan.refusals.finish_epoch()
+                    if not num_steps:
+                        raise DataError(
+                            "`dataloader_drop_last` (True): an epoch of the stream has fewer rows than a "
+                            f"step ({self._plan.order.rows_per_step}), and they are left out. Set it to False"
+                        )
         # What ends the reading, whatever it is, must reach the ranks: they wait for the next step.
         except Exception as error:
             with self._changed:

@@ -23,9 +23,10 @@ import numpy as np
 import pyarrow as pa
 
 from rayrm.data.blocks import BlockIndex, index_of
-from rayrm.data.quarantine import check_refusals, one_line, write_quarantine
+from rayrm.data.quarantine import RefusalWatch, write_quarantine
 from rayrm.data.reading import Reading, raise_if_stopped, stop_table
-from rayrm.data.sources import ROWS_PER_CHUNK, SourceRow, plan_sources, row_name
+from rayrm.data.selection import EVERY_ROW, Selection
+from rayrm.data.sources import ROWS_PER_CHUNK, SourcePlan, SourceRow, plan_sources, row_name
 from rayrm.data.tokenized_set import TokenizedSet, assemble
 from rayrm.errors import ConfigError, DataError
 from rayrm.own_ray import ensure_ray
@@ -48,49 +49,56 @@ def ingest(
     max_tasks: int | None = None,
     token_cache: str | None = None,
     name: str = "train",
+    selection: Selection = EVERY_ROW,
 ) -> TokenizedSet:
-    """All acceptable rows of a source, tokenized.
+    """All acceptable rows of a source that `selection` takes, tokenized.
 
     `source`: a path, glob or directory of jsonl, jsonl.gz, parquet; a hub name; a `datasets.Dataset` or
     `IterableDataset`; a `ray.data.Dataset`; a list of rows; a list of these. `max_rows`: the first rows only.
     `max_tasks`: read and tokenize in so many tasks at once (None: the cluster's CPUs). `token_cache`: a
-    directory where the tokenized pieces are kept, and taken from where they are there.
-    Refused rows are appended to `quarantine_path`; more than `max_bad_row_fraction` of them (a row above
-    `max_length` is filtered, not bad) raise `DataError`, as do a missing, unreadable or empty source and one
-    that mixes text forms. A missing chat template is a `ConfigError`.
+    directory where the tokenized pieces are kept, and taken from where they are there. `selection`: one side
+    of a split by prompt, without excluded prompts; rows that it leaves out are counted, and not bad.
+    Refused rows are appended to `quarantine_path`; more than `max_bad_row_fraction` of a source's (a row
+    above `max_length` is filtered, not bad) raise `DataError` as soon as they are seen, as do a missing,
+    unreadable or empty source and one that mixes text forms. A missing chat template is a `ConfigError`.
     """
     ensure_ray()
-    reading = reading_of(tokenizer, max_length=max_length, token_cache=token_cache)
+    reading = reading_of(tokenizer, max_length=max_length, selection=selection, token_cache=token_cache)
     if reading.cache is not None and _is_ray_dataset(source):
         _log.info("`token_cache` is not used: what a ray.data.Dataset holds is known by reading it only")
         reading = dataclasses.replace(reading, cache=None)
-    names, tables = _read(source, reading, max_rows, max_tasks, name)
+    plan, tables = _read(source, reading, max_rows, max_tasks, name)
     blocks: list[Any] = []
     indices: list[BlockIndex] = []
-    with _progress(name) as show:
-        for block, index in _indexed(tables, cached=reading.cache is not None):
-            raise_if_stopped(index)
-            blocks.append(block)
-            indices.append(index)
-            show(index.num_rows)
-    refusals = sorted(itertools.chain.from_iterable(index.refusals for index in indices))
-    num_rows = sum(index.num_rows for index in indices)
-    if quarantine_path is not None:
-        write_quarantine(Path(quarantine_path), names, refusals)
-    said = name if name in names else f"{name} ({', '.join(names[:3])}{' ...' if names[3:] else ''})"
-    check_refusals(said, num_rows, refusals, max_bad_row_fraction, quarantine_path)
-    check_one_form(names, indices)
-    tokenized = assemble(name, names, blocks, indices)
-    _log.info("%s", one_line(name, num_rows, refusals))
+    watch = RefusalWatch(name, plan.groups, max_bad_row_fraction, quarantine_path)
+    try:
+        with _progress(name) as show:
+            for block, index in _indexed(tables, cached=reading.cache is not None):
+                raise_if_stopped(index)
+                blocks.append(block)
+                indices.append(index)
+                show(index.num_rows)
+                watch.add(index.num_rows_of, index.refusals, index.num_held_out)
+        watch.finish()
+    finally:
+        if quarantine_path is not None:
+            refusals = sorted(itertools.chain.from_iterable(index.refusals for index in indices))
+            write_quarantine(Path(quarantine_path), plan.names, refusals)
+    check_one_form(plan.names, indices)
+    tokenized = assemble(name, plan.names, blocks, indices)
+    for line in watch.lines():
+        _log.info("%s", line)
     return tokenized
 
 
-def reading_of(tokenizer: Any, *, max_length: int | None, token_cache: str | None) -> Reading:
+def reading_of(
+    tokenizer: Any, *, max_length: int | None, selection: Selection, token_cache: str | None
+) -> Reading:
     """How to read with this tokenizer, also where its class lives in the caller's script."""
     from ray import cloudpickle
 
     pickled = bytes(cloudpickle.dumps(tokenizer))
-    return Reading.of(tokenizer, pickled, max_length=max_length, token_cache=token_cache)
+    return Reading.of(tokenizer, pickled, max_length=max_length, selection=selection, token_cache=token_cache)
 
 
 def _is_ray_dataset(source: Any) -> bool:
@@ -101,15 +109,15 @@ def _is_ray_dataset(source: Any) -> bool:
 
 def _read(
     source: Any, reading: Reading, max_rows: int | None, max_tasks: int | None, name: str
-) -> tuple[list[str], Any]:
-    """The sources' names and the (lazy) Ray dataset of their tokenized blocks."""
+) -> tuple[SourcePlan, Any]:
+    """The sources and the (lazy) Ray dataset of their tokenized blocks."""
     import ray
 
     with quiet_context():
         if _is_ray_dataset(source):
             run = functools.partial(_read_table, name=name, reading=reading)
             # A batch size gathers tiny blocks into one task.
-            return [name], _numbered(source, max_rows).map_batches(
+            return SourcePlan([name], [], [name]), _numbered(source, max_rows).map_batches(
                 run, batch_size=ROWS_PER_CHUNK, batch_format="pyarrow", concurrency=max_tasks
             )
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -120,9 +128,7 @@ def _read(
         items = [{"work": pickle.dumps(piece)} for piece in plan.work]
         run = functools.partial(_read_pieces if reading.cache is None else _fill_cache, reading=reading)
         work = ray.data.from_items(items, override_num_blocks=len(items))
-        return plan.names, work.map_batches(
-            run, batch_size=None, batch_format="pyarrow", concurrency=max_tasks
-        )
+        return plan, work.map_batches(run, batch_size=None, batch_format="pyarrow", concurrency=max_tasks)
 
 
 def _read_pieces(batch: pa.Table, *, reading: Reading) -> Iterator[pa.Table]:

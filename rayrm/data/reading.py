@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from rayrm.data.blocks import SCHEMA, BlockIndex, index_of, tokenized_tables
 from rayrm.data.cache import CachedBlock, TokenCache, blocks_of, file_hash, rules_of
+from rayrm.data.selection import EVERY_ROW, Selection
 from rayrm.data.sources import RowChunk, Shard, SourceRow, read_work
 from rayrm.errors import ConfigError, DataError
 
@@ -32,17 +33,26 @@ class Reading:
 
     tokenizer: bytes
     max_length: int | None
+    selection: Selection = EVERY_ROW
     cache: TokenCache | None = None
 
     @classmethod
     def of(
-        cls, tokenizer: Any, pickled: bytes, *, max_length: int | None, token_cache: str | None = None
+        cls,
+        tokenizer: Any,
+        pickled: bytes,
+        *,
+        max_length: int | None,
+        selection: Selection = EVERY_ROW,
+        token_cache: str | None = None,
     ) -> Reading:
         """`pickled` is the tokenizer, as a task unpickles it."""
         cache = None
         if token_cache is not None:
-            cache = TokenCache(token_cache, rules_of(tokenizer, max_length=max_length))
-        return cls(pickled, max_length, cache)
+            cache = TokenCache(
+                token_cache, rules_of(tokenizer, max_length=max_length, selection=selection.rules)
+            )
+        return cls(pickled, max_length, selection, cache)
 
     def tables(self, piece: Piece) -> Iterator[pa.Table]:
         """The piece's rows, accepted and refused; an error that ends the reading is a table."""
@@ -69,7 +79,8 @@ class Reading:
 
     def _tokenized(self, rows: Iterator[SourceRow]) -> Iterator[pa.Table]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
-        yield from tokenized_tables(rows, _load_tokenizer(self.tokenizer), self.max_length)
+        tokenizer = _load_tokenizer(self.tokenizer)
+        yield from tokenized_tables(rows, tokenizer, self.max_length, selection=self.selection)
 
     def _entry(self, piece: Piece) -> Path:
         assert self.cache is not None

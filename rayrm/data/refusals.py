@@ -11,36 +11,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rayrm.data.blocks import BlockIndex
-from rayrm.data.quarantine import check_refusals, write_quarantine
+from rayrm.data.quarantine import RefusalWatch, write_quarantine
 
 
 @dataclass(slots=True)
 class RefusalLog:
-    """Where refused rows go, and how many of them are too many."""
+    """Where refused rows go. `names`: of the sources; `watch` says when refused rows are too many."""
 
-    name: str
     names: list[str]
     path: Path
-    max_bad_row_fraction: float
+    watch: RefusalWatch
     _known: set[tuple[str, int]] | None = field(default=None, repr=False)
-    _num_rows: int = 0
 
     def add(self, index: BlockIndex) -> None:
-        """Write a block's refused rows that are not in the file yet."""
+        """Write a block's refused rows that are not in the file yet. `DataError`: they are too many."""
         if self._known is None:
             self._known = self._written()
-        self._num_rows += index.num_rows
         new = [r for r in index.refusals if (self.names[r.source], r.row) not in self._known]
         if new:
             write_quarantine(self.path, self.names, new)
             self._known |= {(self.names[refusal.source], refusal.row) for refusal in new}
+        self.watch.add(index.num_rows_of, index.refusals, index.num_held_out)
 
-    def check(self) -> None:
-        """Raises `DataError` where no row is left."""
-        check_refusals(self.name, self._num_rows, [], self.max_bad_row_fraction, self.path)
+    def finish_epoch(self) -> None:
+        """All rows were read once: `DataError` for a source with too many refused, or if no row is left."""
+        self.watch.finish()
 
     def _written(self) -> set[tuple[str, int]]:
         if not self.path.exists():
             return set()
-        entries = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+        with self.path.open(encoding="utf-8") as stream:
+            entries = [json.loads(line) for line in stream if line.endswith("\n")]
         return {(entry["source"], entry["row"]) for entry in entries}

@@ -70,10 +70,14 @@ class SourceRow:
 
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
-    """The sources' names, by index, and the work of reading them."""
+    """The sources' names, by index, and the work of reading them.
+
+    `groups`: what the run named, for each index; all files of a glob or directory are one group.
+    """
 
     names: list[str]
     work: list[Shard | RowChunk]
+    groups: list[str]
 
 
 def plan_sources(source: Any, *, max_parts: int, max_rows: int | None, name: str) -> SourcePlan:
@@ -84,11 +88,12 @@ def plan_sources(source: Any, *, max_parts: int, max_rows: int | None, name: str
     """
     if max_rows is not None and max_rows < 1:
         raise DataError(f"`max_rows` ({max_rows}) must be at least 1; leave it out for all rows of {name}")
-    plan = SourcePlan([], [])
+    plan = SourcePlan([], [], [])
     remaining = max_rows
-    for entry in _expand(source, name):
+    for group, entry in _expand_named(source, name):
         if remaining == 0:
             break
+        plan.groups.append(group)
         index = len(plan.names)
         if isinstance(entry, Path):
             plan.names.append(str(entry))
@@ -128,6 +133,18 @@ def place_of(name: str) -> tuple[str, int]:
         return source, int(number)
     source, _, line = name.rpartition(":")
     return source, int(line) - 1
+
+
+def _expand_named(source: Any, name: str) -> Iterator[tuple[str, Path | tuple[str, Iterable[Any]]]]:
+    """Each expanded entry with what the run named it by: the path as given, else `name`."""
+    is_list = isinstance(source, Sequence) and not isinstance(source, str)
+    if is_list and source and not any(isinstance(entry, Mapping) for entry in source):
+        for entry in source:
+            yield from _expand_named(entry, name)
+        return
+    group = os.fspath(source) if isinstance(source, (str, os.PathLike)) else name
+    for entry in _expand(source, name):
+        yield group, entry
 
 
 def _expand(source: Any, name: str) -> Iterator[Path | tuple[str, Iterable[Any]]]:

@@ -22,8 +22,10 @@ from rayrm.data.dispatcher import StreamedSteps, StreamPlan, streamed
 from rayrm.data.ingest import check_one_form, reading_of
 from rayrm.data.order import StreamOrder
 from rayrm.data.preference import PairForm
+from rayrm.data.quarantine import RefusalWatch
 from rayrm.data.reading import Piece, Reading, raise_if_stopped
 from rayrm.data.refusals import RefusalLog
+from rayrm.data.selection import EVERY_ROW, Selection
 from rayrm.data.sources import plan_sources
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
@@ -48,6 +50,7 @@ class StreamSource:
 
     report: StreamReport
     names: list[str]
+    groups: list[str]
     pieces: list[Piece]
     weights: tuple[float, ...]
     reading: Reading
@@ -69,28 +72,36 @@ class StreamSource:
     ) -> Iterator[StreamedSteps]:
         """The steps of a run, read by an actor that lives as long as the block."""
         order = StreamOrder(self.weights, rows_per_step, seed, window, shuffle, drop_last)
-        refusals = RefusalLog(self.report.name, self.names, quarantine_path, max_bad_row_fraction)
+        watch = RefusalWatch(self.report.name, self.groups, max_bad_row_fraction, quarantine_path)
+        refusals = RefusalLog(self.names, quarantine_path, watch)
         plan = StreamPlan(self.pieces, self.names, self.reading, order, refusals, max_tasks)
         with streamed(plan, self.sample, num_ranks) as steps:
             yield steps
 
 
 def open_stream(
-    source: Any, tokenizer: Any, *, max_length: int, token_cache: str | None, name: str = "train"
+    source: Any,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_rows: int | None = None,
+    selection: Selection = EVERY_ROW,
+    token_cache: str | None = None,
+    name: str = "train",
 ) -> StreamSource:
     """Plan the pieces of a source and read its first rows.
 
     Raises `DataError`: a source that is missing or unreadable, has no row at its beginning that can be used,
     or mixes text forms there.
     """
-    plan = plan_sources(source, max_parts=1, max_rows=None, name=name)
+    plan = plan_sources(source, max_parts=1, max_rows=max_rows, name=name)
     if not plan.work:
         raise DataError(f"{name} has no rows; give a source that has some")
-    reading = reading_of(tokenizer, max_length=max_length, token_cache=token_cache)
+    reading = reading_of(tokenizer, max_length=max_length, selection=selection, token_cache=token_cache)
     rows, form = _beginning(name, plan.names, plan.work, reading)
     sample = TokenizedSet.from_rows([*rows, _longest_row(max_length)], name)
     report = StreamReport(name, form, _fingerprint(plan.work))
-    return StreamSource(report, plan.names, plan.work, (1.0,) * len(plan.work), reading, sample)
+    return StreamSource(report, plan.names, plan.groups, plan.work, (1.0,) * len(plan.work), reading, sample)
 
 
 def _beginning(

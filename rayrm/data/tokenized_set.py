@@ -21,6 +21,7 @@ from rayrm.data.cache import CachedBlock
 from rayrm.data.order import Part
 from rayrm.data.preference import PairForm
 from rayrm.data.row_index import Counts, RowIndex
+from rayrm.data.selection import HELD_OUT
 from rayrm.data.sources import row_name
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.errors import DataError
@@ -124,9 +125,7 @@ def assemble(name: str, names: list[str], blocks: list[Any], indices: list[Block
         num_rows=sum(index.num_rows for index in indices),
         num_accepted=len(order),
         num_completions=len(rows.lengths),
-        refused=dict(
-            Counter(refusal.reason for index in indices for refusal in index.refusals).most_common()
-        ),
+        refused=_refused(indices),
         text_form=next((form for index in indices for form in index.forms), "tokenized"),
         fingerprint=hashlib.sha256(joined("digest")[order].tobytes()).hexdigest(),
         num_tokens=num_tokens,
@@ -156,3 +155,10 @@ def _cached_table(block: CachedBlock) -> pa.Table:
             f"token cache entry {block.path} is gone or cannot be read ({error}): start again to make it "
             "anew, and leave the cache alone while runs use it"
         ) from error
+
+
+def _refused(indices: list[BlockIndex]) -> dict[str, int]:
+    """How many rows were left out for each reason; rows of the split's other part come last."""
+    counts = Counter(refusal.reason for index in indices for refusal in index.refusals)
+    held_out = sum(sum(index.num_held_out.values()) for index in indices)
+    return dict(counts.most_common()) | ({HELD_OUT: held_out} if held_out else {})

@@ -29,7 +29,7 @@ def choose_mode(data: DataConfig, source: Any, config: RewardConfig) -> Mode:
     mode, why = _decide(data, source, config)
     logger.info("data.mode: %s, since %s", mode, why)
     if mode == "streaming":
-        _check_streaming(config)
+        _check_streaming(data, config)
     return mode
 
 
@@ -67,8 +67,13 @@ def _local_bytes(source: Any) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _check_streaming(config: RewardConfig) -> None:
+def _check_streaming(data: DataConfig, config: RewardConfig) -> None:
     problems = []
+    if data.eval_fraction:
+        problems.append(
+            f"`data.eval_fraction` ({data.eval_fraction:g}): the held-out pairs of a stream are known when "
+            "all of it was read. Type `data.eval=...`, or `data.mode=indexed`."
+        )
     if config.max_steps < 1:
         problems.append(
             f"`max_steps` ({config.max_steps}): a stream has no known length. Type `max_steps=10000`, or "
@@ -86,6 +91,22 @@ def _check_streaming(config: RewardConfig) -> None:
             )
     if problems:
         raise ConfigError("\n".join([*problems]))
+
+
+def check_selection(data: DataConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """What `eval_fraction` and `exclude_prompts_of` cannot be honoured with: `ConfigError`."""
+    fraction, excluded = data.eval_fraction, data.exclude_prompts_of
+    if fraction and eval_dataset is not None:
+        raise ConfigError(
+            f"`eval_fraction` ({fraction:g}) and `eval_dataset`: the evaluation set is one of the two. "
+            "Leave one out."
+        )
+    if (fraction or excluded is not None) and isinstance(train_dataset, TokenizedSet):
+        named = f"`eval_fraction` ({fraction:g})" if fraction else f"`exclude_prompts_of` ({excluded})"
+        raise ConfigError(
+            f"{named} goes by the prompts' text, and `train_dataset` is a TokenizedSet, which has none. "
+            "Pass `selection` to the `ingest` that makes it."
+        )
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.data.dispatcher import StreamedSteps
 from rayrm.data.ingest import ingest
 from rayrm.data.quarantine import skipped_lines
+from rayrm.data.selection import EVERY_ROW, Selection, selections
 from rayrm.data.streaming import StreamSource, open_stream
 from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.data.tokenized_set import TokenizedSet
@@ -36,7 +37,7 @@ from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.records import read_records
 from rayrm.train.rundir import RunStart, check_writable, claim, examine, identity_of, only_run
-from rayrm.train.train_data import choose_mode, steps_for
+from rayrm.train.train_data import check_selection, choose_mode, steps_for
 from rayrm.train.worker import TrainJob
 from rayrm.train.workers import check_cluster, fit_here, fit_on_workers
 
@@ -152,12 +153,18 @@ class RewardTrainer:
         check_writable(self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
         self._quarantine = Path(tempfile.mkdtemp(prefix="rayrm-refused-")) / "quarantine.jsonl"
-        self.train_set = self._train_set(train_dataset)
-        self.eval_sets = self._ingest_eval(eval_dataset)
+        check_selection(self._data, train_dataset, eval_dataset)
+        for_training, for_evaluation = selections(self._data)
+        self.train_set = self._train_set(train_dataset, for_training)
+        self.eval_sets = (
+            {"": self._ingest(train_dataset, "eval", self._data.max_pairs, for_evaluation)}
+            if self._data.eval_fraction
+            else self._ingest_eval(eval_dataset)
+        )
         if self.args.eval_strategy != "no" and not self.eval_sets:
             raise ConfigError(
                 f"`eval_strategy` ({self.args.eval_strategy}) needs an evaluation set. Pass `eval_dataset` "
-                '(a run file: `[data] eval`), or set `eval_strategy="no"`.'
+                '(a run file: `[data] eval` or `eval_fraction`), or set `eval_strategy="no"`.'
             )
         self.text_form: TextForm = self._text_form()
         if self.num_workers:
@@ -247,18 +254,22 @@ class RewardTrainer:
             return
         save_model(self.model, self.processing_class, directory, text_form=self.text_form)
 
-    def _train_set(self, source: Any) -> TokenizedSet | StreamSource:
+    def _train_set(self, source: Any, selection: Selection) -> TokenizedSet | StreamSource:
         if choose_mode(self._data, source, self.args) == "indexed":
-            return self._ingest(source, "train", self._data.max_pairs)
+            return self._ingest(source, "train", self._data.max_pairs, selection)
         assert self.args.max_length is not None
         return open_stream(
             source,
             self.processing_class,
             max_length=self.args.max_length,
+            max_rows=self._data.max_pairs,
+            selection=selection,
             token_cache=self._data.token_cache,
         )
 
-    def _ingest(self, source: Any, name: str, max_rows: int | None) -> TokenizedSet:
+    def _ingest(
+        self, source: Any, name: str, max_rows: int | None, selection: Selection = EVERY_ROW
+    ) -> TokenizedSet:
         if isinstance(source, TokenizedSet):
             return source
         return ingest(
@@ -271,6 +282,7 @@ class RewardTrainer:
             max_tasks=self.args.dataset_num_proc,
             token_cache=self._data.token_cache,
             name=name,
+            selection=selection,
         )
 
     def _ingest_eval(self, source: Any) -> dict[str, TokenizedSet]:
