@@ -38,6 +38,8 @@ from rayrm.errors import DataError
 _POSITION = "__rayrm_position__"
 _BUFFER_BYTES = 256 * 2**20
 """What Ray Data may hold of blocks that are read and not yet taken."""
+_BLOCK_BYTES = 2**18
+"""Small: a task gives its rows a table at a time, so that the first step does not wait for a whole piece."""
 _STEPS_KEPT = 16
 """Steps that were taken and are kept for ranks that are behind."""
 _INDICES_AHEAD = 8
@@ -207,7 +209,7 @@ class Dispatcher:
     def _tables(self, cursor: Cursor, pieces: list[tuple[int, float]]) -> Iterator[Any]:
         """Ray Data's bundles of tokenized blocks, in order."""
         import ray
-        from ray.data import ExecutionResources
+        from ray.data import ExecutionResources, TaskPoolStrategy
 
         items = [
             {"position": position, "piece": pickle.dumps(self._plan.pieces[pieces[position][0]])}
@@ -215,7 +217,7 @@ class Dispatcher:
         ]
         if not items:
             return
-        with quiet_context() as context:
+        with quiet_context(_BLOCK_BYTES) as context:
             kept_order = context.execution_options.preserve_order
             limits = context.execution_options.resource_limits
             context.execution_options.preserve_order = True
@@ -226,7 +228,7 @@ class Dispatcher:
                     _ReadPieces(self._plan.reading),
                     batch_size=None,
                     batch_format="pyarrow",
-                    concurrency=self._plan.max_tasks,
+                    compute=TaskPoolStrategy(size=min(self._plan.max_tasks or len(items), len(items))),
                 )
                 bundles = read.iter_internal_ref_bundles()
             finally:

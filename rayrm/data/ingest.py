@@ -222,7 +222,7 @@ def check_one_form(names: list[str], indices: list[BlockIndex]) -> None:
 
 
 @contextmanager
-def quiet_context() -> Iterator[Any]:
+def quiet_context(block_bytes: int = _BLOCK_BYTES) -> Iterator[Any]:
     """Ray Data without its progress bars and plans, and with small blocks, for the datasets made inside."""
     from ray.data import DataContext
 
@@ -232,7 +232,7 @@ def quiet_context() -> Iterator[Any]:
     ours = {
         "enable_progress_bars": False,
         "print_on_execution_start": False,
-        "target_max_block_size": _BLOCK_BYTES,
+        "target_max_block_size": block_bytes,
     }
     before = {option: getattr(context, option) for option in ours}
     for option, value in ours.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -71,6 +72,7 @@ class StreamSource:
         max_tasks: int | None,
     ) -> Iterator[StreamedSteps]:
         """The steps of a run, read by an actor that lives as long as the block."""
+        max_tasks = max_tasks or _tasks_at_once()
         order = StreamOrder(self.weights, rows_per_step, seed, window, shuffle, drop_last)
         watch = RefusalWatch(self.report.name, self.groups, max_bad_row_fraction, quarantine_path)
         refusals = RefusalLog(self.names, quarantine_path, watch)
@@ -102,6 +104,16 @@ def open_stream(
     sample = TokenizedSet.from_rows([*rows, _longest_row(max_length)], name)
     report = StreamReport(name, form, _fingerprint(plan.work))
     return StreamSource(report, plan.names, plan.groups, plan.work, (1.0,) * len(plan.work), reading, sample)
+
+
+def _tasks_at_once() -> int | None:
+    """As many as there are cores: more would only slow down the piece that the first step waits for.
+
+    None: Ray Data decides. A Ray of this machine alone may count more CPUs than there are.
+    """
+    import ray
+
+    return os.cpu_count() if len(ray.nodes()) == 1 else None
 
 
 def _beginning(
