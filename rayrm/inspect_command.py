@@ -38,7 +38,7 @@ def _inspect(options: argparse.Namespace) -> int:
             f"`--max-length` ({options.max_length}) must be at least 1. Type: --max-length 1024"
         )
     from rayrm.data.inspect import GivenIds, figures_by_source, gather
-    from rayrm.data.inspect_text import report
+    from rayrm.data.inspect_text import report, warnings
 
     tokenizer: Any = GivenIds() if options.model is None else _tokenizer(options)
     gathered = gather(
@@ -49,7 +49,8 @@ def _inspect(options: argparse.Namespace) -> int:
     figures = figures_by_source(gathered, options.max_length)
     print(report(figures), end="")
     if options.json is not None:
-        options.json.write_text(json.dumps([dataclasses.asdict(one) for one in figures], indent=2) + "\n")
+        told = [{**dataclasses.asdict(one), "warnings": warnings(one)} for one in figures]
+        options.json.write_text(json.dumps(told, indent=2) + "\n")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 
@@ -16,8 +17,32 @@ _BAR = 44
 
 
 def report(figures: Sequence[Figures]) -> str:
-    """The sections of all sources, a blank line between them."""
-    return "\n\n".join("\n".join(section(one)) for one in figures) + "\n"
+    """The sections of all sources, then a table of them where there are several."""
+    parts = [section(one) for one in figures]
+    return (
+        "\n\n".join("\n".join(part) for part in [*parts, *([overview(figures)] if parts[1:] else [])]) + "\n"
+    )
+
+
+def overview(figures: Sequence[Figures]) -> list[str]:
+    """One line a source, by what tells its name from the others'."""
+    titles = ("rows", "refused", "left out", "mean tokens", "repeats", "conflicts", "longer wins")
+    shared = len(os.path.commonprefix([one.name for one in figures[:-1]]).rpartition("/")[0])  # noqa: RUF071
+    table: list[tuple[str, ...]] = [("", *titles)]
+    for one in figures:
+        name = one.name if one is figures[-1] else one.name[shared:].removeprefix("/")
+        counts = (one.num_rows, sum(one.refused.values()), one.num_dropped)
+        mean = f"{one.lengths['mean']:,.0f}" if one.lengths else "-"
+        repeats = (one.num_duplicates, one.num_conflicts)
+        cells = (*(f"{count:,}" for count in counts), mean, *(f"{count:,}" for count in repeats))
+        table.append((name, *cells, f"{one.longer_wins:.1%}" if one.num_kept else "-"))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    room = min(widths[0], WIDTH - sum(width + 2 for width in widths[1:]))
+    return [
+        f"{_end_of(name, room):<{room}}"
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        for name, *cells in table
+    ]
 
 
 def section(figures: Figures) -> list[str]:
@@ -113,7 +138,8 @@ def _lengths(figures: Figures) -> list[str]:
     lines.append(_line("tokens of a text", f"{named} (prompt included)"))
     total = sum(count for _, _, count in figures.histogram)
     most = max(count for _, _, count in figures.histogram)
-    for low, high, count in figures.histogram:
+    first = next(place for place, (_, _, count) in enumerate(figures.histogram) if count)
+    for low, high, count in figures.histogram[first:]:
         label = f"{low:,} or more" if high is None else f"{low:,}-{high:,}"
         # Whatever is there is seen.
         bar = "#" * max(round(_BAR * count / most), int(count > 0))
@@ -176,6 +202,10 @@ def _line(label: str, said: str) -> str:
     """A label and what is said of it, cut at the page's width."""
     text = f"  {label:<{_LABEL - 2}}  {' '.join(said.split())}"
     return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+
+
+def _end_of(name: str, room: int) -> str:
+    return name if len(name) <= room else "..." + name[3 - room :]
 
 
 def _both(places: tuple[str, str] | None) -> str:

@@ -233,7 +233,9 @@ def test_the_text_fits_a_hundred_columns_and_names_every_source(tmp_path: Path) 
     assert all(path in lines for path in paths)
     long = [line for line in lines if len(line) > 100]
     assert all(any(path in line for path in paths) for line in long)  # a path is not broken in two
-    for words in ("longer wins", "missing-rejected", "above 20", "rankings", "margins", "conflicts"):
+    table = [line for line in lines if line.startswith(("a.jsonl", "b.jsonl", "all sources   "))]
+    assert [line.split()[-7] for line in table] == ["61", "61", "122"]
+    for words in ('"longer wins"', "missing-rejected", "above 20", "rankings", "margins"):
         assert text.count(words) == 3, words
 
 
@@ -266,9 +268,8 @@ def test_the_command_prints_the_text_and_writes_all_figures(tmp_path: Path) -> N
     assert (done.returncode, done.stderr.split()) == (0, [])
     (found,) = figures_by_source(gather([path], GivenIds()), 10)
     assert done.stdout == report([found])
-    assert json.loads((tmp_path / "figures.json").read_text()) == [
-        json.loads(json.dumps(dataclasses.asdict(found)))
-    ]
+    told = {**dataclasses.asdict(found), "warnings": warnings(found)}
+    assert json.loads((tmp_path / "figures.json").read_text()) == [json.loads(json.dumps(told))]
 
 
 def test_the_command_takes_a_models_tokenizer_and_a_chat_template(
