@@ -1,4 +1,4 @@
-"""`rayrm`: train, evaluate, score, publish, serve, sweep, demo, config, doctor from the shell.
+"""`rayrm`: train, evaluate, score, publish, serve, sweep, demo, config, data, doctor from the shell.
 
 Each command parses its words and calls one function of the package; torch and ray are imported by the command
 that needs them, so that `rayrm config` is instant. What the user can mend ends with one message and exit
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayrm.errors import ConfigError, PublishError, RayrmError, ScoreError
+from rayrm.inspect_command import add_data
 
 if TYPE_CHECKING:
     from rayrm.data.tokenize import TextInput
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, help="cut training short")
     config = command("config", _config, "Print the run that a run file and overrides make.")
     _add_run(config)
+    add_data(commands.add_parser("data", help="Look at preference data: `rayrm data inspect`."), shared)
     doctor = command("doctor", _doctor, "Look at this machine, and say what to mend.")
     doctor.add_argument("--ray", action="store_true", help="also start (or join) Ray and run a task")
     return parser

@@ -38,11 +38,11 @@ LAYERS: list[set[str]] = [
     {"train", "serve"},
     {"rl", "report"},
     {"demo"},
-    {"doctor", "cli"},
+    {"doctor", "inspect_command", "cli"},
 ]
 """Bottom first. A part imports what stands below it; parts of one row do not know each other."""
 
-TOGETHER = [LAYERS[0], {"doctor", "cli"}]
+TOGETHER = [LAYERS[0], {"doctor", "inspect_command", "cli"}]
 """Rows whose modules form one part and may import each other."""
 
 ABOVE = {"jobs", "examples", "tests"}
@@ -77,6 +77,8 @@ NO_TORCH_ON_IMPORT = [
     "data.prefix_keys",
     "data.order",
     "data.preference",
+    "data.inspect",
+    "data.inspect_text",
     "data.quarantine",
     "data.selection",
     "data.tokenize",

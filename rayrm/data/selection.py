@@ -3,7 +3,7 @@
 A row is told by a hash of its prompt's text as people would compare it: without case, runs of space and
 punctuation. Invariants, each a test: all rows of one prompt are on one side; the side is the same in every
 run, on any machine, in whatever order and file the rows stand; each row is on exactly one side.
-Pure: no ray, no tokenizer. Cost: about 30 us a row of 1,000 characters, 8 bytes an excluded prompt.
+Pure: no ray, no tokenizer. Cost: about 40 us a prompt of 500 characters, 8 bytes an excluded prompt.
 
 An implicit prompt is what the completions share, up to the last turn of the dialogue. Where strings show no
 turns (and in ids) it ends where the completions part: two pairs of one prompt may then count as two prompts.
