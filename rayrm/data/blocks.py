@@ -223,7 +223,8 @@ def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str |
     assert outcome is not None
     place = {"source": row.source, "row": row.number, "form": form}
     if isinstance(outcome, TokenizedRow):
-        tokens, attention = distinct_cost(outcome.sequences)
+        sequences = outcome.sequences
+        tokens, attention = distinct_cost(sequences, outcome.prefix_length)
         return {
             **place,
             "ids": outcome.ids,
@@ -234,7 +235,7 @@ def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str |
             "tokens": tokens,
             "attention": attention,
             "prefix_keys": prefix_keys(outcome.ids, outcome.prefix_length).tobytes(),
-            "text_keys": [text_key(ids) for ids in outcome.sequences],
+            "text_keys": [text_key(ids) for ids in sequences],
             "digest": _digest(outcome),
         }
     return {

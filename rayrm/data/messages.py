@@ -99,7 +99,7 @@ def _content_text(content: Any) -> str:
 
 
 def _message(name: str, value: Any) -> Message:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, (dict, Mapping)):  # a dict is known at once, a Mapping is looked up
         raise RowError(
             "wrong-type",
             f"`{name}` ({shown(value)}) is {type(value).__name__}; a message is an object "
@@ -151,6 +151,8 @@ def _content(name: str, content: Any) -> str | list[dict[str, Any]]:
 
 def is_list(value: Any) -> bool:
     """Lists, tuples and the arrays that Arrow and numpy hand out; not strings, bytes or objects."""
+    if isinstance(value, list):  # most are: asking what else it is takes longer
+        return True
     if isinstance(value, (str, bytes, bytearray, Mapping)):
         return False
     return isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1

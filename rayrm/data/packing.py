@@ -108,24 +108,28 @@ def pooled_offset(ids: Ids, pad_token_id: int | None) -> int:
 def common_prefix_length(sequences: Sequence[Ids], begin: int = 0) -> int:
     """How many leading tokens all `sequences` have in common; the first `begin` are known to be equal."""
     first = sequences[0]
-    end = min(len(ids) for ids in sequences)
+    end = min(map(len, sequences))
     for other in sequences[1:]:
+        if end == begin:
+            break
         differs = first[begin:end] != other[begin:end]
-        if differs.any():
-            end = begin + int(np.argmax(differs))
+        place = int(differs.argmax())
+        if differs[place]:
+            end = begin + place
     return end
 
 
-def distinct_cost(sequences: Sequence[Ids]) -> tuple[int, int]:
+def distinct_cost(sequences: Sequence[Ids], begin: int = 0) -> tuple[int, int]:
     """Tokens of the forest that these sequences make, and the (query, key) pairs of its attention.
 
-    In sorted order a sequence adds what it does not share with its neighbour before.
+    In sorted order a sequence adds what it does not share with its neighbour before. The first `begin` tokens
+    are known to be common to all.
     """
     ordered = sequences
     if len(sequences) > 2:
         ordered = sorted(sequences, key=lambda ids: ids.astype(">u4").tobytes())
     lengths = [len(ids) for ids in ordered]
-    known = [0, *(common_prefix_length(pair) for pair in pairwise(ordered))]
+    known = [0, *(common_prefix_length(pair, begin) for pair in pairwise(ordered))]
     tokens = sum(lengths) - sum(known)
     return tokens, sum(n * (n + 1) // 2 for n in lengths) - sum(n * (n + 1) // 2 for n in known)
 

@@ -72,7 +72,7 @@ def parse_row(row: Mapping[str, Any]) -> PreferenceRow:
     missing-completions, missing-ranks, wrong-type, mixed-forms, empty-completion, too-few-completions,
     bad-ranks, all-tied, bad-roles, bad-margin, bad-tools, bad-template-kwargs, not-utf8.
     """
-    if not isinstance(row, Mapping):
+    if not isinstance(row, (dict, Mapping)):
         raise RowError(
             "not-an-object",
             f"the row ({shown(row)}) is not an object; write {{'prompt': .., 'chosen': .., 'rejected': ..}}",

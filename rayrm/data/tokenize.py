@@ -14,35 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
-from rayrm.data.messages import Text, check_messages, check_text
 from rayrm.data.packing import Ids, common_prefix_length
+from rayrm.data.piecewise import token_ids
 from rayrm.data.preference import PreferenceRow, form_of
+from rayrm.data.rendering import TextForm, TextInput, render
 from rayrm.errors import ConfigError, RowError, ScoreError
 
-TextForm = Literal["standard", "conversational"]
-# What a chat template can raise on messages it was not written for: jinja's own errors, and Python's from
-# the expressions inside the template.
-_TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-
-
-@dataclass(frozen=True, slots=True)
-class TextInput:
-    """One text to encode: a completion and the prompt before it, both strings or both message lists.
-
-    `prompt` None: the completion is the whole text. `rendered`: the strings hold the chat template's output
-    already (or the model has none).
-    """
-
-    prompt: Text | None
-    completion: Text
-    tools: list[Any] | None = None
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    rendered: bool = False
+__all__ = ["TextForm", "TextInput", "TokenizedRow", "encode", "prepare_tokenizer", "tokenize_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,26 +80,8 @@ def encode(tokenizer: Any, text_form: TextForm, inputs: Sequence[TextInput]) -> 
     Raises `ScoreError` for an input that this form cannot take, `ConfigError` where the tokenizer has no
     chat template for conversational text. Nothing is truncated.
     """
-    if not inputs:
-        return []
-    texts = [_render(tokenizer, text_form, entry) for entry in inputs]
-    plain = text_form == "standard"
-    if plain or any(entry.rendered for entry in inputs):
-        opening = _opening_token(tokenizer, plain)
-        texts = [
-            _open_once(text, opening, in_text=not plain) if plain or entry.rendered else text
-            for text, entry in zip(texts, inputs, strict=True)
-        ]
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=plain,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no "longer than the model's limit": limits are the callers' business
-    )
-    return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+    texts = render(tokenizer, text_form, inputs)
+    return _ids_of(tokenizer, text_form, [_text(entry) for entry in texts])
 
 
 def tokenize_rows(
@@ -170,117 +134,34 @@ def prepare_tokenizer(
     return tokenizer
 
 
-def _render(tokenizer: Any, text_form: TextForm, entry: TextInput) -> str:
-    texts = [entry.completion] if entry.prompt is None else [entry.prompt, entry.completion]
-    kinds = {isinstance(text, str) for text in texts}
-    if len(kinds) > 1:
-        raise ScoreError(
-            f"the prompt is {_kind(texts[0])} and the completion {_kind(texts[1])}; both must be strings or "
-            "both message lists; write the string as [{'role': ..., 'content': ...}]"
-        )
-    messages = kinds == {False}
-    if entry.rendered and messages:
-        raise ScoreError(
-            "`rendered` (True) with message lists; rendered text is the chat template's output, a string; "
-            "pass messages with rendered=False, or the strings"
-        )
-    if messages and text_form == "standard":
-        raise ScoreError(
-            "message lists given to a model trained on plain text (text_form 'standard'): it has seen no "
-            "chat template; pass strings, or rendered=True with text you templated"
-        )
-    if not messages and text_form == "conversational" and not entry.rendered:
-        raise ScoreError(
-            f"plain strings ({texts[-1][:40]!r}) given to a model trained on messages (text_form "
-            "'conversational'); pass message lists [{'role': 'user', 'content': ...}], or rendered=True with "
-            "text that went through the chat template already"
-        )
-    if messages:
-        return _apply_template(tokenizer, [message for text in texts for message in text], entry)
-    return _plain_text(tokenizer, text_form, entry)
+def _ids_of(tokenizer: Any, text_form: TextForm, texts: Sequence[str]) -> list[Ids]:
+    return token_ids(tokenizer, texts, add_special_tokens=text_form == "standard") if texts else []
 
 
-def _plain_text(tokenizer: Any, text_form: TextForm, entry: TextInput) -> str:
-    prompt, completion = entry.prompt or "", entry.completion
-    assert isinstance(prompt, str)
-    assert isinstance(completion, str)
-    try:
-        check_text("prompt", prompt)
-        check_text("completion", completion)
-    except RowError as error:
-        raise ScoreError(str(error)) from None
-    eos = tokenizer.eos_token
-    if text_form == "standard" and eos and not completion.endswith(eos):
-        completion += eos
-    return prompt + completion
-
-
-def _apply_template(tokenizer: Any, messages: list[Any], entry: TextInput) -> str:
-    if not tokenizer.chat_template and "chat_template" not in entry.chat_template_kwargs:
-        raise ConfigError(
-            f"the tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) has no chat template, "
-            "which message lists need; set `chat_template_path` to a .jinja file, or to a tokenizer with one"
-        )
-    try:
-        checked = check_messages("messages", messages)
-    except RowError as error:
-        raise ScoreError(str(error)) from None
-    options = {"tools": entry.tools, **entry.chat_template_kwargs}
-    try:
-        rendered: str = tokenizer.apply_chat_template(checked, tokenize=False, **options)
-    except _TEMPLATE_FAILURES as error:
-        roles = ", ".join(str(message["role"]) for message in checked)
-        raise ScoreError(
-            f"the chat template refuses these messages (roles: {roles}): {error}; change the messages, or "
-            "the template with `chat_template_path`"
-        ) from error
-    return rendered
-
-
-def _opening_token(tokenizer: Any, plain: bool) -> str | None:
-    """The special token that every training text of this form begins with, or None.
-
-    Plain text: the one the tokenizer puts in front. Conversational: BOS, if the chat template writes it.
-    """
-    if plain:
-        framed = tokenizer("a", add_special_tokens=True)["input_ids"]
-        opens = len(framed) > 1 and framed[0] in tokenizer.all_special_ids
-        return str(tokenizer.convert_ids_to_tokens(framed[0])) if opens else None
-    bos, template = tokenizer.bos_token, tokenizer.chat_template
-    if not bos or not template:
-        return None
-    try:
-        shown = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except _TEMPLATE_FAILURES:
-        return None
-    return bos if shown.startswith(bos) else None
-
-
-def _open_once(text: str, opening: str | None, *, in_text: bool) -> str:
-    """`text` without the opening token the tokenizer will add, or with exactly one where nobody adds it."""
-    if not opening:
-        return text
-    bare = text
-    while bare.startswith(opening):
-        bare = bare[len(opening) :]
-    return opening + bare if in_text else bare
+def _text(text: str | ScoreError) -> str:
+    if isinstance(text, ScoreError):
+        raise text
+    return text
 
 
 def _encode_rows(tokenizer: Any, form: TextForm, rows: Sequence[PreferenceRow]) -> list[list[Ids] | RowError]:
-    """All completions of every row; a batch that holds a refused row is halved until it stands alone."""
+    """All completions of every row, as `encode` does it, but a text without ids refuses its row alone."""
     inputs = [
         TextInput(row.prompt, completion, row.tools, row.chat_template_kwargs)
         for row in rows
         for completion in row.completions
     ]
-    try:
-        encoded = iter(encode(tokenizer, form, inputs))
-    except ScoreError as error:
-        if len(rows) == 1:
-            return [RowError("template-refused", str(error))]
-        half = len(rows) // 2
-        return _encode_rows(tokenizer, form, rows[:half]) + _encode_rows(tokenizer, form, rows[half:])
-    return [list(islice(encoded, len(row.completions))) for row in rows]
+    rendered = iter(render(tokenizer, form, inputs, checked=True))
+    texts: list[list[str] | RowError] = []
+    for row in rows:
+        of_row = list(islice(rendered, len(row.completions)))
+        refusals = [text for text in of_row if isinstance(text, ScoreError)]
+        texts.append(
+            RowError("template-refused", str(refusals[0])) if refusals else [_text(text) for text in of_row]
+        )
+    kept = [row for row in texts if not isinstance(row, RowError)]
+    encoded = iter(_ids_of(tokenizer, form, [text for row in kept for text in row]))
+    return [row if isinstance(row, RowError) else list(islice(encoded, len(row))) for row in texts]
 
 
 def _given_ids(row: PreferenceRow, vocabulary_size: int) -> list[Ids] | RowError:
@@ -350,7 +231,3 @@ def _check_in_vocabulary(setting: str, token: str, vocabulary: Mapping[str, int]
             f"`{setting}` ({token!r}) is not in the tokenizer's vocabulary of {len(vocabulary)} tokens; name "
             "one that is, or leave the setting out"
         )
-
-
-def _kind(text: Text) -> str:
-    return "a string" if isinstance(text, str) else "a message list"

@@ -1,0 +1,193 @@
+"""What callers give as a text -> the text that becomes ids: the chat template, the last EOS, the first BOS.
+
+Each text is rendered as if it were alone, and one that cannot be is a `ScoreError` in its place. The chat
+template is applied to a batch in one call, which is faster and gives the same. No ids here: see `tokenize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from rayrm.data.messages import Message, Text, check_messages, check_text
+from rayrm.errors import ConfigError, RowError, ScoreError
+
+TextForm = Literal["standard", "conversational"]
+# What a chat template can raise on messages it was not written for: jinja's own errors, and Python's from
+# the expressions inside the template.
+_TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+@dataclass(frozen=True, slots=True)
+class TextInput:
+    """One text to encode: a completion and the prompt before it, both strings or both message lists.
+
+    `prompt` None: the completion is the whole text. `rendered`: the strings hold the chat template's output
+    already (or the model has none).
+    """
+
+    prompt: Text | None
+    completion: Text
+    tools: list[Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    rendered: bool = False
+
+
+def render(
+    tokenizer: Any, text_form: TextForm, inputs: Sequence[TextInput], *, checked: bool = False
+) -> list[str | ScoreError]:
+    """The text of each input, or why it has none. `checked`: messages are as `check_messages` gives them.
+
+    Raises `ConfigError` where the tokenizer has no chat template for messages.
+    """
+    texts: list[str | ScoreError] = []
+    dialogues: dict[int, list[Message]] = {}
+    for place, entry in enumerate(inputs):
+        text: str | list[Message] | ScoreError
+        try:
+            text = _text_or_messages(tokenizer, text_form, entry, checked)
+        except ScoreError as error:
+            text = error
+        if isinstance(text, list):
+            dialogues[place] = text
+            text = ""
+        texts.append(text)
+    for place, rendered in _templated(tokenizer, inputs, dialogues).items():
+        texts[place] = rendered
+    plain = text_form == "standard"
+    if plain or any(entry.rendered for entry in inputs):
+        opening = _opening_token(tokenizer, plain)
+        for place, (known, entry) in enumerate(zip(texts, inputs, strict=True)):
+            if isinstance(known, str) and (plain or entry.rendered):
+                texts[place] = _open_once(known, opening, in_text=not plain)
+    return texts
+
+
+def _text_or_messages(
+    tokenizer: Any, text_form: TextForm, entry: TextInput, checked: bool
+) -> str | list[Message]:
+    texts = [entry.completion] if entry.prompt is None else [entry.prompt, entry.completion]
+    kinds = {isinstance(text, str) for text in texts}
+    if len(kinds) > 1:
+        raise ScoreError(
+            f"the prompt is {_kind(texts[0])} and the completion {_kind(texts[1])}; both must be strings or "
+            "both message lists; write the string as [{'role': ..., 'content': ...}]"
+        )
+    messages = kinds == {False}
+    if entry.rendered and messages:
+        raise ScoreError(
+            "`rendered` (True) with message lists; rendered text is the chat template's output, a string; "
+            "pass messages with rendered=False, or the strings"
+        )
+    if messages and text_form == "standard":
+        raise ScoreError(
+            "message lists given to a model trained on plain text (text_form 'standard'): it has seen no "
+            "chat template; pass strings, or rendered=True with text you templated"
+        )
+    if not messages and text_form == "conversational" and not entry.rendered:
+        raise ScoreError(
+            f"plain strings ({texts[-1][:40]!r}) given to a model trained on messages (text_form "
+            "'conversational'); pass message lists [{'role': 'user', 'content': ...}], or rendered=True with "
+            "text that went through the chat template already"
+        )
+    if not messages:
+        return _plain_text(tokenizer, text_form, entry)
+    if not tokenizer.chat_template and "chat_template" not in entry.chat_template_kwargs:
+        raise ConfigError(
+            f"the tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) has no chat template, "
+            "which message lists need; set `chat_template_path` to a .jinja file, or to a tokenizer with one"
+        )
+    dialogue = [message for text in texts if not isinstance(text, str) for message in text]
+    if checked:
+        return dialogue
+    try:
+        return check_messages("messages", dialogue)
+    except RowError as error:
+        raise ScoreError(str(error)) from None
+
+
+def _plain_text(tokenizer: Any, text_form: TextForm, entry: TextInput) -> str:
+    prompt, completion = entry.prompt or "", entry.completion
+    assert isinstance(prompt, str)
+    assert isinstance(completion, str)
+    try:
+        check_text("prompt", prompt)
+        check_text("completion", completion)
+    except RowError as error:
+        raise ScoreError(str(error)) from None
+    eos = tokenizer.eos_token
+    if text_form == "standard" and eos and not completion.endswith(eos):
+        completion += eos
+    return prompt + completion
+
+
+def _templated(
+    tokenizer: Any, inputs: Sequence[TextInput], dialogues: Mapping[int, list[Message]]
+) -> dict[int, str | ScoreError]:
+    """The dialogues, by their input's place, through the chat template."""
+    texts: dict[int, str | ScoreError] = {}
+    # An empty one among others would not be refused.
+    alike = [
+        place
+        for place, dialogue in dialogues.items()
+        if dialogue and inputs[place].tools is None and not inputs[place].chat_template_kwargs
+    ]
+    try:
+        rendered = tokenizer.apply_chat_template([dialogues[place] for place in alike], tokenize=False)
+        texts.update(zip(alike, rendered, strict=True))
+    except _TEMPLATE_FAILURES:
+        texts.clear()  # one by one then, so that each gets its own reason
+    for place in dialogues.keys() - texts.keys():
+        texts[place] = _templated_alone(tokenizer, inputs[place], dialogues[place])
+    return texts
+
+
+def _templated_alone(tokenizer: Any, entry: TextInput, dialogue: list[Message]) -> str | ScoreError:
+    options = {"tools": entry.tools, **entry.chat_template_kwargs}
+    try:
+        rendered: str = tokenizer.apply_chat_template(dialogue, tokenize=False, **options)
+    except _TEMPLATE_FAILURES as error:
+        roles = ", ".join(str(message["role"]) for message in dialogue)
+        refusal = ScoreError(
+            f"the chat template refuses these messages (roles: {roles}): {error}; change the messages, or "
+            "the template with `chat_template_path`"
+        )
+        refusal.__cause__ = error
+        return refusal
+    return rendered
+
+
+def _opening_token(tokenizer: Any, plain: bool) -> str | None:
+    """The special token that every training text of this form begins with, or None.
+
+    Plain text: the one the tokenizer puts in front. Conversational: BOS, if the chat template writes it.
+    """
+    if plain:
+        framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+        opens = len(framed) > 1 and framed[0] in tokenizer.all_special_ids
+        return str(tokenizer.convert_ids_to_tokens(framed[0])) if opens else None
+    bos, template = tokenizer.bos_token, tokenizer.chat_template
+    if not bos or not template:
+        return None
+    try:
+        shown = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except _TEMPLATE_FAILURES:
+        return None
+    return bos if shown.startswith(bos) else None
+
+
+def _open_once(text: str, opening: str | None, *, in_text: bool) -> str:
+    """`text` without the opening token the tokenizer will add, or with exactly one where nobody adds it."""
+    if not opening:
+        return text
+    bare = text
+    while bare.startswith(opening):
+        bare = bare[len(opening) :]
+    return opening + bare if in_text else bare
+
+
+def _kind(text: Text) -> str:
+    return "a string" if isinstance(text, str) else "a message list"
