@@ -43,6 +43,8 @@ def render(
 
     Raises `ConfigError` where the tokenizer has no chat template for messages.
     """
+    if not inputs:
+        return []
     texts: list[str | ScoreError] = []
     dialogues: dict[int, list[Message]] = {}
     for place, entry in enumerate(inputs):
