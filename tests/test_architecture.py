@@ -21,7 +21,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "rayrm"
 
 LAYERS: list[set[str]] = [
-    {"errors", "logs", "settings", "unsupported", "deepspeed_rules", "rules", "config", "runfile", "own_ray"},
+    {
+        "errors",
+        "logs",
+        "settings",
+        "unsupported",
+        "deepspeed_rules",
+        "rules",
+        "config",
+        "data_settings",
+        "runfile",
+        "own_ray",
+        "urls",
+    },
     {"data"},
     {"model", "metrics"},
     {"train", "serve"},

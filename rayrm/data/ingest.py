@@ -210,9 +210,7 @@ def _read(
             return [name], _numbered(source, max_rows).map_batches(
                 run, batch_size=ROWS_PER_CHUNK, batch_format="pyarrow", concurrency=max_tasks
             )
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        max_parts = cpus if max_tasks is None else min(cpus, max_tasks)
-        plan = plan_sources(source, max_parts=max_parts, max_rows=max_rows, name=name)
+        plan = plan_sources(source, max_rows=max_rows, name=name)
         if not plan.work:
             raise DataError(f"{name} has no rows; give a source that has some")
         items = [{"work": pickle.dumps(piece)} for piece in plan.work]
