@@ -239,7 +239,7 @@ def _s3(url: str, environment: dict[str, str]) -> tuple[Any, str]:
             "secret_key": environment.get("AWS_SECRET_ACCESS_KEY", ""),
             "session_token": environment.get("AWS_SESSION_TOKEN"),
         }
-    retries = fs.AwsStandardS3RetryStrategy(max_attempts=5)
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=4)
     filesystem = fs.S3FileSystem(retry_strategy=retries, connect_timeout=10, request_timeout=60, **known)
     return filesystem, f"{bucket}/{unquote(parts.path).strip('/')}".rstrip("/")
 
@@ -249,7 +249,7 @@ def _is_arrow(filesystem: Any) -> bool:
 
 
 def _is_http(filesystem: Any) -> bool:
-    return "http" in filesystem.protocol
+    return not _is_arrow(filesystem) and "http" in filesystem.protocol
 
 
 _Entry = tuple[str, int | None, int | None]
@@ -259,8 +259,12 @@ def _arrow_entries(filesystem: Any, path: str) -> list[_Entry] | None:
     if _GLOB.search(path):
         fixed = path[: _GLOB.search(path).start()].rpartition("/")[0]  # type: ignore[union-attr]
         pattern = _pattern(path)
-        selector = fs.FileSelector(fixed, allow_not_found=True, recursive="/" in path[len(fixed) + 1 :])
-        infos = [info for info in filesystem.get_file_info(selector) if pattern.fullmatch(info.path)]
+        selector = fs.FileSelector(fixed, recursive="/" in path[len(fixed) + 1 :])
+        infos = [
+            info
+            for info in filesystem.get_file_info(selector)
+            if pattern.fullmatch(info.path) and "/." not in info.path[len(fixed) :]
+        ]
     else:
         [info] = filesystem.get_file_info([path])
         if info.type == fs.FileType.NotFound:
@@ -281,7 +285,7 @@ def _arrow_entries(filesystem: Any, path: str) -> list[_Entry] | None:
 
 def _entries(filesystem: Any, path: str) -> list[_Entry] | None:
     if _GLOB.search(path):
-        found = [info for info in filesystem.glob(path, detail=True).values()]
+        found = [info for where, info in filesystem.glob(path, detail=True).items() if "/." not in where]
     elif not kind_of(path).endswith(SUFFIXES) and filesystem.isdir(path):
         found = [
             info
