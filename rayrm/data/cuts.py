@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -51,12 +52,15 @@ def cut(shard: Shard, limit: int | None, *, whole: bool, contiguous: bool) -> tu
         return _cut_text(shard, limit, whole, contiguous)
 
 
-def line_cuts(stream: object, num_bytes: int) -> Iterator[tuple[int, int]]:
-    """(offset, line number) where pieces of about `num_bytes` of a plain text begin, after the first."""
+def line_cuts(stream: BinaryIO, num_bytes: int) -> Iterator[tuple[int, int]]:
+    """(offset, line number) where pieces of about `num_bytes` of a plain text begin, after the first.
+
+    `stream` is a buffered one: it fills what it is given, where a raw one may give less, here or there.
+    """
     buffer = bytearray(num_bytes)
     view, codes = memoryview(buffer), np.frombuffer(buffer, np.uint8)
     offset = lines = 0
-    while filled := stream.readinto(view):  # type: ignore[attr-defined]
+    while filled := stream.readinto(view):  # type: ignore[attr-defined]  # typeshed's BinaryIO lacks it
         if offset:
             first = buffer.find(b"\n", 0, filled)
             if first >= 0:
@@ -90,7 +94,7 @@ def _cut_text(shard: Shard, limit: int | None, whole: bool, contiguous: bool) ->
 def _cut_lines(shard: Shard, size: int) -> list[Shard]:
     begins = [(0, 0)]
     if size > BYTES_PER_PIECE:
-        with open(shard.path, "rb", buffering=0) as stream:
+        with open(shard.path, "rb") as stream:
             for offset, line in line_cuts(stream, BYTES_PER_PIECE):
                 if offset >= size or (shard.stop is not None and line >= shard.stop):
                     break

@@ -207,9 +207,25 @@ def _batches(shard: Shard, file: Any) -> Iterator[Any]:
 def _rows_of(shard: Shard, batches: Iterator[Any]) -> Iterator[SourceRow]:
     number, stop = shard.first_row, sys.maxsize if shard.stop is None else shard.stop
     for batch in batches:
+        texts = [field.name for field in batch.schema if _is_json(field.type)]
         for start in range(0, len(batch), ROWS_PER_CHUNK):
             if number >= stop:
                 return
             for content in batch.slice(start, min(ROWS_PER_CHUNK, stop - number)).to_pylist():
-                yield SourceRow(shard.source, number, row_name(shard.path, number), content)
+                row = _with_json(content, texts) if texts else content
+                yield SourceRow(shard.source, number, row_name(shard.path, number), row)
                 number += 1
+
+
+def _is_json(kind: Any) -> bool:
+    """Whether a column holds JSON texts, as `datasets.Json` stores what has no one type."""
+    return getattr(kind, "extension_name", None) == "arrow.json"
+
+
+def _with_json(content: dict[str, Any], columns: list[str]) -> dict[str, Any] | RowError:
+    try:
+        return content | {name: json.loads(content[name]) for name in columns if content[name] is not None}
+    except (ValueError, RecursionError) as error:
+        return RowError(
+            "bad-json", f"a column of JSON ({', '.join(columns)}) holds none: {error}; correct it"
+        )

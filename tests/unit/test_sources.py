@@ -248,6 +248,26 @@ def test_plain_text_is_cut_at_line_ends_found_by_one_scan() -> None:
     assert list(cuts.line_cuts(io.BytesIO(text), 8)) == [(27, 4)]
 
 
+class _ShortReads(io.RawIOBase):
+    """A file that gives a byte at a time, as a network's may."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = io.BytesIO(content)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._content.readinto(memoryview(buffer)[:1])
+
+
+def test_short_reads_move_no_cut() -> None:
+    text = lines_of(ROWS[:30])
+    whole = list(cuts.line_cuts(io.BytesIO(text), 1000))
+    assert len(whole) > 3
+    assert list(cuts.line_cuts(io.BufferedReader(_ShortReads(text)), 1000)) == whole
+
+
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("suffix", FORMS)
 def test_contiguous_pieces_hold_rows_that_follow_one_another(tmp_path: Path, suffix: str) -> None:
@@ -306,6 +326,16 @@ def test_a_saved_dataset_is_read_and_one_of_splits_names_them(tmp_path: Path) ->
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(DataError, match=r"state\.json is damaged"):
         read_all(str(tmp_path / "one"))
+
+
+def test_a_column_of_json_is_read_as_what_it_holds(tmp_path: Path) -> None:
+    rows = [{"chosen": "a", "tools": [{"a": 1}, {"a": "x"}]}, {"chosen": "b", "tools": None}]
+    features = datasets.Features({"chosen": datasets.Value("string"), "tools": datasets.Json()})
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    dataset.to_parquet(str(tmp_path / "pairs.parquet"))
+    for name in ("saved", "pairs.parquet"):
+        assert [row.content for row in read_all(str(tmp_path / name))] == rows
 
 
 def test_a_group_is_what_was_named_whatever_its_files(tmp_path: Path) -> None:
