@@ -21,6 +21,7 @@ from rayrm.errors import ConfigError
 from rayrm.rules import SAME
 from rayrm.settings import field_names, nearest
 from rayrm.unsupported import NOT_HONOURED
+from rayrm.urls import masked
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -67,7 +68,7 @@ def read_run(path: str | Path | None, overrides: Sequence[str] = ()) -> Run:
 
 
 def dump_run(run: Run) -> str:
-    """The resolved run as TOML; `read_run` of it gives an equal run.
+    """The resolved run as TOML; `read_run` of it gives an equal run, but for credentials in URLs (`***`).
 
     Settings that are None are left out, or written "none" where None is not the default; so are None values
     inside tables. Raises ConfigError for a value that TOML cannot hold.
@@ -187,7 +188,9 @@ def _misplaced(name: str) -> str:
 
 def _storable(value: Any, key: str) -> Any:
     """`value` in TOML's types; a torch dtype becomes its name, which transformers reads back."""
-    if isinstance(value, bool | int | float | str):
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
         return {str(k): _storable(v, f"{key}.{k}") for k, v in value.items() if v is not None}

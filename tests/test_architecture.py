@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
         "data_settings",
         "runfile",
         "own_ray",
+        "urls",
     },
     {"data"},
     {"model", "metrics"},

@@ -98,7 +98,7 @@ def speed(model: str, pairs: str, rounds: str) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"ours": [], "bare": []}
     for turn in range(int(rounds) + 1):
         began = time.perf_counter()
-        for piece in plan_sources(str(file), max_parts=1, max_rows=None, name="pairs").work:
+        for piece in plan_sources(str(file), max_rows=None, name="pairs").work:
             for table in tokenized_tables(read_work(piece), tokenizer, MAX_LENGTH):
                 index = index_of(table).rows
                 for begin in range(0, index.num_rows, ROWS_PER_STEP):

@@ -115,7 +115,7 @@ def open_model(arguments: argparse.Namespace) -> PreTrainedModel:
 def read_pairs(source: str) -> list[PreferenceRow]:
     """Every row of preferences in a source, in its own order; rows that are none are passed over."""
     pairs = []
-    for work in plan_sources(source, max_parts=1, max_rows=None, name="--data").work:
+    for work in plan_sources(source, max_rows=None, name="--data", contiguous=True).work:
         for row in read_work(work):
             try:
                 if not isinstance(row.content, RowError):

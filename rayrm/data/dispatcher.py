@@ -26,7 +26,8 @@ import pyarrow as pa
 from rayrm.data.blocks import BlockIndex, RowBlock, index_of
 from rayrm.data.ingest import quiet_context
 from rayrm.data.order import Cursor, StreamOrder
-from rayrm.data.reading import Piece, Reading, raise_if_stopped
+from rayrm.data.pieces import Piece
+from rayrm.data.reading import Reading, raise_if_stopped
 from rayrm.data.refusals import RefusalLog
 from rayrm.data.row_index import RowIndex
 from rayrm.data.sources import row_name

@@ -14,7 +14,7 @@ import itertools
 import logging
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ import pyarrow as pa
 
 from rayrm.data.blocks import BlockIndex, index_of
 from rayrm.data.quarantine import RefusalWatch, write_quarantine
-from rayrm.data.reading import Reading, raise_if_stopped, stop_table
+from rayrm.data.reading import Reading, is_cacheable, raise_if_stopped, stop_table
 from rayrm.data.selection import EVERY_ROW, Selection
-from rayrm.data.sources import ROWS_PER_CHUNK, SourcePlan, SourceRow, plan_sources, row_name
+from rayrm.data.sources import ROWS_PER_CHUNK, SourceGroup, SourcePlan, SourceRow, plan_sources, row_name
 from rayrm.data.tokenized_set import TokenizedSet, assemble
 from rayrm.errors import ConfigError, DataError
 from rayrm.own_ray import ensure_ray
@@ -50,11 +50,13 @@ def ingest(
     token_cache: str | None = None,
     name: str = "train",
     selection: Selection = EVERY_ROW,
+    columns: Mapping[str, str] | None = None,
 ) -> TokenizedSet:
     """All acceptable rows of a source that `selection` takes, tokenized.
 
-    `source`: a path, glob or directory of jsonl, jsonl.gz, parquet; a hub name; a `datasets.Dataset` or
+    `source`: a path, glob, directory, URL or hub name; a `SourceConfig`; a `datasets.Dataset` or
     `IterableDataset`; a `ray.data.Dataset`; a list of rows; a list of these. `max_rows`: the first rows only.
+    `columns`: our fields -> the columns that hold them.
     `max_tasks`: read and tokenize in so many tasks at once (None: the cluster's CPUs). `token_cache`: a
     directory where the tokenized pieces are kept, and taken from where they are there. `selection`: one side
     of a split by prompt, without excluded prompts; rows that it leaves out are counted, and not bad.
@@ -64,16 +66,13 @@ def ingest(
     """
     ensure_ray()
     reading = reading_of(tokenizer, max_length=max_length, selection=selection, token_cache=token_cache)
-    if reading.cache is not None and _is_ray_dataset(source):
-        _log.info("`token_cache` is not used: what a ray.data.Dataset holds is known by reading it only")
-        reading = dataclasses.replace(reading, cache=None)
-    plan, tables = _read(source, reading, max_rows, max_tasks, name)
+    plan, tables, cached = _read(source, reading, max_rows, max_tasks, name, columns)
     blocks: list[Any] = []
     indices: list[BlockIndex] = []
-    watch = RefusalWatch(name, plan.groups, max_bad_row_fraction, quarantine_path)
+    watch = RefusalWatch(name, plan.group_names, max_bad_row_fraction, quarantine_path)
     try:
         with _progress(name) as show:
-            for block, index in _indexed(tables, cached=reading.cache is not None):
+            for block, index in _indexed(tables, cached=cached):
                 raise_if_stopped(index)
                 blocks.append(block)
                 indices.append(index)
@@ -85,8 +84,8 @@ def ingest(
             refusals = sorted(itertools.chain.from_iterable(index.refusals for index in indices))
             write_quarantine(Path(quarantine_path), plan.names, refusals)
     check_one_form(plan.names, indices)
-    tokenized = assemble(name, plan.names, blocks, indices)
-    for line in watch.lines():
+    tokenized = assemble(name, plan.names, blocks, indices, plan.weights)
+    for line in [*watch.lines(), *tokenized.shares(plan.group_names)]:
         _log.info("%s", line)
     return tokenized
 
@@ -101,34 +100,37 @@ def reading_of(
     return Reading.of(tokenizer, pickled, max_length=max_length, selection=selection, token_cache=token_cache)
 
 
-def _is_ray_dataset(source: Any) -> bool:
-    import ray
-
-    return isinstance(source, ray.data.Dataset)
-
-
 def _read(
-    source: Any, reading: Reading, max_rows: int | None, max_tasks: int | None, name: str
-) -> tuple[SourcePlan, Any]:
-    """The sources and the (lazy) Ray dataset of their tokenized blocks."""
+    source: Any,
+    reading: Reading,
+    max_rows: int | None,
+    max_tasks: int | None,
+    name: str,
+    columns: Mapping[str, str] | None,
+) -> tuple[SourcePlan, Any, bool]:
+    """The sources, the (lazy) Ray dataset of their tokenized blocks, and whether those are in the cache."""
     import ray
 
     with quiet_context():
-        if _is_ray_dataset(source):
-            run = functools.partial(_read_table, name=name, reading=reading)
+        if isinstance(source, ray.data.Dataset):
+            run = functools.partial(_read_table, name=name, reading=dataclasses.replace(reading, cache=None))
             # A batch size gathers tiny blocks into one task.
-            return SourcePlan([name], [], [name]), _numbered(source, max_rows).map_batches(
+            tables = _numbered(source, max_rows).map_batches(
                 run, batch_size=ROWS_PER_CHUNK, batch_format="pyarrow", concurrency=max_tasks
             )
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        max_parts = cpus if max_tasks is None else min(cpus, max_tasks)
-        plan = plan_sources(source, max_parts=max_parts, max_rows=max_rows, name=name)
+            return SourcePlan([name], [], [SourceGroup(name)], [0]), tables, False
+        plan = plan_sources(source, max_rows=max_rows, name=name, columns=columns)
         if not plan.work:
             raise DataError(f"{name} has no rows; give a source that has some")
+        cached = reading.cache is not None and all(map(is_cacheable, plan.work))
+        if reading.cache is not None and not cached:
+            _log.info("`token_cache` is not used for %s: what it holds is known by reading it only", name)
+            reading = dataclasses.replace(reading, cache=None)
         items = [{"work": pickle.dumps(piece)} for piece in plan.work]
-        run = functools.partial(_read_pieces if reading.cache is None else _fill_cache, reading=reading)
+        run = functools.partial(_fill_cache if cached else _read_pieces, reading=reading)
         work = ray.data.from_items(items, override_num_blocks=len(items))
-        return plan, work.map_batches(run, batch_size=None, batch_format="pyarrow", concurrency=max_tasks)
+        tables = work.map_batches(run, batch_size=None, batch_format="pyarrow", concurrency=max_tasks)
+        return plan, tables, cached
 
 
 def _read_pieces(batch: pa.Table, *, reading: Reading) -> Iterator[pa.Table]:

@@ -21,7 +21,7 @@ from rayrm.data.blocks import ROWS_PER_TABLE, index_of, tokenized_tables
 from rayrm.data.preference import PreferenceRow, form_of, parse_row
 from rayrm.data.quarantine import SourceCounts
 from rayrm.data.row_index import Comparisons, Places, RowIndex
-from rayrm.data.selection import prompt_hash, prompt_of, renamed
+from rayrm.data.selection import prompt_hash, prompt_of
 from rayrm.data.sources import SourceRow, plan_sources, read_work, row_name
 from rayrm.errors import ConfigError, DataError, RowError
 
@@ -139,9 +139,9 @@ def gather(
     forms: dict[str, Counter[str]] = {name: Counter() for name in names}
     parts: list[tuple[RowIndex, dict[str, npt.NDArray[Any]]]] = []
     for source, name in enumerate(names):
-        plan = plan_sources(name, max_parts=1, max_rows=max_rows, name=name)
+        plan = plan_sources(name, max_rows=max_rows, name=name, columns=columns)
         rows = (row for piece in plan.work for row in read_work(piece))
-        for batch in _batches(rows, columns or {}):
+        for batch in _batches(rows):
             parsed = [_parsed(row) for row in batch]
             if isinstance(tokenizer, GivenIds):
                 _check_given_ids(batch, parsed)
@@ -270,9 +270,9 @@ def _with_rows(figures: Figures, kept: Gathered) -> Figures:
     )
 
 
-def _batches(rows: Iterator[SourceRow], columns: Mapping[str, str]) -> Iterator[list[SourceRow]]:
+def _batches(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
     while batch := list(islice(rows, ROWS_PER_TABLE)):
-        yield [replace(row, content=renamed(row.content, columns)) for row in batch] if columns else batch
+        yield batch
 
 
 def _parsed(row: SourceRow) -> PreferenceRow | None:

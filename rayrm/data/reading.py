@@ -19,11 +19,11 @@ import pyarrow as pa
 
 from rayrm.data.blocks import SCHEMA, BlockIndex, index_of, tokenized_tables
 from rayrm.data.cache import CachedBlock, TokenCache, blocks_of, file_hash, rules_of
+from rayrm.data.pieces import Piece, RowChunk, Shard, SourceRow, StreamShard
 from rayrm.data.selection import EVERY_ROW, Selection
-from rayrm.data.sources import RowChunk, Shard, SourceRow, read_work
+from rayrm.data.sources import read_work
 from rayrm.errors import ConfigError, DataError
 
-Piece = Shard | RowChunk
 _STOP = {"data": DataError, "config": ConfigError}
 
 
@@ -57,7 +57,7 @@ class Reading:
     def tables(self, piece: Piece) -> Iterator[pa.Table]:
         """The piece's rows, accepted and refused; an error that ends the reading is a table."""
         try:
-            if self.cache is None:
+            if self.cache is None or not is_cacheable(piece):
                 yield from self._tokenized(read_work(piece))
                 return
             for block in blocks_of(self._entry(piece), piece.source):
@@ -84,16 +84,31 @@ class Reading:
 
     def _entry(self, piece: Piece) -> Path:
         assert self.cache is not None
+        assert not isinstance(piece, StreamShard)
         return self.cache.entry(content_of(piece), lambda: self._tokenized(read_work(piece)))
 
 
-def content_of(piece: Piece) -> str:
-    """What names a piece's content wherever it lies: a hash of its file, and which part of it it is."""
+def is_cacheable(piece: Piece) -> bool:
+    """Whether its content can be named without reading it: not of a stream, nor of an undated remote file."""
+    if isinstance(piece, StreamShard):
+        return False
+    return isinstance(piece, RowChunk) or piece.remote is None or piece.mtime_ns is not None
+
+
+def content_of(piece: Shard | RowChunk) -> str:
+    """What names a piece's content: a hash of it, wherever it lies, and which part of its file it is.
+
+    A remote file is not read for that: its URL, size and time of change stand for its content.
+    """
     if isinstance(piece, RowChunk):
-        return hashlib.blake2b(piece.pickled, digest_size=16).hexdigest() + f" from {piece.start}"
+        held = hashlib.blake2b(piece.pickled, digest_size=16).hexdigest()
+        return f"{held} from {piece.start} {piece.columns}"
+    part = replace(piece, source=0, path="", size=None, mtime_ns=None, remote=None)
+    if piece.remote is not None:
+        return f"{piece.path} {piece.size} {piece.mtime_ns} {part}"
     status = os.stat(piece.path)
     content = file_hash(piece.path, status.st_size, status.st_mtime_ns)
-    return f"{content} {replace(piece, source=0, path=Path(piece.path).suffix)}"
+    return f"{content} {Path(piece.path).suffix} {part}"
 
 
 @functools.lru_cache(maxsize=2)

@@ -148,7 +148,7 @@ def excluded_prompts(source: Any, columns: Mapping[str, str] | None = None) -> H
     `source` as `plan_sources` takes it; `columns`: our names of its columns -> its own. A row without a
     readable prompt excludes nothing and is logged; `DataError` for a source in which no row has one.
     """
-    plan = plan_sources(source, max_parts=1, max_rows=None, name="exclude_prompts_of")
+    plan = plan_sources(source, max_rows=None, name="exclude_prompts_of")
     rows = ((row.where, row.content) for piece in plan.work for row in read_work(piece))
     unread: list[str] = []
     found = sorted({prompt_hash(prompt) for prompt in _prompts(rows, columns or {}, unread)})

@@ -1,167 +1,182 @@
-"""What a run names as data -> pieces of work that can be read independently, and the reading of one piece.
+"""What a run names as data -> a plan: the pieces to read, and to which of the named sources each belongs.
 
-A file too large for one task is cut into parts: every part reads the whole text file (decompression is cheap
-beside tokenization) and keeps every n-th block of 256 lines, or every n-th row group of a parquet file. Each
-row keeps its place (index of its source, row number in it), so the data's own order survives any cut.
-No ray, no tokenizer. A damaged file is a `DataError`; a damaged line is a `SourceRow` holding a `RowError`.
+A source is a file, directory, glob, URL or hub name, a `datasets` dataset, a list of rows, a `SourceConfig`
+around a path, or a list of these. Each thing named is one *group*, whose rows are counted, capped and weighed
+together; each of its files is one *source index*. No ray, no tokenizer. The reading is in `files` and `hub`.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
-import json
 import os
 import pickle
 import re
-import sys
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from rayrm.data.columns import check_columns, renamed
+from rayrm.data.cuts import cut
+from rayrm.data.files import ROWS_PER_CHUNK, read_shard
+from rayrm.data.hub import (
+    hub_stream,
+    is_dataset,
+    is_stream,
+    load_hub_dataset,
+    read_stream,
+    saved_files,
+    stream_shards,
+)
+from rayrm.data.pieces import (
+    SUFFIXES,
+    Columns,
+    Piece,
+    RowChunk,
+    Shard,
+    SourceRow,
+    StreamShard,
+    place_of,
+    row_name,
+)
+from rayrm.data.remote import find_remote
+from rayrm.data_settings import SourceConfig
+from rayrm.errors import DataError
+from rayrm.urls import is_url, masked
 
-from rayrm.errors import DataError, RowError
+__all__ = [
+    "ROWS_PER_CHUNK",
+    "RowChunk",
+    "Shard",
+    "SourceGroup",
+    "SourcePlan",
+    "SourceRow",
+    "StreamShard",
+    "hub_stream",
+    "load_hub_dataset",
+    "place_of",
+    "plan_sources",
+    "read_work",
+    "row_name",
+]
 
-LINES_PER_BLOCK = 256
-ROWS_PER_CHUNK = 1000
-BYTES_PER_PART = 2**20
-_TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
-_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet")
+MANY_FILES = 64
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:\w[\w.-]*)?")
-_READ_FAILURES = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """Part `part` of `num_parts` of a file; lines (rows of parquet) from `stop` on are not read."""
+class SourceGroup:
+    """One thing that was named as data: what reports call it, its weight, and its columns' names."""
 
-    source: int
-    path: str
-    part: int = 0
-    num_parts: int = 1
-    stop: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RowChunk:
-    """Consecutive rows of a source that is no file, pickled; the first is row `start` of the source."""
-
-    source: int
     name: str
-    start: int
-    pickled: bytes
+    weight: float = 1.0
+    columns: Columns = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRow:
-    """One row at its place: its content or why it cannot be read; `where` is what a message calls it."""
-
-    source: int
-    number: int
-    where: str
-    content: Any | RowError
-    line: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SourcePlan:
-    """The sources' names, by index, and the work of reading them.
+    """The sources' names, by index, the group of each, and the pieces to read, in the data's order."""
 
-    `groups`: what the run named, for each index; all files of a glob or directory are one group.
-    """
+    names: list[str] = field(default_factory=list)
+    work: list[Piece] = field(default_factory=list)
+    groups: list[SourceGroup] = field(default_factory=list)
+    group_of: list[int] = field(default_factory=list)
 
-    names: list[str]
-    work: list[Shard | RowChunk]
-    groups: list[str]
+    @property
+    def group_names(self) -> list[str]:
+        """What reports call each source, by index."""
+        return [self.groups[group].name for group in self.group_of]
+
+    @property
+    def weights(self) -> list[float]:
+        """How often an epoch shows the rows of each source, by index."""
+        return [self.groups[group].weight for group in self.group_of]
+
+    def add_source(self, name: str) -> int:
+        self.names.append(name)
+        self.group_of.append(len(self.groups) - 1)
+        return len(self.names) - 1
 
 
-def plan_sources(source: Any, *, max_parts: int, max_rows: int | None, name: str) -> SourcePlan:
-    """What to read for a path, glob, directory, hub name, `datasets` dataset, list of rows, or list of these.
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """One group before its files are looked for: paths, or one thing that has rows."""
 
-    Only the first `max_rows` rows, in the data's order, are planned. Raises `DataError` for a source that is
-    missing, of no known kind, or unreadable at its first byte.
+    group: SourceGroup
+    content: Any
+    max_rows: int | None = None
+
+
+def plan_sources(
+    source: Any,
+    *,
+    max_rows: int | None,
+    name: str,
+    columns: Mapping[str, Any] | None = None,
+    contiguous: bool = False,
+    streaming: bool = False,
+) -> SourcePlan:
+    """What to read for a source, or for several; the same on every machine.
+
+    Only the first `max_rows` rows, in the data's order, are planned. `columns`: those of all sources, beside
+    which a `SourceConfig` may name its own. `contiguous`: pieces hold consecutive rows, compressed files too.
+    `streaming`: a hub dataset's files are read when its rows are needed.
+    Raises `DataError` for a source that is missing, of no known kind, or unreadable at its first byte, and
+    `ConfigError` for columns of fields that are none.
     """
     if max_rows is not None and max_rows < 1:
         raise DataError(f"`max_rows` ({max_rows}) must be at least 1; leave it out for all rows of {name}")
-    plan = SourcePlan([], [], [])
-    remaining = max_rows
-    for group, entry in _expand_named(source, name):
+    plan, remaining = SourcePlan(), max_rows
+    check_columns(columns)
+    for named in _named(source, name, dict(columns or {})):
         if remaining == 0:
             break
-        plan.groups.append(group)
-        index = len(plan.names)
-        if isinstance(entry, Path):
-            plan.names.append(str(entry))
-            shards, num_rows = _plan_file(index, entry, max_parts, remaining)
-            plan.work.extend(shards)
-        else:
-            plan.names.append(entry[0])
-            num_rows = 0
-            for chunk in _chunks(index, *entry, limit=remaining):
-                plan.work.append(chunk[0])
-                num_rows += chunk[1]
+        taken = {group.name for group in plan.groups}
+        own, again = named.group.name, 2
+        while own in taken:
+            own, again = f"{named.group.name} ({again})", again + 1
+        plan.groups.append(replace(named.group, name=own))
+        caps = [cap for cap in (remaining, named.max_rows) if cap is not None]
+        num_rows = _plan_group(plan, named, min(caps, default=None), contiguous, streaming)
         remaining = None if remaining is None else remaining - num_rows
     return plan
 
 
-def read_work(work: Shard | RowChunk) -> Iterator[SourceRow]:
-    """The rows of one piece of work, in order. Raises `DataError` where a file stops being readable."""
+def read_work(work: Piece) -> Iterator[SourceRow]:
+    """The rows of one piece, in order. Raises `DataError` where a file stops being readable."""
     if isinstance(work, RowChunk):
-        for number, content in enumerate(pickle.loads(work.pickled), work.start):
-            yield SourceRow(work.source, number, row_name(work.name, number), content)
-        return
-    try:
-        yield from _read_parquet(work) if work.path.endswith(".parquet") else _read_lines(work)
-    except _READ_FAILURES as error:
-        raise _unreadable(work.path, error) from error
+        rows = _read_chunk(work)
+    elif isinstance(work, StreamShard):
+        rows = read_stream(work)
+    else:
+        rows = read_shard(work)
+    yield from renamed(rows, work.columns)
 
 
-def row_name(source: str, number: int) -> str:
-    """What messages call a row (counted from 0) of a source; of a text file, its line, counted from 1."""
-    return f"{source}:{number + 1}" if source.endswith(_TEXT_SUFFIXES) else f"{source}[{number}]"
+def _read_chunk(chunk: RowChunk) -> Iterator[SourceRow]:
+    for number, content in enumerate(pickle.loads(chunk.pickled), chunk.start):
+        yield SourceRow(chunk.source, number, row_name(chunk.name, number), content)
 
 
-def place_of(name: str) -> tuple[str, int]:
-    """The source and the row's number (from 0) behind a `row_name`."""
-    if name.endswith("]"):
-        source, _, number = name[:-1].rpartition("[")
-        return source, int(number)
-    source, _, line = name.rpartition(":")
-    return source, int(line) - 1
-
-
-def _expand_named(source: Any, name: str) -> Iterator[tuple[str, Path | tuple[str, Iterable[Any]]]]:
-    """Each expanded entry with what the run named it by: the path as given, else `name`."""
-    is_list = isinstance(source, Sequence) and not isinstance(source, str)
-    if is_list and source and not any(isinstance(entry, Mapping) for entry in source):
-        for entry in source:
-            yield from _expand_named(entry, name)
-        return
-    group = os.fspath(source) if isinstance(source, (str, os.PathLike)) else name
-    for entry in _expand(source, name):
-        yield group, entry
-
-
-def _expand(source: Any, name: str) -> Iterator[Path | tuple[str, Iterable[Any]]]:
+def _named(source: Any, name: str, columns: dict[str, Any]) -> Iterator[_Named]:
     if isinstance(source, (str, os.PathLike)):
-        yield from _expand_path(os.fspath(source))
-    elif (datasets := sys.modules.get("datasets")) and isinstance(
-        source, (datasets.Dataset, datasets.IterableDataset)
+        path = os.fspath(source)
+        yield _Named(SourceGroup(masked(path), columns=check_columns(columns)), [path])
+    elif isinstance(source, SourceConfig):
+        paths = source.path if isinstance(source.path, list) else [source.path]
+        shown = source.name or ", ".join(map(masked, paths[:3])) + (" ..." if paths[3:] else "")
+        own = check_columns({**columns, **(source.columns or {})})
+        yield _Named(SourceGroup(shown, source.weight, own), paths, source.max_pairs)
+    elif is_dataset(source) or (
+        isinstance(source, Sequence) and any(isinstance(entry, Mapping) for entry in source)
     ):
-        yield name, source
+        yield _Named(SourceGroup(name, columns=check_columns(columns)), source)
     elif isinstance(source, Sequence):
         if not source:
             raise DataError(f"{name} ([]) is empty; give at least one row or source")
-        if any(isinstance(entry, Mapping) for entry in source):
-            yield name, source
-        else:
-            for entry in source:
-                yield from _expand(entry, name)
+        for entry in source:
+            yield from _named(entry, name, columns)
     elif isinstance(source, Mapping):
         raise DataError(
             f"{name} is a {type(source).__name__} with {', '.join(map(str, source))}; one source is needed "
@@ -169,174 +184,97 @@ def _expand(source: Any, name: str) -> Iterator[Path | tuple[str, Iterable[Any]]
         )
     else:
         raise DataError(
-            f"{name} ({type(source).__name__}) is no source of pairs; give a path, glob, directory or hub "
-            "name, a datasets.Dataset, a ray.data.Dataset, or a list of rows"
+            f"{name} ({type(source).__name__}) is no source of pairs; give a path, glob, directory, URL or "
+            "hub name, a datasets.Dataset, a ray.data.Dataset, or a list of rows"
         )
 
 
-def _expand_path(text: str) -> Iterator[Path | tuple[str, Iterable[Any]]]:
+def _plan_group(plan: SourcePlan, named: _Named, limit: int | None, contiguous: bool, streaming: bool) -> int:
+    """Adds the group's sources and pieces; the number of rows that they hold of `limit` (0 without one)."""
+    columns, planned = named.group.columns, 0
+    if is_dataset(named.content) or not isinstance(named.content[0], str):
+        return _plan_rows(plan, plan.groups[-1].name, named.content, columns, limit)
+    entries = [entry for path in named.content for entry in _expand_path(path)]
+    whole = sum(isinstance(entry, Shard) for entry in entries) >= MANY_FILES
+    for entry in entries:
+        left = None if limit is None else limit - planned
+        if left == 0:
+            break
+        if isinstance(entry, Shard):
+            shard = replace(entry, source=plan.add_source(entry.path), columns=columns)
+            shards, num_rows = cut(shard, left, whole=whole, contiguous=contiguous)
+            plan.work.extend(shards)
+        else:
+            rows = hub_stream(entry) if streaming else load_hub_dataset(entry)
+            num_rows = _plan_rows(plan, entry, rows, columns, left)
+        planned += num_rows
+    return planned
+
+
+def _plan_rows(plan: SourcePlan, name: str, rows: Any, columns: Columns, limit: int | None) -> int:
+    if is_stream(rows) and limit is None:
+        shards = stream_shards(len(plan.names), name, rows, columns)
+        plan.work.extend(shards)
+        for shard in shards:
+            plan.add_source(shard.name)
+        return 0
+    index, start = plan.add_source(name), 0
+    reader: Iterable[Any] = islice(iter(rows), limit)
+    while chunk := list(islice(reader, ROWS_PER_CHUNK)):
+        plan.work.append(RowChunk(index, name, start, pickle.dumps(chunk), columns))
+        start += len(chunk)
+    return start
+
+
+def _expand_path(text: str) -> Iterator[Shard | str]:
+    """The files that a path, directory, glob or URL names, or the hub name that it is."""
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if is_url(text):
+        for found in find_remote(text):
+            yield Shard(0, found.name, found.size, found.mtime_ns, remote=found.remote)
+        return
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if path.is_dir():
-        found = [
-            entry
-            for entry in sorted(path.rglob("*"))
-            if entry.name.endswith(_SUFFIXES) and entry.is_file()
-            if not any(part.startswith((".", "_")) for part in entry.relative_to(path).parts)
-        ]
-        if not found:
-            raise DataError(
-                f"{path} holds no data file; a directory of pairs has files ending in {', '.join(_SUFFIXES)}"
-            )
-        yield from found
+        yield from map(_local, _files_in(path))
     elif path.exists():
-        if not path.name.endswith(_SUFFIXES):
-            raise DataError(f"{path} is of no known kind; rename or convert it to {', '.join(_SUFFIXES)}")
-        yield path
+        if not path.name.endswith(SUFFIXES):
+            raise DataError(f"{path} is of no known kind; rename or convert it to {', '.join(SUFFIXES)}")
+        yield _local(path)
     elif glob.has_magic(text):
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:
             raise DataError(f"no file matches {text!r} (from {os.getcwd()}); correct the pattern")
         for match in matches:
             yield from _expand_path(match)
-    elif _HUB_NAME.fullmatch(text) and not text.endswith(_SUFFIXES):
-        yield text, load_hub_dataset(text)
+    elif _HUB_NAME.fullmatch(text) and not text.endswith(SUFFIXES):
+        yield text
     else:
-        hint = " (remote paths: pass ray.data.read_json(...) or mount them)" if "://" in text else ""
-        raise DataError(f"{text} does not exist (looked for {path}){hint}; correct the path")
+        raise DataError(f"{text} does not exist (looked for {path}); correct the path")
 
 
-def load_hub_dataset(name: str) -> Any:
-    """The rows of `org/name` or `org/name:split` (default split: `train`), by `datasets.load_dataset`."""
-    import datasets
-
-    repository, _, split = name.partition(":")
+def _local(path: Path) -> Shard:
     try:
-        return datasets.load_dataset(repository, split=split or "train")
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # not found, offline, refused; bad split; script sets
+        stat = path.stat()
+    except OSError as error:
         raise DataError(
-            f"{name} is no path here and the hub gives no such dataset ({type(error).__name__}: {error}); "
-            "correct the path, or the name and split (org/name:split); offline, give a local file"
+            f"{path} cannot be read ({error}); correct the path, or copy the file again"
         ) from error
+    return Shard(0, str(path), stat.st_size, stat.st_mtime_ns)
 
 
-def _chunks(
-    source: int, name: str, rows: Iterable[Any], *, limit: int | None
-) -> Iterator[tuple[RowChunk, int]]:
-    reader, start = islice(iter(rows), limit), 0
-    while chunk := list(islice(reader, ROWS_PER_CHUNK)):
-        yield RowChunk(source, name, start, pickle.dumps(chunk)), len(chunk)
-        start += len(chunk)
-
-
-def _plan_file(source: int, path: Path, max_parts: int, limit: int | None) -> tuple[list[Shard], int]:
-    stop: int | None = None
-    num_rows = 0
-    try:
-        size = path.stat().st_size
-        if path.suffix == ".parquet":
-            metadata = pq.read_metadata(path)
-            cuts = metadata.num_row_groups
-            if limit is not None:
-                stop = num_rows = min(limit, metadata.num_rows)
-        else:
-            _refuse_json_array(path)
-            size *= 4 if _is_gzip(path) else 1
-            cuts = max_parts
-            if limit is not None:
-                stop, num_rows = _lines_holding(path, limit)
-                cuts = -(-stop // (4 * LINES_PER_BLOCK))
-    except _READ_FAILURES as error:
-        raise _unreadable(str(path), error) from error
-    num_parts = max(1, min(max_parts, cuts, -(-size // BYTES_PER_PART)))
-    return [Shard(source, str(path), part, num_parts, stop) for part in range(num_parts)], num_rows
-
-
-def _refuse_json_array(path: Path) -> None:
-    with _open(path) as stream:
-        start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"["):
+def _files_in(directory: Path) -> list[Path]:
+    saved = saved_files(directory)
+    if saved is not None:
+        return saved
+    found = [
+        entry
+        for entry in sorted(directory.rglob("*"))
+        if entry.name.endswith(SUFFIXES) and entry.is_file()
+        if not any(part.startswith((".", "_")) for part in entry.relative_to(directory).parts)
+    ]
+    if not found:
         raise DataError(
-            f"{path} begins with '[': it is one JSON array; rows are one JSON object a line; "
-            f"convert it with: jq -c '.[]' {path.name}"
+            f"{directory} holds no data file; a directory of pairs has files ending in {', '.join(SUFFIXES)}"
         )
-
-
-def _lines_holding(path: Path, num_rows: int) -> tuple[int, int]:
-    """How many lines hold the first `num_rows` rows (blank lines are none), and how many rows those are."""
-    found = stop = 0
-    with _open(path) as stream:
-        for line in stream:
-            if found == num_rows:
-                break
-            stop += 1
-            found += not line.isspace()
-    return stop, found
-
-
-def _read_lines(shard: Shard) -> Iterator[SourceRow]:
-    with _open(Path(shard.path)) as stream:
-        for number, line in enumerate(islice(stream, shard.stop)):
-            if number // LINES_PER_BLOCK % shard.num_parts != shard.part:
-                continue
-            if number == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line and not line.isspace():
-                content = _parse_line(line)
-                yield SourceRow(shard.source, number, row_name(shard.path, number), content, line)
-
-
-def _parse_line(line: bytes) -> Any | RowError:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return RowError(
-            "not-utf8",
-            f"byte {error.start} of the line (0x{line[error.start]:02x}) is not UTF-8; convert the file "
-            "with: iconv -f <its encoding> -t utf-8",
-        )
-    except (ValueError, RecursionError) as error:
-        shown = line[:60].decode("utf-8", "replace").rstrip("\n")
-        return RowError(
-            "bad-json", f"the line ({shown!r}) is not JSON: {error}; correct it, one object a line"
-        )
-
-
-def _read_parquet(shard: Shard) -> Iterator[SourceRow]:
-    stop = sys.maxsize if shard.stop is None else shard.stop
-    with pq.ParquetFile(shard.path) as file:
-        start = 0
-        for group in range(file.metadata.num_row_groups):
-            length = file.metadata.row_group(group).num_rows
-            if group % shard.num_parts == shard.part and start < stop:
-                number = start
-                for batch in file.iter_batches(batch_size=ROWS_PER_CHUNK, row_groups=[group]):
-                    for content in batch.to_pylist():
-                        if number >= stop:
-                            return
-                        yield SourceRow(shard.source, number, row_name(shard.path, number), content)
-                        number += 1
-            start += length
-
-
-def _is_gzip(path: Path) -> bool:
-    if path.suffix == ".gz":
-        return True
-    with path.open("rb") as stream:
-        return stream.read(2) == b"\x1f\x8b"
-
-
-def _open(path: Path) -> BinaryIO:
-    if _is_gzip(path):
-        return cast(BinaryIO, gzip.GzipFile(path))
-    return path.open("rb")
-
-
-def _unreadable(path: str, error: BaseException) -> DataError:
-    return DataError(
-        f"{path} cannot be read ({type(error).__name__}: {error}); it is damaged, cut short or not what its "
-        "name says; copy it again" + (" (check: gzip -t)" if path.endswith(".gz") else "")
-    )
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,9 +22,10 @@ from rayrm.data.blocks import index_of
 from rayrm.data.dispatcher import StreamedSteps, StreamPlan, streamed
 from rayrm.data.ingest import check_one_form, reading_of
 from rayrm.data.order import StreamOrder
+from rayrm.data.pieces import Piece, Shard
 from rayrm.data.preference import PairForm
 from rayrm.data.quarantine import RefusalWatch
-from rayrm.data.reading import Piece, Reading, raise_if_stopped
+from rayrm.data.reading import Reading, raise_if_stopped
 from rayrm.data.refusals import RefusalLog
 from rayrm.data.selection import EVERY_ROW, Selection
 from rayrm.data.sources import plan_sources
@@ -87,6 +88,8 @@ def open_stream(
     *,
     max_length: int,
     max_rows: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    shuffle: bool = True,
     selection: Selection = EVERY_ROW,
     token_cache: str | None = None,
     name: str = "train",
@@ -96,14 +99,17 @@ def open_stream(
     Raises `DataError`: a source that is missing or unreadable, has no row at its beginning that can be used,
     or mixes text forms there.
     """
-    plan = plan_sources(source, max_parts=1, max_rows=max_rows, name=name)
+    plan = plan_sources(
+        source, max_rows=max_rows, name=name, columns=columns, contiguous=not shuffle, streaming=True
+    )
     if not plan.work:
         raise DataError(f"{name} has no rows; give a source that has some")
     reading = reading_of(tokenizer, max_length=max_length, selection=selection, token_cache=token_cache)
     rows, form = _beginning(name, plan.names, plan.work, reading)
     sample = TokenizedSet.from_rows([*rows, _longest_row(max_length)], name)
     report = StreamReport(name, form, _fingerprint(plan.work))
-    return StreamSource(report, plan.names, plan.groups, plan.work, (1.0,) * len(plan.work), reading, sample)
+    weights = tuple(plan.weights[piece.source] for piece in plan.work)
+    return StreamSource(report, plan.names, plan.group_names, plan.work, weights, reading, sample)
 
 
 def _tasks_at_once() -> int | None:
@@ -151,6 +157,6 @@ def _fingerprint(pieces: list[Piece]) -> str:
 
 
 def _named(piece: Piece) -> Any:
-    if hasattr(piece, "pickled"):
-        return hashlib.sha256(piece.pickled).hexdigest()
-    return replace(piece, path=Path(piece.path).name)
+    if isinstance(piece, Shard):
+        return replace(piece, path=Path(piece.path).name, mtime_ns=None, remote=None)
+    return hashlib.sha256(piece.pickled).hexdigest()

@@ -105,12 +105,29 @@ class TokenizedSet:
         source, number = row.place
         return row_name(self.names[source], number)
 
+    def shares(self, groups: Sequence[str]) -> list[str]:
+        """What an epoch shows of each group (of the source with each index), where weights say so."""
+        if all(part.weight == 1 for part in self.parts):
+            return []
+        shown: dict[str, list[int]] = {}
+        for group, part in zip(groups, self.parts, strict=True):
+            counts = shown.setdefault(group, [0, 0])
+            counts[0] += part.num_rows
+            counts[1] += part.rows_per_epoch
+        return [f"  an epoch shows {of:,} of {group}'s {rows:,} rows" for group, (rows, of) in shown.items()]
+
     def __reduce__(self) -> tuple[Any, ...]:
         told = (self.index, self.report, self.names, self._blocks, self._block_of, self._offset, self.parts)
         return TokenizedSet, told
 
 
-def assemble(name: str, names: list[str], blocks: list[Any], indices: list[BlockIndex]) -> TokenizedSet:
+def assemble(
+    name: str,
+    names: list[str],
+    blocks: list[Any],
+    indices: list[BlockIndex],
+    weights: Sequence[float] = (),
+) -> TokenizedSet:
     """The set of all blocks' rows, ordered by (source, row)."""
 
     def joined(field_name: str) -> npt.NDArray[Any]:
@@ -131,9 +148,10 @@ def assemble(name: str, names: list[str], blocks: list[Any], indices: list[Block
         num_tokens=num_tokens,
         num_shared_tokens=num_tokens - int(rows.tokens(share=True).sum()),
     )
-    return TokenizedSet(
-        rows, report, names, blocks, block_of[order], joined("offset")[order].astype(np.int32)
-    )
+    offset = joined("offset")[order].astype(np.int32)
+    counts = np.bincount(joined("source"), minlength=len(weights)).tolist()
+    parts = tuple(Part(count, weight) for count, weight in zip(counts, weights, strict=False))
+    return TokenizedSet(rows, report, names, blocks, block_of[order], offset, parts)
 
 
 def _resolve(blocks: list[Any]) -> list[pa.Table]:

@@ -26,7 +26,7 @@ Row = tuple[str, Any]
 
 def read_rows(source: str) -> Iterator[Row]:
     """The rows of a jsonl, jsonl.gz or parquet file, in order. Raises `DataError` for what cannot be read."""
-    for work in plan_sources(source, max_parts=1, max_rows=None, name=source).work:
+    for work in plan_sources(source, max_rows=None, name=source, contiguous=True).work:
         for row in read_work(work):
             if isinstance(row.content, DataError):
                 raise DataError(f"{row.where}: {row.content}")

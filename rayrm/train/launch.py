@@ -28,12 +28,13 @@ from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import LoadedModel, load_saved
 from rayrm.own_ray import ensure_ray
-from rayrm.runfile import Run, read_run
+from rayrm.runfile import Run, dump_run, read_run
 from rayrm.train.build import ModelSource, check_source
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.rundir import finished, read_finished
 from rayrm.train.trainer import RewardTrainer
 from rayrm.train.workers import check_cluster
+from rayrm.urls import is_url
 
 logger = logging.getLogger("rayrm.train")
 
@@ -93,7 +94,9 @@ def _is_run_of(output_dir: Path, run: Run) -> bool:
     reward = dataclasses.replace(
         before.reward, max_tokens_per_microbatch=run.reward.max_tokens_per_microbatch
     )
-    return (before.model, before.data, reward) == (run.model, run.data, run.reward)
+    # As both would be written: a file holds no credentials of the data's URLs.
+    now = dataclasses.replace(before, model=run.model, data=run.data, reward=run.reward)
+    return dump_run(dataclasses.replace(before, reward=reward)) == dump_run(now)
 
 
 def _train(trainer: RewardTrainer) -> None:
@@ -201,7 +204,8 @@ def _absolute_source(source: Any) -> Any:
 
 def _absolute(name: str) -> str:
     path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() or glob.has_magic(name) else name
+    is_path = path.exists() or (glob.has_magic(name) and not is_url(name))
+    return str(path.absolute()) if is_path else name
 
 
 def evaluate_model(

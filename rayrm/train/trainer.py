@@ -263,6 +263,8 @@ class RewardTrainer:
             self.processing_class,
             max_length=self.args.max_length,
             max_rows=self._data.max_pairs,
+            columns=self._data.columns,
+            shuffle=self.args.shuffle,
             selection=selection,
             token_cache=self._data.token_cache,
         )
@@ -283,6 +285,7 @@ class RewardTrainer:
             token_cache=self._data.token_cache,
             name=name,
             selection=selection,
+            columns=self._data.columns,
         )
 
     def _ingest_eval(self, source: Any) -> dict[str, TokenizedSet]:

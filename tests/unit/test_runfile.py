@@ -215,3 +215,13 @@ def test_a_run_without_sections_has_the_defaults_of_each() -> None:
     run = read_run(None, LEAST)
     assert (run.reward, run.cluster, run.serve) == (RewardConfig(), ClusterConfig(), ServeConfig())
     assert math.isclose(run.reward.learning_rate, 1e-4)
+
+
+def test_a_written_run_holds_no_credentials(tmp_path: Path) -> None:
+    url = "s3://key:secret@bucket/pairs?region=here"
+    run = read_run(None, ["model.name=m", f"data.train={url}", f"data.eval=['{url}&token=secret']"])
+    written = dump_run(run)
+    assert "secret" not in written
+    again = read_run(run_file(tmp_path, written))
+    assert again.data.train == "s3://***@bucket/pairs?region=here"
+    assert dump_run(again) == written
