@@ -54,6 +54,7 @@ _NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|bucket '?[^ ]*'? not found", re.I)
 _FOREIGN = (
     ("aiohttp", "ClientError"),
     ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
 )
