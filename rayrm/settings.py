@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import ArgsKwargs
 
 from rayrm.errors import ConfigError
+from rayrm.urls import masked
 
 _T = TypeVar("_T")
 _NONE_WORDS = ("none", "null")
@@ -95,7 +96,7 @@ def readable(problems: ValidationError, owner: type) -> str:
             rule = (rule[0].lower() + rule[1:]).removeprefix("input ")
             rules.setdefault(f"`{path}` ({problem['input']!r})", []).append(rule)
     lines += [f"{field}: {', or '.join(broken)}." for field, broken in rules.items()]
-    return "\n".join(lines)
+    return masked("\n".join(lines))
 
 
 def _names_a_type(part: str) -> bool:

@@ -40,15 +40,25 @@ _S3_ENVIRONMENT = (
     "AWS_SESSION_TOKEN",
 )
 _NO_ACCESS = re.compile(
-    r"ACCESS_DENIED|ACCESS_KEY_ID|SIGNATURE|EXPIRED_TOKEN|\b40[13]\b|forbidden|unauthori[sz]ed|permission",
+    r"ACCESS_DENIED|ACCESS_KEY_ID|SIGNATURE|EXPIRED_TOKEN|\b40[13]\b|forbidden|unauthori[sz]ed|permission|"
+    r"access token|AuthenticationException",
     re.I,
 )
 _NO_NETWORK = re.compile(
     r"NETWORK_CONNECTION|could ?n.t connect|cannot connect|could not resolve|timed? ?out|curlcode|"
-    r"name or service",
+    r"name or service|offline mode",
     re.I,
 )
 _NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|bucket '?[^ ]*'? not found", re.I)
+# What filesystems of fsspec raise that is no OSError.
+_FOREIGN = (
+    ("aiohttp", "ClientError"),
+    ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+)
+_SHOWN = 500
 _GLOB = re.compile(r"[*\[]")
 
 
@@ -112,29 +122,35 @@ def serves_ranges(remote: Remote) -> bool:
 @contextmanager
 def readable_errors(url: str) -> Iterator[None]:
     """What goes wrong inside with a remote file, as a `DataError` that names the URL and what to type."""
-    failures: tuple[type[BaseException], ...] = (
+    try:
+        yield
+    except DataError:
+        raise
+    except _failures() as error:
+        shown, whole = masked(url), _whole_message(error)
+        said = _without_credentials(whole, url)
+        raise DataError(f"{shown} {_what_to_type(url, said, error)} ({said})") from None
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """Asked when something was raised: by then the filesystem's own packages are loaded."""
+    return (
         OSError,
         EOFError,
         ValueError,
         ImportError,
         asyncio.TimeoutError,
+        pa.ArrowException,
+        *(getattr(sys.modules[module], name) for module, name in _FOREIGN if module in sys.modules),
     )
-    if aiohttp := sys.modules.get("aiohttp"):
-        failures = (*failures, aiohttp.ClientError)
-    try:
-        yield
-    except DataError:
-        raise
-    except failures as error:
-        shown, whole = masked(url), _whole_message(error)
-        said = _without_credentials(whole, url)
-        raise DataError(f"{shown} {_what_to_type(url, said, error)} ({said})") from None
 
 
 def _what_to_type(url: str, said: str, error: BaseException) -> str:
     scheme = urlsplit(url).scheme
     if isinstance(error, ImportError):
         return "needs a package that is not installed: install the one named here, on every node"
+    if "libjvm" in said or "libhdfs" in said:
+        return "needs Hadoop's client: set JAVA_HOME, HADOOP_HOME and CLASSPATH, on every node"
     if "Protocol not known" in said:
         return f"has a scheme ({scheme}) that neither pyarrow nor fsspec knows; correct the URL"
     if _NO_BUCKET.search(said):
@@ -149,7 +165,7 @@ def _what_to_type(url: str, said: str, error: BaseException) -> str:
     if _NO_NETWORK.search(said):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         told = f" and AWS_ENDPOINT_URL ({masked(endpoint)})" if scheme.startswith("s3") and endpoint else ""
-        return f"cannot be reached; check the network, the URL's host{told}"
+        return f"cannot be reached; check the network and the URL's host{told}"
     if isinstance(error, FileNotFoundError):
         return "does not exist; correct the URL" + (
             "; memory:// holds only what this same process wrote" if scheme == "memory" else ""
@@ -171,9 +187,9 @@ def _without_credentials(text: str, url: str) -> str:
     shown = masked(text.replace(url, masked(url)))
     parts = urlsplit(url)
     for secret in (parts.password, parts.username):
-        for form in {secret, unquote(secret or "")} - {None, ""}:
-            shown = shown.replace(str(form), MASK)
-    return shown
+        for form in filter(None, {secret, unquote(secret or "")}):
+            shown = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", MASK, shown)
+    return " ".join(shown.split())[:_SHOWN]
 
 
 def _missing_parent(filesystem: Any, path: str) -> str:

@@ -34,7 +34,7 @@ from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.rundir import finished, read_finished
 from rayrm.train.trainer import RewardTrainer
 from rayrm.train.workers import check_cluster
-from rayrm.urls import is_url
+from rayrm.urls import is_url, masked
 
 logger = logging.getLogger("rayrm.train")
 
@@ -234,7 +234,7 @@ def evaluate_model(
     metrics: dict[str, dict[str, float]] = {}
     parts: list[_ScoredSet] = []
     for source in sources:
-        name = str(source)
+        name = masked(str(source))
         rows = _ingest_for(loaded, source, name, max_pairs, max_bad_row_fraction)
         scored = _score(loaded, rows, name, on_progress)
         metrics[name] = _metrics([scored])

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayrm.data import sources
+from rayrm.data import cuts
 from rayrm.data.ingest import ingest
 from rayrm.data.preference import parse_row
 from rayrm.data.tokenize import TokenizedRow, tokenize_rows
@@ -58,7 +58,7 @@ def test_every_kind_of_source_gives_the_same_pairs_in_the_same_order(
 ) -> None:
     import ray
 
-    monkeypatch.setattr(sources, "BYTES_PER_PART", 2**14)  # the files are cut into as many parts as CPUs
+    monkeypatch.setattr(cuts, "BYTES_PER_PIECE", 2**16)  # the files are cut into several pieces
     for name in ("whole.jsonl", "whole.jsonl.gz", "cut/1.jsonl", "cut/2.jsonl.gz"):
         rows = {"cut/1.jsonl": ROWS[:300], "cut/2.jsonl.gz": ROWS[300:]}.get(name, ROWS)
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -92,7 +92,7 @@ def test_the_order_is_the_datas_own_whatever_the_number_of_tasks(
     (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(lines_of(ROWS)))
     pairs = expected(ROWS)
     for bytes_per_part in (2**30, 2**16, 2**10):
-        monkeypatch.setattr(sources, "BYTES_PER_PART", bytes_per_part)
+        monkeypatch.setattr(cuts, "BYTES_PER_COMPRESSED_PART", bytes_per_part)
         assert_same_pairs(ingest(str(tmp_path / "pairs.jsonl.gz"), TOKENIZER, max_length=None), pairs)
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from rayrm import DataConfig, RewardConfig, RewardTrainer
 from rayrm.data import sources
-from rayrm.data.ingest import TokenizedSet, ingest
+from rayrm.data.ingest import ingest
 from rayrm.data.selection import Selection, excluded_prompts
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError
 from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer
 

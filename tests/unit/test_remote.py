@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import http.server
+import importlib.util
 import itertools
 import json
 import os
@@ -300,6 +301,20 @@ def test_file_and_memory_urls_are_read(tmp_path: Path) -> None:
 
 def test_a_scheme_that_nothing_reads_is_refused() -> None:
     assert "neither pyarrow nor fsspec knows" in failure("s4://bucket/a.jsonl")
+
+
+def test_other_filesystems_say_what_they_lack() -> None:
+    bucket = "gs://anonymous@bucket/a.jsonl?endpoint_override=127.0.0.1:9&scheme=http&retry_limit_seconds=1"
+    assert "cannot be reached" in failure(bucket)
+    assert "cannot be reached" in failure("hf://datasets/nobody/nothing/a.jsonl")
+    if importlib.util.find_spec("paramiko") is None:
+        assert "needs a package that is not installed" in failure("sftp://u:p@host/a.jsonl")
+        assert '"paramiko"' in failure("sftp://u:p@host/a.jsonl")
+
+
+@pytest.mark.skipif("JAVA_HOME" in os.environ, reason="Hadoop's client may be installed here")
+def test_hdfs_without_hadoop_says_what_to_set() -> None:
+    assert "set JAVA_HOME, HADOOP_HOME" in failure("hdfs://host:9000/a.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -225,3 +225,7 @@ def test_a_written_run_holds_no_credentials(tmp_path: Path) -> None:
     again = read_run(run_file(tmp_path, written))
     assert again.data.train == "s3://***@bucket/pairs?region=here"
     assert dump_run(again) == written
+    with pytest.raises(ConfigError) as error:
+        DataConfig(train=url, eval=url, eval_fraction=0.1)
+    assert "secret" not in str(error.value)
+    assert "s3://***@bucket" in str(error.value)
