@@ -35,13 +35,14 @@ from rayrm.train.build import ModelSource, build_model
 from rayrm.train.checkpoint import (
     TrainState,
     checkpoints,
-    prune_checkpoints,
     read_state,
     restore_rng,
-    save_checkpoint,
 )
+from rayrm.train.checkpoint_writer import CheckpointWriter, Snapshot
 from rayrm.train.engine import Engine, TorchEngine
 from rayrm.train.evaluation import RowSet, score_rows
+from rayrm.train.export import ModelExport
+from rayrm.train.host_memory import HostMemory
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from rayrm.train.optimizer import OptimizerSpec, make_optimizer, make_scheduler
 from rayrm.train.positions import check_positions, check_rope
@@ -149,6 +150,7 @@ class _RankRun:
             self._say(str(path))
         self.attention_weight = attention_weight_of(model)
         multiple = self.config.pad_to_multiple_of
+        self.export = ModelExport(model, job.tokenizer, job.text_form) if rank.index == 0 else None
         self.module = PackedScorer(
             model,
             self.layout,
@@ -178,6 +180,13 @@ class _RankRun:
         self.engine = _build_engine(job, self.module, rank, precision, self.schedule.num_steps)
         if rank.count == 1:
             around.callback(self.engine.release)
+        self.writer = CheckpointWriter(
+            job.output_dir,
+            rank.index,
+            rank.count,
+            self.config.save_total_limit,
+            whole=lambda path: self._say(f"saved {path}"),
+        )
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
     def _say(self, message: str) -> None:
@@ -188,7 +197,7 @@ class _RankRun:
         state = self._restore()
         steps = _ahead(self._steps(state))
         events = Events(self._progress, self._log, self._evaluate, self._save)
-        with contextlib.closing(self.log), contextlib.closing(steps):
+        with contextlib.closing(self.log), contextlib.closing(steps), contextlib.closing(self.writer):
             if self.config.eval_on_start and state.step == 0:
                 self.engine.train(False)
                 self._evaluate(state)
@@ -201,6 +210,7 @@ class _RankRun:
                 events,
                 center_rewards_coefficient=self.config.center_rewards_coefficient,
             )
+            self.writer.wait()
             if self.config.load_best_model_at_end and state.best_checkpoint:
                 self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
                 self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
@@ -256,6 +266,7 @@ class _RankRun:
         return RankStep(packed, len(step.rows), int(index.lengths.sum()), step.after, padded)
 
     def _progress(self, step: int) -> None:
+        self.writer.poll()
         if self.rank.index == 0:
             self.log.progress(step, self.schedule.num_steps)
 
@@ -303,19 +314,14 @@ class _RankRun:
             state.best_checkpoint = f"checkpoint-{state.step}"
 
     def _save(self, state: TrainState) -> None:
-        def write(directory: Path) -> None:
-            engine_dir = directory / "engine"
-            engine_dir.mkdir(exist_ok=True)
-            self.engine.save(engine_dir)
-            self._write_model(directory)
+        def take(host: HostMemory) -> Snapshot:
+            engine = self.engine.state(host)
+            gathered = self.engine.model_state()
+            if self.export is None:
+                return Snapshot(engine)
+            return Snapshot(engine, self.export.take(self.module.model, gathered, host))
 
-        path = save_checkpoint(
-            self.job.output_dir, state, rank=self.rank.index, barrier=self.rank.barrier, write=write
-        )
-        if self.rank.index == 0:
-            prune_checkpoints(self.job.output_dir, self.config.save_total_limit, state.best_checkpoint)
-            self._say(f"saved {path}")
-        self.rank.barrier()
+        self.writer.save(state, take)
 
     def _write_model(self, directory: Path) -> None:
         state = self.engine.model_state()

@@ -176,11 +176,11 @@ def cut_off(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_corrupt_checkpoint_is_refused_by_name(cut_off: Path, base: str) -> None:
-    file = cut_off / "run" / f"checkpoint-{SAVED}" / "engine" / "engine.pt"
+    file = cut_off / "run" / f"checkpoint-{SAVED}" / "engine" / "rank-0.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     try:
-        with pytest.raises(CheckpointError, match=r"engine\.pt` is corrupt"):
+        with pytest.raises(CheckpointError, match=r"rank-0\.safetensors` is corrupt"):
             trainer_of(cut_off, base, workers=0).train(resume_from_checkpoint=True)
     finally:
         file.write_bytes(whole)

@@ -57,6 +57,8 @@ class Variant:
     lora: bool = False
     # Stop in the middle of this step, then train again in the same directory.
     stop_in: int | None = None
+    # Where it stopped, it is left: another variant goes on in a copy of its directory.
+    left: bool = False
 
 
 class Stopped(Exception):
@@ -159,6 +161,8 @@ def train(variant: Variant, root: Path, rows: Sequence[TokenizedRow]) -> None:
         with pytest.raises(Stopped):
             train_rank(replace(job_of(variant, directory, rows), train_set=stopping), lambda record: None)
         assert checkpoints(directory)
+    if variant.left:
+        return
     train_rank(job_of(variant, directory, rows), lambda record: None)
 
 
