@@ -13,8 +13,8 @@ from rayrm.train.engine_state import EngineState, Slice
 from rayrm.train.host_memory import HostMemory
 
 
-def writer_of(root: Path, limit: int | None = None) -> CheckpointWriter:
-    return CheckpointWriter(root, 0, 1, limit, whole=lambda path: None)
+def writer_of(root: Path, limit: int | None = None, *, rank: int = 0, num_ranks: int = 1) -> CheckpointWriter:
+    return CheckpointWriter(root, rank, num_ranks, limit, whole=lambda path: None)
 
 
 def taken(count: int = 50, export: Callable[[Path], None] | None = None) -> Callable[[HostMemory], Snapshot]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from rayrm.data.order import Cursor
 from rayrm.errors import CheckpointError
@@ -79,6 +80,33 @@ def test_a_full_disk_ends_the_run_with_what_to_type_and_frees_what_was_written(s
     assert shutil.disk_usage(small_disk).free == free
     save(small_disk, 2)
     assert len(checkpoints(small_disk)) == 2
+
+
+def _rank_on_a_small_disk(rank: int, disk: Path, said: Path) -> None:
+    store = dist.FileStore(str(said / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    writer = writer_of(disk, rank=rank, num_ranks=2)
+    writer.save(TrainState(step=1), taken())
+    writer.wait()
+    # The second rank's part does not fit; the first's, which waits for it, does.
+    writer.save(TrainState(step=2), taken(count=2**20 if rank == 1 else 50))
+    with pytest.raises(CheckpointError) as raised:
+        writer.wait()
+    writer.close()
+    (said / f"{rank}").write_text(str(raised.value))
+    dist.destroy_process_group()
+
+
+def test_a_rank_without_room_ends_all_ranks_in_the_same_words(small_disk: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank_on_a_small_disk, (small_disk, tmp_path), nprocs=2)
+    first, second = ((tmp_path / f"{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert "by rank 1: " in first
+    assert [path.name for path in small_disk.iterdir()] == ["checkpoint-1"]
+    # Sealed once both had written: what one rank lists is not all.
+    listed = json.loads((small_disk / "checkpoint-1" / "checkpoint.json").read_text())["files"]
+    assert {"rng-0.pt", "rng-1.pt", "engine/rank-0.safetensors", "engine/rank-1.safetensors"} <= set(listed)
+    verify_checkpoint(small_disk / "checkpoint-1")
 
 
 def _poll_for_ever(writer: CheckpointWriter) -> None:
