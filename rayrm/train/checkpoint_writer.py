@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import struct
@@ -40,6 +41,7 @@ from rayrm.train.checkpoint import (
 from rayrm.train.engine_state import ENGINE, EngineState, Slice
 from rayrm.train.host_memory import HostMemory
 
+logger = logging.getLogger("rayrm.train")
 _CHUNK = 16 << 20
 _LOOK_AGAIN_S = 0.02
 # How long a rank that leaves by an error gives the other ranks' threads to finish their parts.
@@ -143,6 +145,9 @@ class CheckpointWriter:
         """Leave, also by an error on this rank alone: what is being written is finished, or left aside."""
         if self._pending is not None:
             _settled(self._pending, timeout_s=_GRACE_S if self.num_ranks > 1 else None)
+            error = self._pending.exception() if self._pending.done() else None
+            if error is not None:
+                logger.error("%s", self._said(error))
         self._abandon.set()
         self._thread.shutdown()
 

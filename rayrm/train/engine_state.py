@@ -236,11 +236,8 @@ def restore_state(optimizer: torch.optim.Optimizer, holdings: Iterable[Holding],
     for holding in holdings:
         _check_shapes(holding, reader)
         with torch.no_grad():
-            flat = holding.tensor.view(-1)
             for span in holding.spans:
-                flat[span.at : span.at + span.count].copy_(
-                    reader.read(span.name, WEIGHT, span.start, span.count)
-                )
+                _put(reader.read(span.name, WEIGHT, span.start, span.count), span, holding.tensor)
         state = _tensors(holding, reader)
         group = optimizer.param_groups[holding.group]
         on_device = bool(group.get("fused") or group.get("capturable"))
@@ -248,6 +245,13 @@ def restore_state(optimizer: torch.optim.Optimizer, holdings: Iterable[Holding],
         optimizer.state.pop(holding.tensor, None)
         if state:
             optimizer.state[holding.tensor] = state
+
+
+def _put(values: torch.Tensor, span: Span, target: torch.Tensor) -> None:
+    if span.count == target.numel():
+        target.copy_(values.view(target.shape))  # whatever its strides
+    else:
+        target.view(-1)[span.at : span.at + span.count].copy_(values)
 
 
 def _check_shapes(holding: Holding, reader: StateReader) -> None:
@@ -275,7 +279,7 @@ def _tensors(holding: Holding, reader: StateReader) -> dict[str, Any]:
             values = reader.read(span.name, kind, span.start, span.count)
             if kind not in state:
                 state[kind] = torch.zeros_like(holding.tensor, dtype=values.dtype, requires_grad=False)
-            state[kind].view(-1)[span.at : span.at + span.count].copy_(values)
+            _put(values, span, state[kind])
     return state
 
 

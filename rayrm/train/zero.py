@@ -36,6 +36,8 @@ from rayrm.train.precision import Precision
 from rayrm.train.zero_state import inner_optimizer, loss_scaler, partition_holdings, spread
 
 logger = logging.getLogger("rayrm.train")
+# What DeepSpeed's own profiler and monitor count by.
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # Rows per step are counted by the caller; mixed precision is autocast.
 _OURS = ("train_batch_size", "bf16", "bfloat16", "fp16")
 
@@ -174,6 +176,7 @@ class DeepSpeedEngine:
     def state(self, host: HostMemory) -> EngineState:
         optimizer = inner_optimizer(self._engine, self._stage)
         common = common_state(optimizer, self._scheduler, loss_scaler(self._engine, self._stage))
+        common["counters"] = {name: getattr(self._engine, name) for name in _COUNTERS}
         mine = self._holdings() if self._stage > 0 or on_first_rank() else []
         return take_state(optimizer, mine, host, common)
 
@@ -185,6 +188,8 @@ class DeepSpeedEngine:
         if self._stage > 0:
             spread(self._engine.optimizer, self._stage, self._names(), reader)
         self._scheduler.load_state_dict(reader.common["scheduler"])
+        for name, value in reader.common.get("counters", {}).items():
+            setattr(self._engine, name, value)
         scaler = loss_scaler(self._engine, self._stage)
         if scaler is not None and reader.common["scaler"]:
             scaler.load_state_dict(reader.common["scaler"])

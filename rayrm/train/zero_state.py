@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rayrm.errors import CheckpointError
 from rayrm.train.engine_state import WEIGHT, Holding, Span, StateReader
 
 
@@ -43,6 +44,11 @@ def _flat_groups(zero: Any, names: dict[torch.Tensor, str]) -> list[Holding]:
 
 
 def _sub_groups(zero: Any, names: dict[torch.Tensor, str]) -> list[Holding]:
+    if zero.swap_optimizer:
+        raise CheckpointError(
+            "optimizer state on NVMe (`offload_optimizer.device`) cannot be checkpointed. "
+            'Set it to "cpu", or `save_strategy="no"`.'
+        )
     holdings = []
     for index, partition in enumerate(zero.fp32_partitioned_groups_flat):
         spans = []
