@@ -43,6 +43,7 @@ from rayrm.train.host_memory import HostMemory
 
 logger = logging.getLogger("rayrm.train")
 _CHUNK = 16 << 20
+_NICENESS = 10
 _LOOK_AGAIN_S = 0.02
 # How long a rank that leaves by an error gives the other ranks' threads to finish their parts.
 _GRACE_S = 30.0
@@ -255,7 +256,7 @@ class CheckpointWriter:
 def _step_back() -> None:
     """The steps have the processors first (Linux: threads have a niceness of their own)."""
     if hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _settled(pending: Future[None], timeout_s: float | None = None) -> None:
