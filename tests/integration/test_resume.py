@@ -33,7 +33,7 @@ SAVED = 4
 
 
 class KilledOnce(torch.optim.AdamW):
-    """AdamW whose process, on the last rank, is killed in the first step that finds checkpoint 4 whole, once."""
+    """AdamW whose process, on the last rank, is killed in the first step to find checkpoint 4, once."""
 
     def __init__(self, params: Any, *, lr: float, marker: str) -> None:
         super().__init__(params, lr=lr)
