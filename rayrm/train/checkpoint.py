@@ -2,24 +2,26 @@
 
     checkpoint-<step>/
         model.safetensors, config.json, tokenizer ...   loads in stock transformers (PEFT: the adapter)
-        engine/                                          optimizer, scheduler, master weights
+        engine/                                          weights and optimizer by parameter (engine_state.py)
         rng-<rank>.pt                                    random states
         state.json                                       where training stands (`TrainState`)
         checkpoint.json                                  every file's size and sha256; written last
 
-All ranks write into one directory, which therefore must lie on storage that they share.
+All ranks write into one directory, which therefore must lie on storage that they share. Who writes, and when,
+is `checkpoint_writer.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from rayrm.errors import CheckpointError
 
 MANIFEST = "checkpoint.json"
 STATE = "state.json"
+ENGINE_DIR = "engine"
+Files = dict[str, dict[str, Any]]
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -70,38 +74,6 @@ class TrainState:
         return cls(**{**fields, "cursor": Cursor(**fields["cursor"])})
 
 
-def save_checkpoint(
-    output_dir: Path,
-    state: TrainState,
-    *,
-    rank: int,
-    barrier: Callable[[], None],
-    write: Callable[[Path], None],
-) -> Path:
-    """Write `checkpoint-<step>`: `write(directory)` runs on every rank, rank 0 seals and renames it.
-
-    A directory of that name is replaced: runs go on from their newest checkpoint, so it is an incomplete one.
-    """
-    final = output_dir / f"checkpoint-{state.step}"
-    partial = output_dir / f".checkpoint-{state.step}.partial"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    write(partial)
-    torch.save(_rng_state(), partial / f"rng-{rank}.pt")
-    barrier()
-    if rank == 0:
-        (partial / STATE).write_text(state.to_json())
-        _seal(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync_directory(output_dir)
-    barrier()
-    return final
-
-
 def restore_rng(checkpoint: Path, rank: int) -> None:
     """Set this rank's random states to what they were; a rank that was not there then keeps its own."""
     file = checkpoint / f"rng-{rank}.pt"
@@ -117,10 +89,11 @@ def restore_rng(checkpoint: Path, rank: int) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
 
 
-def _rng_state() -> dict[str, Any]:
+def random_states() -> bytes:
+    """This process's random states, as `rng-<rank>.pt` holds them."""
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
-    return {
+    states = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": [version, list(internal), gauss],
@@ -130,6 +103,9 @@ def _rng_state() -> dict[str, Any]:
             *[float(x) if isinstance(x, float) else int(x) for x in rest],
         ],
     }
+    content = io.BytesIO()
+    torch.save(states, content)
+    return content.getvalue()
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -195,16 +171,35 @@ def _other(checkpoint: Path) -> str:
     return f"Delete `{checkpoint}` and start again: the run has no other checkpoint."
 
 
-def _seal(directory: Path) -> None:
-    files = {
+def part_of(rank: int) -> str:
+    """The file in which a rank lists what it wrote; its presence says that all of it is on the disk."""
+    return f"part-{rank}.json"
+
+
+def listed(directory: Path, files: Iterable[Path]) -> Files:
+    """Sizes and checksums of files in `directory`, which are on the disk afterwards."""
+    return {
         str(file.relative_to(directory)): {"size": file.stat().st_size, "sha256": _sha256(file, sync=True)}
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
+        for file in files
     }
-    with (directory / MANIFEST).open("w") as out:
-        json.dump({"files": files}, out, indent=1)
+
+
+def seal(partial: Path, parts: Iterable[Path], final: Path) -> None:
+    """Make the files that `parts` list the checkpoint `final`."""
+    files: Files = {}
+    for part in parts:
+        files |= json.loads(part.read_text())
+        part.unlink()
+    with (partial / MANIFEST).open("w") as out:
+        json.dump({"files": dict(sorted(files.items()))}, out, indent=1)
         out.flush()
         os.fsync(out.fileno())
+    for directory in {(partial / name).parent for name in files}:
+        _sync_directory(directory)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync_directory(final.parent)
 
 
 def _sha256(file: Path, *, sync: bool = False) -> str:

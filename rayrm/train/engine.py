@@ -8,13 +8,22 @@ holds the factor (world size / the step's global row count), since both engines 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from rayrm.model.forward import DeviceBatch, PackedScorer
 from rayrm.model.layout import unwrapped
+from rayrm.train.engine_state import (
+    EngineState,
+    StateReader,
+    common_state,
+    restore_state,
+    take_state,
+    whole_holdings,
+)
+from rayrm.train.host_memory import HostMemory
 from rayrm.train.precision import Precision, in_precision
 from rayrm.train.row_gradient import RowGradient
 
@@ -56,12 +65,12 @@ class Engine(Protocol):
         """End training, at any step: one rank's module holds whole weights, no gradients and no hooks."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write everything `load` needs; all ranks call it on one shared directory."""
+    def state(self, host: HostMemory) -> EngineState:
+        """Copy this rank's share of everything that `load` needs into `host`."""
         ...
 
     def load(self, directory: Path) -> None:
-        """Continue exactly from what `save` wrote with the same number of ranks."""
+        """Go on from what any number of ranks of any engine wrote; exactly, where they were as many."""
         ...
 
 
@@ -174,28 +183,18 @@ class TorchEngine:
     def _is_first(self) -> bool:
         return self.world_size == 1 or dist.get_rank() == 0
 
-    def save(self, directory: Path) -> None:
-        if not self._is_first():
-            return
-        state = {
-            "model": {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad},
-            "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
-            "scaler": self._scaler.state_dict(),
-        }
-        torch.save(state, directory / "engine.pt")
+    def state(self, host: HostMemory) -> EngineState:
+        common = common_state(self._optimizer, self._scheduler, self._scaler)
+        holdings = whole_holdings(self.module, self._optimizer) if self._is_first() else []
+        return take_state(self._optimizer, holdings, host, common)
 
     def load(self, directory: Path) -> None:
-        state: dict[str, Any] = torch.load(
-            directory / "engine.pt", map_location=self.device, weights_only=True
-        )
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(state["model"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
-        self._scaler.load_state_dict(state["scaler"])
+        reader = StateReader(directory)
+        reader.check(self._optimizer, [n for n, p in self.module.named_parameters() if p.requires_grad])
+        restore_state(self._optimizer, whole_holdings(self.module, self._optimizer), reader)
+        self._scheduler.load_state_dict(reader.common["scheduler"])
+        if reader.common["scaler"]:
+            self._scaler.load_state_dict(reader.common["scaler"])
 
 
 def _average_in_buckets(gradients: list[torch.Tensor], world_size: int) -> None:

@@ -37,13 +37,14 @@ from rayrm.train.build import ModelSource, build_model
 from rayrm.train.checkpoint import (
     TrainState,
     checkpoints,
-    prune_checkpoints,
     read_state,
     restore_rng,
-    save_checkpoint,
 )
+from rayrm.train.checkpoint_writer import CheckpointWriter, Snapshot
 from rayrm.train.engine import Engine, TorchEngine
 from rayrm.train.evaluation import RowSet, score_rows
+from rayrm.train.export import ModelExport
+from rayrm.train.host_memory import HostMemory
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from rayrm.train.optimizer import OptimizerSpec, make_optimizer, make_scheduler
 from rayrm.train.positions import check_positions, check_rope
@@ -130,6 +131,7 @@ class _RankRun:
             self._say(str(path))
         self.attention_weight = attention_weight_of(model)
         multiple = self.config.pad_to_multiple_of
+        self.export = ModelExport(model, job.tokenizer, job.text_form) if rank.index == 0 else None
         self.module = PackedScorer(
             model,
             self.layout,
@@ -155,6 +157,13 @@ class _RankRun:
             around.callback(self.engine.release)
         self.hosts = Hosts()
         self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
+        self.writer = CheckpointWriter(
+            job.output_dir,
+            rank.index,
+            rank.count,
+            self.config.save_total_limit,
+            whole=lambda path: self._say(f"saved {path}"),
+        )
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
     def _say(self, message: str) -> None:
@@ -165,7 +174,9 @@ class _RankRun:
         state = self._restore()
         steps = _ahead(self._steps(state))
         events = Events(self._progress, self._log, self._evaluate, self._save, self._trained)
-        with contextlib.closing(self.log), contextlib.closing(self.row_log), contextlib.closing(steps):
+        with contextlib.ExitStack() as closing:
+            for opened in (self.log, self.row_log, steps, self.writer):
+                closing.enter_context(contextlib.closing(opened))
             if self.config.eval_on_start and state.step == 0:
                 self.engine.train(False)
                 self._evaluate(state)
@@ -184,6 +195,7 @@ class _RankRun:
                     on_skip=self._keep_skipped,
                 ),
             )
+            self.writer.wait()
             if self.config.load_best_model_at_end and state.best_checkpoint:
                 self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
                 self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
@@ -269,6 +281,7 @@ class _RankRun:
         self.row_log.write(step, share.after, rows, skipped=skipped)
 
     def _progress(self, step: int) -> None:
+        self.writer.poll()
         if self.rank.index == 0:
             self.log.progress(step, self.schedule.num_steps)
 
@@ -318,19 +331,14 @@ class _RankRun:
     def _save(self, state: TrainState) -> None:
         self.row_log.sync()
 
-        def write(directory: Path) -> None:
-            engine_dir = directory / "engine"
-            engine_dir.mkdir(exist_ok=True)
-            self.engine.save(engine_dir)
-            self._write_model(directory)
+        def take(host: HostMemory) -> Snapshot:
+            engine = self.engine.state(host)
+            gathered = self.engine.model_state()
+            if self.export is None:
+                return Snapshot(engine)
+            return Snapshot(engine, self.export.take(self.module.model, gathered, host))
 
-        path = save_checkpoint(
-            self.job.output_dir, state, rank=self.rank.index, barrier=self.rank.barrier, write=write
-        )
-        if self.rank.index == 0:
-            prune_checkpoints(self.job.output_dir, self.config.save_total_limit, state.best_checkpoint)
-            self._say(f"saved {path}")
-        self.rank.barrier()
+        self.writer.save(state, take)
 
     def _write_model(self, directory: Path) -> None:
         state = self.engine.model_state()

@@ -20,13 +20,24 @@ from torch._C._distributed_c10d import HashStore
 
 from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import check_batch_size, read_deepspeed, resolved_stage, without_effect
-from rayrm.errors import CheckpointError
 from rayrm.model.forward import DeviceBatch, PackedScorer
 from rayrm.train.build import on_first_rank
+from rayrm.train.engine_state import (
+    EngineState,
+    Holding,
+    StateReader,
+    common_state,
+    restore_state,
+    take_state,
+    whole_holdings,
+)
+from rayrm.train.host_memory import HostMemory
 from rayrm.train.precision import Precision
+from rayrm.train.zero_state import inner_optimizer, loss_scaler, partition_holdings, spread
 
-_TAG = "state"
 logger = logging.getLogger("rayrm.train")
+# What DeepSpeed's own profiler and monitor count by.
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # Rows per step are counted by the caller; mixed precision is autocast.
 _OURS = ("train_batch_size", "bf16", "bfloat16", "fp16")
 
@@ -167,17 +178,34 @@ class DeepSpeedEngine:
                 for mark in [key for key in vars(parameter) if key.startswith("ds_")]:
                     delattr(parameter, mark)
 
-    def save(self, directory: Path) -> None:
-        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+    def _holdings(self) -> list[Holding]:
+        if self._stage == 0:
+            return whole_holdings(self.module, inner_optimizer(self._engine, 0))
+        return partition_holdings(self._engine.optimizer, self._stage, self._names())
+
+    def _names(self) -> dict[torch.Tensor, str]:
+        return {parameter: name for name, parameter in self.module.named_parameters()}
+
+    def state(self, host: HostMemory) -> EngineState:
+        optimizer = inner_optimizer(self._engine, self._stage)
+        common = common_state(optimizer, self._scheduler, loss_scaler(self._engine, self._stage))
+        common["counters"] = {name: getattr(self._engine, name) for name in _COUNTERS}
+        mine = self._holdings() if self._stage > 0 or on_first_rank() else []
+        return take_state(optimizer, mine, host, common)
 
     def load(self, directory: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
-        if path is None:
-            raise CheckpointError(
-                f"`{directory}` holds no DeepSpeed state for {self.world_size} worker(s) at ZeRO stage "
-                f"{self._stage}. Resume with the worker count and `zero_stage` that wrote it, or start a new "
-                "`output_dir` with `model.name` set to the checkpoint."
-            )
+        reader = StateReader(directory)
+        optimizer = inner_optimizer(self._engine, self._stage)
+        reader.check(optimizer, [n for n, p in self.module.named_parameters() if p.requires_grad])
+        restore_state(optimizer, self._holdings(), reader)
+        if self._stage > 0:
+            spread(self._engine.optimizer, self._stage, self._names(), reader)
+        self._scheduler.load_state_dict(reader.common["scheduler"])
+        for name, value in reader.common.get("counters", {}).items():
+            setattr(self._engine, name, value)
+        scaler = loss_scaler(self._engine, self._stage)
+        if scaler is not None and reader.common["scaler"]:
+            scaler.load_state_dict(reader.common["scaler"])
 
 
 @contextlib.contextmanager

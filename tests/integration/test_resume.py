@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from rayrm import RewardConfig, RewardTrainer
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import CheckpointError, RunDirectoryError
+from rayrm.train.checkpoint import checkpoints
 from rayrm.train.records import read_records
 from tests.numerics.ranks import tokenized
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -32,7 +33,7 @@ SAVED = 4
 
 
 class KilledOnce(torch.optim.AdamW):
-    """AdamW whose process, on the last rank, is killed in the first step after checkpoint 4, once."""
+    """AdamW whose process, on the last rank, is killed in the first step to find checkpoint 4, once."""
 
     def __init__(self, params: Any, *, lr: float, marker: str) -> None:
         super().__init__(params, lr=lr)
@@ -176,11 +177,11 @@ def cut_off(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_corrupt_checkpoint_is_refused_by_name(cut_off: Path, base: str) -> None:
-    file = cut_off / "run" / f"checkpoint-{SAVED}" / "engine" / "engine.pt"
+    file = checkpoints(cut_off / "run")[-1] / "engine" / "rank-0.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     try:
-        with pytest.raises(CheckpointError, match=r"engine\.pt` is corrupt"):
+        with pytest.raises(CheckpointError, match=r"rank-0\.safetensors` is corrupt"):
             trainer_of(cut_off, base, workers=0).train(resume_from_checkpoint=True)
     finally:
         file.write_bytes(whole)

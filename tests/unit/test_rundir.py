@@ -13,9 +13,10 @@ import pytest
 
 from rayrm.config import RewardConfig
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
-from rayrm.train.checkpoint import TrainState, save_checkpoint
+from rayrm.train.checkpoint import TrainState
 from rayrm.train.records import RunLog, read_records
 from rayrm.train.rundir import RunStart, check_writable, claim, examine, identity_of, only_run
+from tests.whole_checkpoint import save_whole
 
 
 def identity(data: str = "abc", rows: int = 8, **settings: Any) -> dict[str, Any]:
@@ -25,11 +26,7 @@ def identity(data: str = "abc", rows: int = 8, **settings: Any) -> dict[str, Any
 
 
 def save(root: Path, step: int, max_tokens: int | None = None) -> Path:
-    def write(directory: Path) -> None:
-        (directory / "weights").write_bytes(b"w" * 64)
-
-    state = TrainState(step=step, max_tokens=max_tokens)
-    return save_checkpoint(root, state, rank=0, barrier=lambda: None, write=write)
+    return save_whole(root, TrainState(step=step, max_tokens=max_tokens))
 
 
 @pytest.fixture
@@ -152,21 +149,18 @@ def test_a_new_run_may_begin_from_another_run_s_checkpoint(begun: Path, tmp_path
 
 
 def test_a_checkpoint_from_before_budgets_were_written_still_resumes(begun: Path, tmp_path: Path) -> None:
-    def write(directory: Path) -> None:
-        (directory / "weights").write_bytes(b"w")
-
     class Before(TrainState):
         def to_json(self) -> str:
             fields = json.loads(super().to_json())
             del fields["max_tokens"]
             return json.dumps(fields)
 
-    old = save_checkpoint(begun, Before(step=30), rank=0, barrier=lambda: None, write=write)
+    old = save_whole(begun, Before(step=30))
     assert examine(tmp_path / "new", identity(), resume=str(old)) == RunStart(old, None)
 
 
 def test_a_corrupt_checkpoint_is_found_before_anything_starts(begun: Path) -> None:
-    (begun / "checkpoint-20" / "weights").write_bytes(b"x" * 64)
+    (begun / "checkpoint-20" / "model.safetensors").write_bytes(b"x" * 64)
     with pytest.raises(CheckpointError, match=r"is corrupt.*resume from `checkpoint-10`"):
         examine(begun, identity(), resume=True)
 

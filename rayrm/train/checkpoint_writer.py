@@ -1,0 +1,309 @@
+"""Checkpoints written beside the steps: the loop waits for a copy in host memory, a thread does the rest.
+
+Each rank's thread writes, hashes and syncs its part, and lists it in `part-<rank>.json`, last. Rank 0's
+thread waits for every part, seals the directory and renames it. Threads tell each other by files alone:
+collectives are the training's. Whether one failed, ranks agree in `poll`, which each calls once a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from rayrm.errors import CheckpointError
+from rayrm.train.checkpoint import (
+    ENGINE_DIR,
+    STATE,
+    Files,
+    TrainState,
+    checkpoints,
+    listed,
+    part_of,
+    prune_checkpoints,
+    random_states,
+    seal,
+)
+from rayrm.train.engine_state import ENGINE, EngineState, Slice
+from rayrm.train.host_memory import HostMemory
+
+logger = logging.getLogger("rayrm.train")
+_CHUNK = 16 << 20
+_NICENESS = 10
+_LOOK_AGAIN_S = 0.02
+# How long a rank that leaves by an error gives the other ranks' threads to finish their parts.
+_GRACE_S = 30.0
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """What one rank writes: its engine state, and on rank 0 what `export(directory)` saves of the model."""
+
+    engine: EngineState
+    export: Callable[[Path], None] | None = None
+
+
+class _Abandoned(Exception):
+    """The run leaves, or another rank could not write its part."""
+
+
+@dataclass(slots=True)
+class CheckpointWriter:
+    """One rank's writing of checkpoints. `whole` is told each that is complete, by rank 0's thread."""
+
+    output_dir: Path
+    rank: int
+    num_ranks: int
+    limit: int | None
+    whole: Callable[[Path], None]
+    _memory: HostMemory = field(default_factory=HostMemory)
+    _thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(
+            1, thread_name_prefix="rayrm-checkpoint", initializer=_step_back
+        )
+    )
+    _pending: Future[None] | None = None
+    _step: int = 0
+    _bytes: int = 0
+    _free: int = 0
+    _abandon: threading.Event = field(default_factory=threading.Event)
+    _hosts: Any = None
+
+    def __post_init__(self) -> None:
+        if self.num_ranks > 1 and dist.get_backend() != "gloo":
+            self._hosts = dist.new_group(backend="gloo")
+
+    def save(self, state: TrainState, take: Callable[[HostMemory], Snapshot]) -> None:
+        """Copy this rank's part and begin to write `checkpoint-<step>`; the one before is waited for.
+
+        All ranks call it. A directory of that name is replaced: runs go on from their newest checkpoint, so
+        it is an incomplete one.
+        """
+        self.wait()
+        partial = self._partial(state.step)
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._memory.begin()
+        snapshot = take(self._memory)
+        self._memory.settle()
+        self._bytes = sum(piece.values.nbytes for piece in snapshot.engine.slices)
+        # Made here: the threads see nothing that the next step changes.
+        files = {f"rng-{self.rank}.pt": random_states(), **_engine_files(self.rank, snapshot.engine)}
+        if self.rank == 0:
+            files[STATE] = state.to_json().encode()
+        if self.num_ranks > 1:
+            # The directory of an earlier attempt is gone before any rank writes.
+            dist.barrier(group=self._hosts)
+        self._step = state.step
+        self._pending = self._thread.submit(self._write, partial, files, snapshot, state.best_checkpoint)
+
+    def poll(self) -> None:
+        """Once a step, on all ranks: raise on every one of them what any rank's writing met."""
+        if self._pending is None:
+            return
+        pending = self._pending
+        done = pending.done()
+        busy, broken = self._anywhere(not done, done and pending.exception() is not None)
+        if broken:
+            self._fail()
+        elif not busy:
+            self._pending = None
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is whole; all ranks call it."""
+        while self._pending is not None:
+            # Rank 0's thread waits for every part, so that another rank's failure must reach it here.
+            _settled(self._pending, timeout_s=1.0 if self.num_ranks > 1 else None)
+            self.poll()
+
+    def close(self) -> None:
+        """Leave, also by an error on this rank alone: what is being written is finished, or left aside."""
+        if self._pending is not None:
+            _settled(self._pending, timeout_s=_GRACE_S if self.num_ranks > 1 else None)
+            error = self._pending.exception() if self._pending.done() else None
+            if error is not None:
+                logger.error("%s", self._said(error))
+        self._abandon.set()
+        self._thread.shutdown()
+
+    def _anywhere(self, *facts: bool) -> list[bool]:
+        if self.num_ranks == 1:
+            return list(facts)
+        agreed = torch.tensor(facts, dtype=torch.uint8)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._hosts)
+        return [bool(fact) for fact in agreed.tolist()]
+
+    def _fail(self) -> None:
+        """Remove what was written and raise, on every rank, with the words of the first that failed."""
+        assert self._pending is not None
+        self._abandon.set()
+        _settled(self._pending)
+        error = self._pending.exception()
+        self._pending = None
+        said = None if error is None or isinstance(error, _Abandoned) else self._said(error)
+        everyone: list[str | None] = [said]
+        if self.num_ranks > 1:
+            everyone = [None] * self.num_ranks
+            dist.all_gather_object(everyone, said, group=self._hosts)
+        if self.rank == 0:
+            shutil.rmtree(self._partial(self._step), ignore_errors=True)
+        raise CheckpointError(next(words for words in everyone if words is not None)) from error
+
+    def _said(self, error: BaseException) -> str:
+        if not isinstance(error, (OSError, SafetensorError)):
+            return f"checkpoint {self._step} failed on rank {self.rank}: {type(error).__name__}: {error}"
+        good = checkpoints(self.output_dir)
+        last = f"The last good one is `{good[-1]}`." if good else "There is no earlier one."
+        needed, free = self._bytes / 2**20, self._free / 2**20
+        return (
+            f"checkpoint {self._step} could not be written in `{self.output_dir}` by rank {self.rank}: "
+            f"{error}. Its engine state alone needs {needed:.1f} MiB, and {free:.1f} MiB were still free "
+            f"there. {last} Free space, then start the same command again: the run goes on from its last "
+            "good checkpoint."
+        )
+
+    def _partial(self, step: int) -> Path:
+        return self.output_dir / f".checkpoint-{step}.partial"
+
+    def _write(self, partial: Path, files: dict[str, bytes], snapshot: Snapshot, best: str | None) -> None:
+        try:
+            (partial / ENGINE_DIR).mkdir(parents=True, exist_ok=True)
+            written: Files = {}
+            if snapshot.export is not None:
+                snapshot.export(partial)
+                written |= listed(
+                    partial,
+                    [
+                        file
+                        for file in partial.iterdir()
+                        if file.is_file() and not file.name.startswith(("part-", "rng-", ".part-"))
+                    ],
+                )
+            for name, content in files.items():
+                written[name] = self._write_file(partial / name, [content])
+            if snapshot.engine.slices:
+                name = f"{ENGINE_DIR}/rank-{self.rank}.safetensors"
+                written[name] = self._write_file(partial / name, _safetensors(snapshot.engine.slices))
+            self._list_part(partial, written)
+            if self.rank == 0:
+                self._complete(partial, best)
+        except (OSError, SafetensorError):
+            self._free = shutil.disk_usage(self.output_dir).free
+            # Frees space at once; what other ranks wrote goes when all have agreed.
+            if self.num_ranks == 1:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _write_file(self, file: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+        digest, size = hashlib.sha256(), 0
+        with file.open("wb", buffering=0) as out:
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B")
+                for at in range(0, len(view), _CHUNK):
+                    if self._abandon.is_set():
+                        raise _Abandoned
+                    rest = view[at : at + _CHUNK]
+                    digest.update(rest)
+                    size += len(rest)
+                    while rest:
+                        rest = rest[out.write(rest) :]
+            os.fsync(out.fileno())
+        return {"size": size, "sha256": digest.hexdigest()}
+
+    def _list_part(self, partial: Path, written: Files) -> None:
+        aside = partial / f".part-{self.rank}.json"
+        self._write_file(aside, [json.dumps(written).encode()])
+        aside.rename(partial / part_of(self.rank))
+
+    def _complete(self, partial: Path, best: str | None) -> None:
+        parts = [partial / part_of(rank) for rank in range(self.num_ranks)]
+        while not all(part.exists() for part in parts):
+            if self._abandon.is_set():
+                raise _Abandoned
+            time.sleep(_LOOK_AGAIN_S)
+        final = self.output_dir / f"checkpoint-{self._step}"
+        seal(partial, parts, final)
+        self.whole(final)
+        prune_checkpoints(self.output_dir, self.limit, best)
+
+
+def _step_back() -> None:
+    """The steps have the processors first (Linux: threads have a niceness of their own)."""
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
+def _settled(pending: Future[None], timeout_s: float | None = None) -> None:
+    try:
+        pending.exception(timeout_s)
+    except TimeoutError:
+        return
+
+
+def _engine_files(rank: int, state: EngineState) -> dict[str, bytes]:
+    files = {}
+    if rank == 0:
+        files[f"{ENGINE_DIR}/{ENGINE}"] = _json(state.common)
+    if state.slices or state.scalars:
+        slices = [[s.key, s.name, s.field, s.offset, s.shape] for s in state.slices]
+        part = {"slices": slices, "scalars": state.scalars}
+        files[f"{ENGINE_DIR}/rank-{rank}.json"] = _json(part)
+    return files
+
+
+def _json(value: Any) -> bytes:
+    try:
+        return json.dumps(value).encode()
+    except TypeError as error:
+        raise CheckpointError(
+            f"the optimizer's or the schedule's settings hold what a checkpoint cannot ({error}). Take "
+            'another `lr_scheduler_type` or optimizer, or set `save_strategy="no"`.'
+        ) from error
+
+
+def _safetensors(slices: list[Slice]) -> Iterable[bytes | memoryview]:
+    """The bytes of a safetensors file of flat tensors, without a copy of them.
+
+    https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for piece in slices:
+        begin, end = end, end + piece.values.nbytes
+        header[piece.key] = {
+            "dtype": _DTYPES[piece.values.dtype],
+            "shape": list(piece.values.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for piece in slices:
+        if piece.values.nbytes:
+            yield piece.values.view(torch.uint8).numpy().data
