@@ -118,6 +118,7 @@ class Events:
     """What happens around the steps. Every rank calls each; what only rank 0 does, it decides itself.
 
     `trained` is told a step's number, this rank's share of it, and whether its update was left out.
+    `leaves`: whether the run is to save and leave after the step it has done.
     """
 
     progress: Callable[[int], None]
@@ -125,6 +126,7 @@ class Events:
     evaluate: Callable[[TrainState], None]
     save: Callable[[TrainState], None]
     trained: Callable[[int, RankStep, bool], None] = lambda step, share, skipped: None
+    leaves: Callable[[], bool] = lambda: False
 
 
 @dataclass(slots=True)
@@ -191,7 +193,10 @@ def run_loop(
     soundness: Soundness | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> TrainState:
-    """Train from where `state` stands to the schedule's end. `now` tells the time in seconds."""
+    """Train from where `state` stands to the schedule's end, or to where the run is to leave.
+
+    `now` tells the time in seconds.
+    """
     interval = Interval(reduced=list(state.interval))
     soundness = soundness or Soundness(engine)
     clock = _Clock(now)
@@ -221,7 +226,8 @@ def run_loop(
         logs, evaluates, saves = (
             due(state.step) for due in (schedule.logs, schedule.evaluates, schedule.saves)
         )
-        if logs or evaluates or saves:
+        leaves = state.step < schedule.num_steps and events.leaves()
+        if logs or evaluates or saves or leaves:
             soundness.check(interval.reduce(), state.step)
         if logs:
             interval.add_to(state)
@@ -243,10 +249,12 @@ def run_loop(
             with clock.stopped():
                 events.evaluate(state)
             engine.train(True)
-        if saves:
+        if saves or leaves:
             state.interval = interval.reduce()
             with clock.stopped():
                 events.save(state)
+        if leaves:
+            return state
     soundness.check(interval.reduce(), state.step)
     interval.add_to(state)
     return state

@@ -2,7 +2,7 @@
 
 Keys: `step`, `epoch` (from 0), `rows` (the names of those in this rank's micro-batches, without dummies), and
 `skipped`: true where the step's update was left out. A line is written when its step is done, and is on disk
-when a checkpoint is; a run that goes on drops the lines beyond its checkpoint, so each step stands there once.
+when a checkpoint is; a run that goes on drops the lines beyond its checkpoint, so each step stands once.
 The lines of all ranks together are a step's rows.
 """
 

@@ -32,6 +32,7 @@ from rayrm.model.reward_model import TextForm, save_model
 from rayrm.train.allocator import keep_freed_memory
 from rayrm.train.budget import Probe, decide_budget
 from rayrm.train.build import ModelSource, build_model
+from rayrm.train.build_engine import build_engine
 from rayrm.train.checkpoint import (
     TrainState,
     checkpoints,
@@ -40,12 +41,12 @@ from rayrm.train.checkpoint import (
     restore_rng,
     save_checkpoint,
 )
-from rayrm.train.engine import Engine, TorchEngine
 from rayrm.train.evaluation import RowSet, score_rows
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
-from rayrm.train.optimizer import OptimizerSpec, make_optimizer, make_scheduler
+from rayrm.train.optimizer import OptimizerSpec
 from rayrm.train.positions import check_positions, check_rope
-from rayrm.train.precision import Precision, autocast_dtype, resolve_precision
+from rayrm.train.precision import autocast_dtype, resolve_precision
+from rayrm.train.preemption import Notice
 from rayrm.train.rank import Hosts, Rank
 from rayrm.train.records import RunLog
 from rayrm.train.row_log import RowLog
@@ -151,10 +152,13 @@ class _RankRun:
             drop_last=self.config.dataloader_drop_last,
         )
         self.schedule = Schedule.of(self.config, self.order.steps_per_epoch)
-        self.engine = _build_engine(job, self.module, rank, precision, self.schedule.num_steps)
+        self.engine = build_engine(
+            self.config, self.module, rank, precision, self.schedule.num_steps, job.optimizer
+        )
         if rank.count == 1:
             around.callback(self.engine.release)
         self.hosts = Hosts()
+        self.notice = Notice(job.output_dir, self.hosts, looks=rank.index == 0)
         self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
@@ -165,7 +169,9 @@ class _RankRun:
     def train(self) -> torch.nn.Module:
         state = self._restore()
         steps = _ahead(self._steps(state))
-        events = Events(self._progress, self._log, self._evaluate, self._save, self._trained)
+        events = Events(
+            self._progress, self._log, self._evaluate, self._save, self._trained, self.notice.to_leave
+        )
         with contextlib.closing(self.log), contextlib.closing(self.row_log), contextlib.closing(steps):
             if self.config.eval_on_start and state.step == 0:
                 self.engine.train(False)
@@ -185,16 +191,22 @@ class _RankRun:
                     on_skip=self._keep_skipped,
                 ),
             )
-            if self.config.load_best_model_at_end and state.best_checkpoint:
-                self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
-                self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
-            self._write_model(self.job.output_dir)
-            self._report({"step": state.step, "train_loss": state.train_loss})
-            self.rank.barrier()
-            if self.rank.index == 0:
-                self.log.finish(state, self.schedule.num_steps, self.order.steps_per_epoch)
+            if state.step == self.schedule.num_steps:
+                self._finish(state)
+            elif self.rank.index == 0:
+                self.log.leave(state.step, self.schedule.num_steps)
         self.rank.barrier()
         return self.module.model
+
+    def _finish(self, state: TrainState) -> None:
+        if self.config.load_best_model_at_end and state.best_checkpoint:
+            self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
+            self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
+        self._write_model(self.job.output_dir)
+        self._report({"step": state.step, "train_loss": state.train_loss})
+        self.rank.barrier()
+        if self.rank.index == 0:
+            self.log.finish(state, self.schedule.num_steps, self.order.steps_per_epoch)
 
     def _restore(self) -> TrainState:
         found = checkpoints(self.job.output_dir)
@@ -340,37 +352,6 @@ class _RankRun:
                 text_form=self.job.text_form,
                 state_dict=state,
             )
-
-
-def _build_engine(
-    job: TrainJob, module: PackedScorer, rank: Rank, precision: Precision, num_steps: int
-) -> Engine:
-    config = job.config
-    optimizer = make_optimizer(module, config, job.optimizer)
-    scheduler = make_scheduler(optimizer, config, num_steps)
-    if config.zero_stage is None and config.deepspeed is None:
-        return TorchEngine(
-            module,
-            optimizer,
-            scheduler,
-            device=rank.device,
-            world_size=rank.count,
-            max_grad_norm=config.max_grad_norm,
-            precision=precision,
-            skips_nonfinite=config.nonfinite_loss == "skip",
-        )
-    from rayrm.train.zero import DeepSpeedEngine, deepspeed_config
-
-    return DeepSpeedEngine(
-        module,
-        optimizer,
-        scheduler,
-        device=rank.device,
-        world_size=rank.count,
-        max_grad_norm=config.max_grad_norm,
-        settings=deepspeed_config(config, precision, rank.count),
-        skips_nonfinite=config.nonfinite_loss == "skip",
-    )
 
 
 def _ahead(steps: Iterator[RankStep]) -> Generator[RankStep]:

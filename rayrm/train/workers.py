@@ -14,6 +14,7 @@ from typing import Any
 from rayrm.errors import ClusterError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.own_ray import ensure_ray, trainer_class
+from rayrm.train.preemption import leaving_on_sigterm
 from rayrm.train.worker import TrainJob, train_rank
 
 
@@ -23,7 +24,11 @@ def fit_here(job: TrainJob) -> None:
     from ray.train.torch import TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    TorchTrainer(_run_rank, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)).fit()
+    trainer = TorchTrainer(
+        _run_rank, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)
+    )
+    with leaving_on_sigterm(job.output_dir):
+        trainer.fit()
 
 
 def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -> None:
@@ -44,7 +49,9 @@ def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -
         ),
     )
     try:
-        trainer.fit()
+        # Not before: whatever asks for Ray until here sets Ray's own handler.
+        with leaving_on_sigterm(job.output_dir):
+            trainer.fit()
     except TrainingFailedError as failure:
         raise _cause_in_workers(failure) from failure
 

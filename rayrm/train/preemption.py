@@ -1,0 +1,77 @@
+"""A run that is told to leave (SIGTERM to its driver) saves after the step it is in, and ends.
+
+The driver's handler leaves a word in the output directory, which all ranks share. Rank 0 looks for it a few
+times a second, and ranks agree after each step, so that all stop after the same one: on several ranks a
+broadcast of one number between hosts. A second SIGTERM does what the first would have done before: it ends
+the process at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rayrm.errors import PreemptedError
+from rayrm.train.rank import Hosts
+from rayrm.train.records import read_progress
+
+_WORD = ".leave"
+_LOOK_S = 0.25
+
+
+@contextmanager
+def leaving_on_sigterm(output_dir: Path) -> Iterator[None]:
+    """Within the block SIGTERM to this process makes the ranks that train in `output_dir` leave.
+
+    Only a main thread is told of signals; in any other nothing changes.
+
+    Raises:
+        PreemptedError: they left.
+    """
+    word = output_dir / _WORD
+    word.unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        word.touch()
+
+    signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        told = word.exists()
+        word.unlink(missing_ok=True)
+    standing = read_progress(output_dir)
+    if told and not standing.get("finished"):
+        raise PreemptedError(
+            f"told to leave (SIGTERM), the run saved after step {standing['step']} of "
+            f"{standing['num_steps']} in {output_dir}. The same command goes on from there; in Python: "
+            "`train(resume_from_checkpoint=True)`."
+        )
+
+
+class Notice:
+    """What a rank knows of it; every rank asks after each step."""
+
+    def __init__(self, output_dir: Path, hosts: Hosts, *, looks: bool) -> None:
+        """`looks`: this rank, the first, tells the others."""
+        self._word, self._hosts, self._looks = output_dir / _WORD, hosts, looks
+        self._next_look = 0.0
+        self._told = False
+
+    def to_leave(self) -> bool:
+        """Whether all ranks are to save and leave now."""
+        if self._looks and not self._told and time.monotonic() >= self._next_look:
+            self._told = self._word.exists()
+            self._next_look = time.monotonic() + _LOOK_S
+        return bool(self._hosts.from_first(int(self._told)))
