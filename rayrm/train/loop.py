@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
@@ -113,12 +114,20 @@ class Schedule:
         return step % every == 0
 
 
+class Asked(IntEnum):
+    """What someone outside asks of a run between two steps."""
+
+    NOTHING = 0
+    SAVE = 1
+    LEAVE = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Events:
     """What happens around the steps. Every rank calls each; what only rank 0 does, it decides itself.
 
     `trained` is told a step's number, this rank's share of it, and whether its update was left out.
-    `leaves`: whether the run is to save and leave after the step it has done.
+    `asked`: to save after the step that is done, or to save and leave.
     """
 
     progress: Callable[[int], None]
@@ -126,7 +135,7 @@ class Events:
     evaluate: Callable[[TrainState], None]
     save: Callable[[TrainState], None]
     trained: Callable[[int, RankStep, bool], None] = lambda step, share, skipped: None
-    leaves: Callable[[], bool] = lambda: False
+    asked: Callable[[], Asked] = lambda: Asked.NOTHING
 
 
 @dataclass(slots=True)
@@ -226,8 +235,9 @@ def run_loop(
         logs, evaluates, saves = (
             due(state.step) for due in (schedule.logs, schedule.evaluates, schedule.saves)
         )
-        leaves = state.step < schedule.num_steps and events.leaves()
-        if logs or evaluates or saves or leaves:
+        asked = events.asked() if state.step < schedule.num_steps else Asked.NOTHING
+        saves = saves or asked is not Asked.NOTHING
+        if logs or evaluates or saves:
             soundness.check(interval.reduce(), state.step)
         if logs:
             interval.add_to(state)
@@ -249,11 +259,11 @@ def run_loop(
             with clock.stopped():
                 events.evaluate(state)
             engine.train(True)
-        if saves or leaves:
+        if saves:
             state.interval = interval.reduce()
             with clock.stopped():
                 events.save(state)
-        if leaves:
+        if asked is Asked.LEAVE:
             return state
     soundness.check(interval.reduce(), state.step)
     interval.add_to(state)

@@ -46,7 +46,7 @@ from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from rayrm.train.optimizer import OptimizerSpec
 from rayrm.train.positions import check_positions, check_rope
 from rayrm.train.precision import autocast_dtype, resolve_precision
-from rayrm.train.preemption import Notice
+from rayrm.train.preemption import Notices
 from rayrm.train.rank import Hosts, Rank
 from rayrm.train.records import RunLog
 from rayrm.train.row_log import RowLog
@@ -78,10 +78,13 @@ class TrainJob:
     optimizer: OptimizerSpec | None = None
 
 
-def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Module:
+def train_rank(
+    job: TrainJob, report: Callable[[Record], None], reclaimed: Callable[[], bool] | None = None
+) -> torch.nn.Module:
     """Run `job` on this rank to its end; returns the trained model (sharded under ZeRO-3 of several ranks).
 
-    `report` is called on every rank with each evaluation's metrics and at the end.
+    `report` is called on every rank with each evaluation's metrics and at the end; `reclaimed` now and then,
+    on every rank after the same step: whether nodes of this run are about to be taken away.
     """
     with contextlib.ExitStack() as around:
         if job.config.zero_stage is not None or job.config.deepspeed is not None:
@@ -90,7 +93,7 @@ def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Modu
             around.enter_context(process_group())
         rank = Rank.here(use_cpu=job.config.use_cpu)
         around.enter_context(keep_freed_memory(rank.device))
-        return _RankRun(job, rank, report, around).train()
+        return _RankRun(job, rank, report, around, reclaimed).train()
 
 
 class _RankRun:
@@ -102,6 +105,7 @@ class _RankRun:
         rank: Rank,
         report: Callable[[Record], None],
         around: contextlib.ExitStack,
+        reclaimed: Callable[[], bool] | None,
     ) -> None:
         """`around` gives the model back as it was when it ends, also where the run raises."""
         self.job, self.rank, self._report = job, rank, report
@@ -158,7 +162,7 @@ class _RankRun:
         if rank.count == 1:
             around.callback(self.engine.release)
         self.hosts = Hosts()
-        self.notice = Notice(job.output_dir, self.hosts, looks=rank.index == 0)
+        self.notices = Notices(job.output_dir, self.hosts, looks=rank.index == 0, reclaimed=reclaimed)
         self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
@@ -170,7 +174,7 @@ class _RankRun:
         state = self._restore()
         steps = _ahead(self._steps(state))
         events = Events(
-            self._progress, self._log, self._evaluate, self._save, self._trained, self.notice.to_leave
+            self._progress, self._log, self._evaluate, self._save, self._trained, self.notices.asked
         )
         with contextlib.closing(self.log), contextlib.closing(self.row_log), contextlib.closing(steps):
             if self.config.eval_on_start and state.step == 0:
