@@ -2,7 +2,8 @@
 
 Each command parses its words and calls one function of the package; torch and ray are imported by the command
 that needs them, so that `rayrm config` is instant. What the user can mend ends with one message and exit
-status 2, a run that failed with 1, Ctrl-C with 130; `--debug` adds the stack trace.
+status 2, a run that failed with 1, one that SIGTERM made leave with 75, Ctrl-C with 130; `--debug` adds the
+stack trace.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayrm.errors import ConfigError, PublishError, RayrmError, ScoreError
+from rayrm.errors import ConfigError, PreemptedError, PublishError, RayrmError, ScoreError
 from rayrm.inspect_command import add_data
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output (`| head`) has seen enough. Python must not flush into it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except PreemptedError as left:
+        print(f"rayrm: {left}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except (RayrmError, ModuleNotFoundError, OSError) as error:
         if options.debug:
             traceback.print_exc()

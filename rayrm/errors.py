@@ -11,6 +11,7 @@ RayrmError
 ├── ScoreError             (ValueError)    an input that cannot be scored
 ├── RewardUnavailableError (RuntimeError)  the reward service gave no answer before the deadline
 ├── ClusterError           (RuntimeError)  what was asked is more than the cluster has
+├── PreemptedError         (RuntimeError)  a run that was told to leave, saved and left
 └── MissingExtraError      (ImportError)   an optional package is not installed
 """
 
@@ -69,6 +70,10 @@ class RewardUnavailableError(RayrmError, RuntimeError):
 
 class ClusterError(RayrmError, RuntimeError):
     """More workers or resources than the cluster can give."""
+
+
+class PreemptedError(RayrmError, RuntimeError):
+    """Training was told to leave (SIGTERM): its checkpoint is complete, and the run can go on from there."""
 
 
 class MissingExtraError(RayrmError, ImportError):

@@ -107,6 +107,8 @@ def _train(trainer: RewardTrainer) -> None:
     try:
         trainer.train()
     except SystemExit as ended:
+        if ended.code == signal.SIGTERM:
+            raise  # the second one: Ray's own answer
         # Ray Train's own answer to Ctrl-C: it has stopped the workers.
         raise KeyboardInterrupt from ended
     except TrainingFailedError as failure:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
@@ -120,11 +121,20 @@ class Schedule:
         return step % every == 0
 
 
+class Asked(IntEnum):
+    """What someone outside asks of a run between two steps."""
+
+    NOTHING = 0
+    SAVE = 1
+    LEAVE = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Events:
     """What happens around the steps. Every rank calls each; what only rank 0 does, it decides itself.
 
     `trained` is told a step's number, this rank's share of it, and whether its update was left out.
+    `asked`: to save after the step that is done, or to save and leave.
     """
 
     progress: Callable[[int], None]
@@ -132,6 +142,7 @@ class Events:
     evaluate: Callable[[TrainState], None]
     save: Callable[[TrainState], None]
     trained: Callable[[int, RankStep, bool], None] = lambda step, share, skipped: None
+    asked: Callable[[], Asked] = lambda: Asked.NOTHING
 
 
 @dataclass(slots=True)
@@ -198,7 +209,10 @@ def run_loop(
     soundness: Soundness | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> TrainState:
-    """Train from where `state` stands to the schedule's end. `now` tells the time in seconds."""
+    """Train from where `state` stands to the schedule's end, or to where the run is to leave.
+
+    `now` tells the time in seconds.
+    """
     interval = Interval(reduced=list(state.interval))
     soundness = soundness or Soundness(engine)
     clock = _Clock(now)
@@ -228,6 +242,8 @@ def run_loop(
         logs, evaluates, saves = (
             due(state.step) for due in (schedule.logs, schedule.evaluates, schedule.saves)
         )
+        asked = events.asked() if state.step < schedule.num_steps else Asked.NOTHING
+        saves = saves or asked is not Asked.NOTHING
         if logs or evaluates or saves:
             soundness.check(interval.reduce(), state.step)
         if logs:
@@ -254,6 +270,8 @@ def run_loop(
             state.interval = interval.reduce()
             with clock.stopped():
                 events.save(state)
+        if asked is Asked.LEAVE:
+            return state
     soundness.check(interval.reduce(), state.step)
     interval.add_to(state)
     return state

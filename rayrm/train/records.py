@@ -71,6 +71,11 @@ class RunLog:
         self._shown = now
         self._write_progress({"step": step, "num_steps": num_steps, "finished": False})
 
+    def leave(self, step: int, num_steps: int) -> None:
+        """Say where a run that was told to leave stands."""
+        if self._active:
+            self._write_progress({"step": step, "num_steps": num_steps, "finished": False})
+
     def finish(self, state: TrainState, num_steps: int) -> None:
         """Write the summary record, with transformers' names, and mark the run finished."""
         if not self._active:

@@ -34,6 +34,7 @@ from rayrm.model.reward_model import TextForm, save_model
 from rayrm.train.allocator import keep_freed_memory
 from rayrm.train.budget import Probe, decide_budget
 from rayrm.train.build import ModelSource, build_model
+from rayrm.train.build_engine import build_engine
 from rayrm.train.checkpoint import (
     TrainState,
     checkpoints,
@@ -41,14 +42,14 @@ from rayrm.train.checkpoint import (
     restore_rng,
 )
 from rayrm.train.checkpoint_writer import CheckpointWriter, Snapshot
-from rayrm.train.engine import Engine, TorchEngine
 from rayrm.train.evaluation import RowSet, score_rows
 from rayrm.train.export import ModelExport
 from rayrm.train.host_memory import HostMemory
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
-from rayrm.train.optimizer import OptimizerSpec, make_optimizer, make_scheduler
+from rayrm.train.optimizer import OptimizerSpec
 from rayrm.train.positions import check_positions, check_rope
-from rayrm.train.precision import Precision, autocast_dtype, resolve_precision
+from rayrm.train.precision import autocast_dtype, resolve_precision
+from rayrm.train.preemption import Notices
 from rayrm.train.rank import Hosts, Rank
 from rayrm.train.records import RunLog
 from rayrm.train.row_log import RowLog
@@ -83,10 +84,13 @@ class TrainJob:
     optimizer: OptimizerSpec | None = None
 
 
-def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Module:
+def train_rank(
+    job: TrainJob, report: Callable[[Record], None], reclaimed: Callable[[], bool] | None = None
+) -> torch.nn.Module:
     """Run `job` on this rank to its end; returns the trained model (sharded under ZeRO-3 of several ranks).
 
-    `report` is called on every rank with each evaluation's metrics and at the end.
+    `report` is called on every rank with each evaluation's metrics and at the end; `reclaimed` now and then,
+    on every rank after the same step: whether nodes of this run are about to be taken away.
     """
     with contextlib.ExitStack() as around:
         if job.config.zero_stage is not None or job.config.deepspeed is not None:
@@ -95,7 +99,7 @@ def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Modu
             around.enter_context(process_group())
         rank = Rank.here(use_cpu=job.config.use_cpu)
         around.enter_context(keep_freed_memory(rank.device))
-        return _RankRun(job, rank, report, around).train()
+        return _RankRun(job, rank, report, around, reclaimed).train()
 
 
 class _RankRun:
@@ -107,6 +111,7 @@ class _RankRun:
         rank: Rank,
         report: Callable[[Record], None],
         around: contextlib.ExitStack,
+        reclaimed: Callable[[], bool] | None,
     ) -> None:
         """`around` gives the model back as it was when it ends, also where the run raises."""
         self.job, self.rank, self._report = job, rank, report
@@ -152,10 +157,13 @@ class _RankRun:
         )
         self.source = train_steps(job.train_set, self.config, rank.count)
         self.schedule = Schedule.of(self.config, self.source.steps_per_epoch)
-        self.engine = _build_engine(job, self.module, rank, precision, self.schedule.num_steps)
+        self.engine = build_engine(
+            self.config, self.module, rank, precision, self.schedule.num_steps, job.optimizer
+        )
         if rank.count == 1:
             around.callback(self.engine.release)
         self.hosts = Hosts()
+        self.notices = Notices(job.output_dir, self.hosts, looks=rank.index == 0, reclaimed=reclaimed)
         self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
         self.writer = CheckpointWriter(
             job.output_dir,
@@ -173,7 +181,9 @@ class _RankRun:
     def train(self) -> torch.nn.Module:
         state = self._restore()
         steps = _ahead(self._steps(state))
-        events = Events(self._progress, self._log, self._evaluate, self._save, self._trained)
+        events = Events(
+            self._progress, self._log, self._evaluate, self._save, self._trained, self.notices.asked
+        )
         with contextlib.ExitStack() as closing:
             for opened in (self.log, self.row_log, steps, self.writer):
                 closing.enter_context(contextlib.closing(opened))
@@ -196,16 +206,22 @@ class _RankRun:
                 ),
             )
             self.writer.wait()
-            if self.config.load_best_model_at_end and state.best_checkpoint:
-                self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
-                self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
-            self._write_model(self.job.output_dir)
-            self._report({"step": state.step, "train_loss": state.train_loss})
-            self.rank.barrier()
-            if self.rank.index == 0:
-                self.log.finish(state, self.schedule.num_steps)
+            if state.step == self.schedule.num_steps:
+                self._finish(state)
+            elif self.rank.index == 0:
+                self.log.leave(state.step, self.schedule.num_steps)
         self.rank.barrier()
         return self.module.model
+
+    def _finish(self, state: TrainState) -> None:
+        if self.config.load_best_model_at_end and state.best_checkpoint:
+            self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
+            self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
+        self._write_model(self.job.output_dir)
+        self._report({"step": state.step, "train_loss": state.train_loss})
+        self.rank.barrier()
+        if self.rank.index == 0:
+            self.log.finish(state, self.schedule.num_steps)
 
     def _restore(self) -> TrainState:
         found = checkpoints(self.job.output_dir)
@@ -350,37 +366,6 @@ class _RankRun:
                 text_form=self.job.text_form,
                 state_dict=state,
             )
-
-
-def _build_engine(
-    job: TrainJob, module: PackedScorer, rank: Rank, precision: Precision, num_steps: int
-) -> Engine:
-    config = job.config
-    optimizer = make_optimizer(module, config, job.optimizer)
-    scheduler = make_scheduler(optimizer, config, num_steps)
-    if config.zero_stage is None and config.deepspeed is None:
-        return TorchEngine(
-            module,
-            optimizer,
-            scheduler,
-            device=rank.device,
-            world_size=rank.count,
-            max_grad_norm=config.max_grad_norm,
-            precision=precision,
-            skips_nonfinite=config.nonfinite_loss == "skip",
-        )
-    from rayrm.train.zero import DeepSpeedEngine, deepspeed_config
-
-    return DeepSpeedEngine(
-        module,
-        optimizer,
-        scheduler,
-        device=rank.device,
-        world_size=rank.count,
-        max_grad_norm=config.max_grad_norm,
-        settings=deepspeed_config(config, precision, rank.count),
-        skips_nonfinite=config.nonfinite_loss == "skip",
-    )
 
 
 def _ahead(steps: Iterator[RankStep]) -> Generator[RankStep]:

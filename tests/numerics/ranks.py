@@ -79,6 +79,7 @@ class StoppingSet:
         self._left = stop_in
         self.num_rows = whole.num_rows
         self.index = whole.index
+        self.sample, self.parts = whole, whole.parts
 
     def fetch(self, rows: npt.ArrayLike) -> list[TokenizedRow]:
         self._left -= 1

@@ -1,0 +1,44 @@
+"""Rows of skipped steps stand in the quarantine beside refused ones, and each once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rayrm.data.blocks import Refusal
+from rayrm.data.quarantine import drop_skipped, skipped_lines, write_quarantine, write_skipped
+
+
+@pytest.fixture
+def quarantine(tmp_path: Path) -> Path:
+    path = tmp_path / "quarantine.jsonl"
+    # U+2028 ends a line for str.splitlines, and for no reader of JSON lines.
+    write_quarantine(path, ["a.jsonl"], [Refusal(0, 3, "bad-json", "a.jsonl:4: no JSON", "one\u2028two")])
+    write_skipped(path, 4, ["a.jsonl:8"])
+    write_skipped(path, 9, ["b.parquet[0]", "a.jsonl:1"])
+    with path.open("a") as stream:
+        stream.write('{"source": "a.jsonl", "reas')  # a kill
+    return path
+
+
+def entries(path: Path) -> list[tuple[str, int, str]]:
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line]
+    return [(line["source"], line["row"], line["reason"]) for line in lines]
+
+
+def test_a_run_that_goes_on_drops_the_rows_of_steps_it_does_again(quarantine: Path) -> None:
+    drop_skipped(quarantine, 4)
+    kept = [("a.jsonl", 3, "bad-json"), ("a.jsonl", 7, "nonfinite-loss")]
+    assert entries(quarantine) == kept
+    drop_skipped(quarantine, 4)
+    assert entries(quarantine) == kept
+    drop_skipped(quarantine, 0)
+    assert entries(quarantine) == kept[:1]
+
+
+def test_the_lines_of_skipped_steps_are_told_from_refusals(quarantine: Path) -> None:
+    found = [json.loads(line) for line in skipped_lines(quarantine)]
+    assert [(line["step"], line["row"]) for line in found] == [(4, 7), (9, 0), (9, 0)]
+    assert skipped_lines(quarantine.with_name("none")) == []
