@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -159,7 +160,9 @@ def test_a_refused_row_is_kept_once_with_file_and_line(tmp_path: Path) -> None:
 
 def test_a_file_that_is_damaged_ends_the_reading_with_its_name(tmp_path: Path) -> None:
     bad = write_shards(tmp_path / "bad")
-    rows = b"".join(json.dumps(row).encode() + b"\n" for row in tiny_rows(900, seed=5))
-    (bad / "zz.jsonl.gz").write_bytes(gzip.compress(rows)[:-1000])
+    draw = random.Random(0)
+    rows = [{"chosen": draw.randbytes(400).hex(), "rejected": "no"} for _ in range(2000)]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (bad / "zz.jsonl.gz").write_bytes(gzip.compress(text)[:-1000])
     with stream_of(bad, tmp_path) as steps, pytest.raises(DataError, match=r"zz\.jsonl\.gz cannot be read"):
-        list(islice(steps.steps(Cursor()), 150))
+        list(islice(steps.steps(Cursor()), 400))

@@ -185,7 +185,7 @@ def test_a_rank_that_is_not_first_writes_nothing(tmp_path: Path) -> None:
     log.begin(0)
     log.write({"step": 1})
     log.progress(1, 2)
-    log.finish(TrainState(step=2), 2, 1)
+    log.finish(TrainState(step=2), 2)
     log.close()
     assert not (tmp_path / "run").exists()
 
