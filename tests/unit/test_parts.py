@@ -10,7 +10,9 @@ from rayrm.data.blocks import index_of, table_of_rows
 from rayrm.data.order import Part
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet, assemble
+from rayrm.data_settings import DataConfig
 from rayrm.errors import DataError
+from rayrm.train.train_data import identity_of_data
 
 
 def set_of(files: list[int], group_of: list[int], weights: list[float]) -> TokenizedSet:
@@ -41,3 +43,11 @@ def test_sources_that_all_weigh_one_are_one_order() -> None:
 def test_weights_that_leave_no_row_are_refused() -> None:
     with pytest.raises(DataError, match="raise `weight`"):
         set_of([3], [0], [0.1])
+
+
+def test_a_run_with_other_weights_is_another_run() -> None:
+    told = {
+        identity_of_data(set_of([4, 4], [0, 1], weights), DataConfig())
+        for weights in ([1.0, 1.0], [2.0, 1.0], [1.0, 2.0])
+    }
+    assert len(told) == 3
