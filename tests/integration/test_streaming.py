@@ -161,5 +161,5 @@ def test_a_file_that_is_damaged_ends_the_reading_with_its_name(tmp_path: Path) -
     bad = write_shards(tmp_path / "bad")
     rows = b"".join(json.dumps(row).encode() + b"\n" for row in tiny_rows(900, seed=5))
     (bad / "zz.jsonl.gz").write_bytes(gzip.compress(rows)[:-1000])
-    with stream_of(bad, tmp_path) as steps, pytest.raises(DataError, match=r"zz\.jsonl\.gz cannot be read"):
+    with pytest.raises(DataError, match=r"zz\.jsonl\.gz cannot be read"), stream_of(bad, tmp_path) as steps:
         list(islice(steps.steps(Cursor()), 150))
