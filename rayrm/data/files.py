@@ -27,6 +27,7 @@ ROWS_PER_CHUNK = 1000
 _BUFFER_BYTES = 2**18
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
+_END_OF_STREAM = b"\xff\xff\xff\xff" + bytes(4)
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -101,11 +102,24 @@ def arrow_batches(file: Any) -> tuple[int | None, Any]:
     file.seek(0)
     if not magic:
         raise EOFError("the file is empty")
+    if magic != b"ARROW1":
+        _check_ending(file)
     if magic == b"ARROW1":
         indexed = pa.ipc.open_file(file)
         return indexed.num_record_batches, indexed.get_batch
     stream = pa.ipc.open_stream(file)
     return None, lambda _: stream.read_next_batch()
+
+
+def _check_ending(file: Any) -> None:
+    """A stream cut between two batches reads as whole, but for the mark that should end it."""
+    size = file.seek(0, os.SEEK_END)
+    size = file.tell() if size is None else size
+    file.seek(max(0, size - len(_END_OF_STREAM)))
+    ending = file.read(len(_END_OF_STREAM))
+    file.seek(0)
+    if ending != _END_OF_STREAM:
+        raise EOFError("the Arrow stream does not end where the file does")
 
 
 @contextmanager

@@ -23,6 +23,8 @@ import numpy as np
 import pyarrow as pa
 
 from rayrm.data.blocks import BlockIndex, index_of
+from rayrm.data.columns import check_columns, renamed
+from rayrm.data.pieces import Columns
 from rayrm.data.quarantine import RefusalWatch, write_quarantine
 from rayrm.data.reading import Reading, is_cacheable, raise_if_stopped, stop_table
 from rayrm.data.selection import EVERY_ROW, Selection
@@ -84,8 +86,10 @@ def ingest(
             refusals = sorted(itertools.chain.from_iterable(index.refusals for index in indices))
             write_quarantine(Path(quarantine_path), plan.names, refusals)
     check_one_form(plan.names, indices)
-    tokenized = assemble(name, plan.names, blocks, indices, plan.weights)
-    for line in [*watch.lines(), *tokenized.shares(plan.group_names)]:
+    tokenized = assemble(
+        name, plan.names, blocks, indices, plan.group_of, [group.weight for group in plan.groups]
+    )
+    for line in [*watch.lines(), *tokenized.shares([group.name for group in plan.groups])]:
         _log.info("%s", line)
     return tokenized
 
@@ -113,7 +117,12 @@ def _read(
 
     with quiet_context():
         if isinstance(source, ray.data.Dataset):
-            run = functools.partial(_read_table, name=name, reading=dataclasses.replace(reading, cache=None))
+            run = functools.partial(
+                _read_table,
+                name=name,
+                reading=dataclasses.replace(reading, cache=None),
+                columns=check_columns(columns),
+            )
             # A batch size gathers tiny blocks into one task.
             tables = _numbered(source, max_rows).map_batches(
                 run, batch_size=ROWS_PER_CHUNK, batch_format="pyarrow", concurrency=max_tasks
@@ -148,14 +157,14 @@ def _fill_cache(batch: pa.Table, *, reading: Reading) -> Iterator[pa.Table]:
         yield pa.table({"found": [pickle.dumps(found)]})
 
 
-def _read_table(batch: pa.Table, *, name: str, reading: Reading) -> Iterator[pa.Table]:
+def _read_table(batch: pa.Table, *, name: str, reading: Reading, columns: Columns) -> Iterator[pa.Table]:
     rows = (
         SourceRow(0, number, row_name(name, number), content)
         for part in batch.to_batches(max_chunksize=ROWS_PER_CHUNK)
         for content in part.to_pylist()
         for number in (content.pop(_ROW_NUMBER),)
     )
-    yield from reading.rows(rows)
+    yield from reading.rows(renamed(rows, columns))
 
 
 def _indexed(tables: Any, *, cached: bool) -> Iterator[tuple[Any, BlockIndex]]:

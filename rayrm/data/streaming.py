@@ -106,9 +106,9 @@ def open_stream(
         raise DataError(f"{name} has no rows; give a source that has some")
     reading = reading_of(tokenizer, max_length=max_length, selection=selection, token_cache=token_cache)
     rows, form = _beginning(name, plan.names, plan.work, reading)
-    sample = TokenizedSet.from_rows([*rows, _longest_row(max_length)], name)
-    report = StreamReport(name, form, _fingerprint(plan.work))
     weights = tuple(plan.weights[piece.source] for piece in plan.work)
+    sample = TokenizedSet.from_rows([*rows, _longest_row(max_length)], name)
+    report = StreamReport(name, form, _fingerprint(plan.work, weights))
     return StreamSource(report, plan.names, plan.group_names, plan.work, weights, reading, sample)
 
 
@@ -149,8 +149,8 @@ def _longest_row(max_length: int) -> TokenizedRow:
     return TokenizedRow.pair(np.zeros(max_length, np.int32), np.ones(max_length, np.int32))
 
 
-def _fingerprint(pieces: list[Piece]) -> str:
-    content = hashlib.sha256()
+def _fingerprint(pieces: list[Piece], weights: tuple[float, ...]) -> str:
+    content = hashlib.sha256(repr(weights).encode())
     for piece in pieces:
         content.update(repr(_named(piece)).encode())
     return content.hexdigest()

@@ -105,9 +105,14 @@ class TokenizedSet:
         source, number = row.place
         return row_name(self.names[source], number)
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """What an epoch shows of the set: its parts by their weights."""
+        return sum(part.rows_per_epoch for part in self.parts) if self.parts else self.num_rows
+
     def shares(self, groups: Sequence[str]) -> list[str]:
-        """What an epoch shows of each group (of the source with each index), where weights say so."""
-        if all(part.weight == 1 for part in self.parts):
+        """What an epoch shows of each group, where weights say so."""
+        if not self.parts:
             return []
         shown: dict[str, list[int]] = {}
         for group, part in zip(groups, self.parts, strict=True):
@@ -126,9 +131,14 @@ def assemble(
     names: list[str],
     blocks: list[Any],
     indices: list[BlockIndex],
+    group_of: Sequence[int] = (),
     weights: Sequence[float] = (),
 ) -> TokenizedSet:
-    """The set of all blocks' rows, ordered by (source, row)."""
+    """The set of all blocks' rows, ordered by (source, row).
+
+    `group_of`: the group of each source, whose files count as one: rounded file by file, a weight of 0.1
+    would show nothing of files of three rows. `weights`: of each group.
+    """
 
     def joined(field_name: str) -> npt.NDArray[Any]:
         return np.concatenate([getattr(index, field_name) for index in indices])
@@ -149,8 +159,15 @@ def assemble(
         num_shared_tokens=num_tokens - int(rows.tokens(share=True).sum()),
     )
     offset = joined("offset")[order].astype(np.int32)
-    counts = np.bincount(joined("source"), minlength=len(weights)).tolist()
-    parts = tuple(Part(count, weight) for count, weight in zip(counts, weights, strict=False))
+    parts: tuple[Part, ...] = ()
+    if any(weight != 1 for weight in weights):
+        counts = np.bincount(np.asarray(group_of)[joined("source")], minlength=len(weights)).tolist()
+        parts = tuple(Part(count, weight) for count, weight in zip(counts, weights, strict=True))
+        if not sum(part.rows_per_epoch for part in parts):
+            raise DataError(
+                f"an epoch shows no row of {name}: the weights are too small for its {len(order)} rows; "
+                "raise `weight`"
+            )
     return TokenizedSet(rows, report, names, blocks, block_of[order], offset, parts)
 
 

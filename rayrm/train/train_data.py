@@ -109,6 +109,14 @@ def check_selection(data: DataConfig, train_dataset: Any, eval_dataset: Any) -> 
         )
 
 
+def identity_of_data(train_set: TokenizedSet | StreamSource, data: DataConfig) -> str:
+    """What a run is trained on, in which order: a run with another is another run."""
+    if isinstance(train_set, StreamSource):
+        return f"stream, window {data.shuffle_window}, {train_set.report.fingerprint}"
+    parts = [(part.num_rows, part.weight) for part in train_set.parts]
+    return train_set.report.fingerprint + (f", parts {parts}" if parts else "")
+
+
 @contextmanager
 def steps_for(
     train_set: TokenizedSet | StreamSource,

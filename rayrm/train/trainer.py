@@ -37,7 +37,7 @@ from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.records import read_records
 from rayrm.train.rundir import RunStart, check_writable, claim, examine, identity_of, only_run
-from rayrm.train.train_data import check_selection, choose_mode, steps_for
+from rayrm.train.train_data import check_selection, choose_mode, identity_of_data, steps_for
 from rayrm.train.worker import TrainJob
 from rayrm.train.workers import check_cluster, fit_here, fit_on_workers
 
@@ -328,19 +328,18 @@ class RewardTrainer:
     def _claim(self, resume: bool | str | None) -> RunStart:
         """Check the output directory and the token budget, and make the directory this run's."""
         rows_per_step = self.args.train_batch_rows(self.num_workers)
-        num_rows = self.train_set.sample.num_rows
+        num_rows = self.train_set.sample.rows_per_epoch
         streams = isinstance(self.train_set, StreamSource)
         if self.args.dataloader_drop_last and not streams and rows_per_step > num_rows:
             raise ConfigError(
                 f"`dataloader_drop_last` (True) leaves no step: a step takes {rows_per_step} rows and there "
                 f"are {num_rows}. Lower `per_device_train_batch_size`, or set it to False."
             )
-        fingerprint = self.train_set.report.fingerprint
         identity = identity_of(
             self.args,
             model=self._source.name,
             adapter=self._source.peft_config,
-            data=f"{f'stream, window {self._data.shuffle_window}, ' if streams else ''}{fingerprint}",
+            data=identity_of_data(self.train_set, self._data),
             rows_per_step=rows_per_step,
             optimizer=self._optimizer,
         )

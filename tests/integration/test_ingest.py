@@ -96,6 +96,17 @@ def test_the_order_is_the_datas_own_whatever_the_number_of_tasks(
         assert_same_pairs(ingest(str(tmp_path / "pairs.jsonl.gz"), TOKENIZER, max_length=None), pairs)
 
 
+def test_columns_are_read_under_our_names_in_every_kind_of_source(tmp_path: Path) -> None:
+    import ray
+
+    theirs = {"chosen": "good", "rejected": "bad"}
+    rows = [{theirs.get(name, name): value for name, value in row.items()} for row in ROWS[:50]]
+    (tmp_path / "pairs.jsonl").write_bytes(lines_of(rows))
+    for source in (str(tmp_path), rows, ray.data.from_items(rows, override_num_blocks=3)):
+        tokenized = ingest(source, TOKENIZER, max_length=None, columns=theirs)
+        assert_same_pairs(tokenized, expected(ROWS[:50]))
+
+
 def test_max_rows_takes_the_first_rows_of_every_kind_of_source(tmp_path: Path) -> None:
     import ray
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rayrm import DataConfig, RewardConfig, RewardTrainer
-from rayrm.data import sources
+from rayrm.data import cuts
 from rayrm.data.ingest import ingest
 from rayrm.data.selection import Selection, excluded_prompts
 from rayrm.data.tokenized_set import TokenizedSet
@@ -45,7 +45,7 @@ def prompts(rows: TokenizedSet) -> set[str]:
 def test_the_parts_of_two_orders_of_a_file_are_the_same_rows_and_share_no_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "BYTES_PER_PART", 2**13)  # several tasks
+    monkeypatch.setattr(cuts, "BYTES_PER_PIECE", 2**13)  # several tasks
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     import ray
 

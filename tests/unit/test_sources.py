@@ -226,6 +226,19 @@ def test_a_damaged_or_unknown_file_is_an_error_with_its_name(
     assert name in str(error.value)
 
 
+def test_an_arrow_stream_cut_between_batches_is_not_read_as_whole(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(tmp_path / "pairs.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=200)
+    whole = (tmp_path / "pairs.arrow").read_bytes()
+    source = pa.BufferReader(whole)
+    pa.ipc.open_stream(source).read_next_batch()
+    for end in (source.tell(), len(whole) - 8):
+        (tmp_path / "pairs.arrow").write_bytes(whole[:end])
+        with pytest.raises(DataError, match="does not end where the file does"):
+            read_all(str(tmp_path / "pairs.arrow"))
+
+
 def test_damage_behind_max_rows_is_not_met(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(lines_of(ROWS * 10))[:-500])
     assert len(read_all(str(tmp_path / "pairs.jsonl.gz"), max_rows=10)) == 10
