@@ -76,6 +76,14 @@ def train(home: Path, root: Path, nonfinite_loss: Any, workers: int = 0) -> None
     ).train()
 
 
+def counted(directory: Path) -> list[dict[str, float]]:
+    """The records, without what only a run that skips says."""
+    return [
+        {name: value for name, value in record.items() if name != "skipped_steps"}
+        for record in untimed(directory)
+    ]
+
+
 def quarantined(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / "run" / "quarantine.jsonl").read_text().splitlines()]
 
@@ -101,7 +109,7 @@ def test_the_row_is_named_and_the_run_then_goes_on_without_its_steps(
             train(home, run, "skip")
     train(home, run, "skip", workers)
 
-    assert untimed(run / "run") == untimed(whole / "run")
+    assert counted(run / "run") == counted(whole / "run")
     assert quarantined(run) == quarantined(whole)
     refused, first, second = quarantined(run)
     assert (refused["row"], refused["reason"]) == (8 * STEPS_PER_EPOCH, "missing-chosen")
