@@ -1,0 +1,172 @@
+"""The token cache: found by content and rules, whole or made anew, filled by several at once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayrm.data.cache import TokenCache, blocks_of
+from rayrm.data.reading import Reading
+from rayrm.data.selection import Selection
+from rayrm.data.sources import plan_sources
+from rayrm.data.tokenized_set import assemble
+from rayrm.errors import DataError
+from tests.tiny import CHAT_TEMPLATE, tiny_rows, tiny_tokenizer
+
+ROWS = tiny_rows(120, margin=True)
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def reading(cache: Path, tokenizer: Any = None, **rules: Any) -> Reading:
+    tokenizer = tokenizer or tiny_tokenizer()
+    rules.setdefault("max_length", 200)
+    return Reading.of(tokenizer, pickle.dumps(tokenizer), token_cache=str(cache), **rules)
+
+
+def fill(source: Path, how: Reading, columns: dict[str, str] | None = None) -> list[list[int]]:
+    """The rows of a source by the cache, as their ids."""
+    plan = plan_sources(str(source), max_rows=None, name="train", columns=columns)
+    found = [entry for piece in plan.work for entry in how.cached(piece)]
+    rows = assemble("train", plan.names, [block for block, _ in found], [index for _, index in found])
+    return [row.ids.tolist() for row in rows.fetch(np.arange(rows.num_rows))]
+
+
+def entries(cache: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
+
+
+def plain(source: Path) -> list[list[int]]:
+    tokenizer = tiny_tokenizer()
+    how = Reading.of(tokenizer, pickle.dumps(tokenizer), max_length=200)
+    plan = plan_sources(str(source), max_rows=None, name="train")
+    tables = [table for piece in plan.work for table in how.tables(piece)]
+    from rayrm.data.blocks import index_of
+
+    rows = assemble("train", plan.names, list(tables), [index_of(table) for table in tables])
+    return [row.ids.tolist() for row in rows.fetch(np.arange(rows.num_rows))]
+
+
+def test_what_is_cached_is_what_would_be_tokenized_and_is_made_once(tmp_path: Path) -> None:
+    source, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    first = fill(source, reading(cache))
+    made = entries(cache)
+    assert first == plain(source)
+    assert len(made) == 1
+    assert fill(source, reading(cache)) == first
+    assert entries(cache) == made
+
+
+def test_the_same_content_elsewhere_finds_its_entry_and_knows_its_own_source(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    write(tmp_path / "both" / "a.jsonl", ROWS[:50])
+    write(tmp_path / "both" / "b.jsonl", ROWS[50:])
+    fill(write(tmp_path / "elsewhere.jsonl", ROWS[50:]), reading(cache))
+    made = entries(cache)
+    plan = plan_sources(str(tmp_path / "both"), max_rows=None, name="train")
+    found = [entry for piece in plan.work for entry in reading(cache).cached(piece)]
+    assert len(entries(cache)) == 2
+    assert entries(cache).items() >= made.items()
+    rows = assemble("train", plan.names, [block for block, _ in found], [index for _, index in found])
+    names = [rows.name_of(row) for row in rows.fetch([0, 49, 50, 119])]
+    assert [name.rpartition("/")[2] for name in names] == [
+        "a.jsonl:1",
+        "a.jsonl:50",
+        "b.jsonl:1",
+        "b.jsonl:70",
+    ]
+
+
+def test_whatever_shapes_rows_makes_another_entry(tmp_path: Path) -> None:
+    source, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    other_template = tiny_tokenizer()
+    other_template.chat_template = CHAT_TEMPLATE + " "
+    other_eos = tiny_tokenizer()
+    other_eos.eos_token = "the"
+    ways: list[Reading] = [
+        reading(cache),
+        reading(cache, max_length=20),
+        reading(cache, tiny_tokenizer(bos=True)),
+        reading(cache, other_template),
+        reading(cache, other_eos),
+        reading(cache, selection=Selection("train", 0.5)),
+        reading(cache, selection=Selection("eval", 0.5)),
+    ]
+    for number, way in enumerate(ways, 1):
+        fill(source, way)
+        assert len(entries(cache)) == number
+    fill(source, reading(cache), columns={"chosen": "rejected", "rejected": "chosen"})
+    write(source, ROWS[:-1])
+    fill(source, reading(cache))
+    assert len(entries(cache)) == len(ways) + 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_entry_is_made_anew(tmp_path: Path, damage: str) -> None:
+    source, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    first = fill(source, reading(cache))
+    (entry,) = cache.rglob("*.arrow")
+    whole = entry.read_bytes()
+    broken = {
+        "flip": whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:],
+        "cut": whole[:900],
+        "empty": b"",
+    }
+    entry.write_bytes(broken[damage])
+    assert fill(source, reading(cache)) == first
+    (again,) = cache.rglob("*.arrow")
+    assert again.read_bytes() == whole
+
+
+def _fill_in_a_process(source: Path, cache: Path, out: Any) -> None:
+    out.put(fill(source, reading(cache)))
+
+
+def test_two_runs_may_fill_one_cache_at_once(tmp_path: Path) -> None:
+    source, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    runs = [context.Process(target=_fill_in_a_process, args=(source, cache, out)) for _ in range(2)]
+    for run in runs:
+        run.start()
+    found = [out.get(timeout=120) for _ in runs]
+    for run in runs:
+        run.join()
+    assert found[0] == found[1] == plain(source)
+    assert len(entries(cache)) == 1
+    assert not list(cache.rglob(".*"))
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"`token_cache` \(.*cache\) cannot be written"):
+        fill(write(tmp_path / "a.jsonl"), reading(tmp_path / "cache"))
+
+
+def test_what_fails_while_an_entry_is_made_leaves_none(tmp_path: Path) -> None:
+    def broken() -> Any:
+        raise DataError("no more")
+        yield
+
+    with pytest.raises(DataError, match="no more"):
+        TokenCache(str(tmp_path / "cache"), "rules").entry("content", broken)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_large_piece_is_kept_as_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayrm.data.cache._BLOCK_BYTES", 2000)
+    monkeypatch.setattr("rayrm.data.blocks.ROWS_PER_TABLE", 16)
+    source, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    assert fill(source, reading(cache)) == plain(source)
+    (entry,) = cache.rglob("*.arrow")
+    assert len(blocks_of(entry, 0)) >= 1
