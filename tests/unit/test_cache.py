@@ -165,8 +165,7 @@ def test_what_fails_while_an_entry_is_made_leaves_none(tmp_path: Path) -> None:
 
 def test_a_large_piece_is_kept_as_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayrm.data.cache._BLOCK_BYTES", 2000)
-    monkeypatch.setattr("rayrm.data.blocks.ROWS_PER_TABLE", 16)
-    source, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    source, cache = write(tmp_path / "a.jsonl", tiny_rows(1100)), tmp_path / "cache"
     assert fill(source, reading(cache)) == plain(source)
     (entry,) = cache.rglob("*.arrow")
-    assert len(blocks_of(entry, 0)) >= 1
+    assert len(blocks_of(entry, 0)) == 3  # tables of 512 rows
