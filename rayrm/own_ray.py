@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+_PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # What Ray Train starts for every run and a run on an own Ray has no use for: nothing outlives its controller
 # there, and no rank asks for `ray.train.get_dataset_shard`.
 _WATCHERS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
@@ -68,14 +68,14 @@ def _unwatched() -> Iterator[None]:
     """Ray Train runs of this block do not look for reclaimed nodes where there is one node only."""
     import ray
 
-    if len(ray.nodes()) > 1 or PREEMPTION_WATCHER in os.environ:
+    if len(ray.nodes()) > 1 or _PREEMPTION_WATCHER in os.environ:
         yield
         return
-    os.environ[PREEMPTION_WATCHER] = "0"
+    os.environ[_PREEMPTION_WATCHER] = "0"
     try:
         yield
     finally:
-        del os.environ[PREEMPTION_WATCHER]
+        del os.environ[_PREEMPTION_WATCHER]
 
 
 def _has_dashboard() -> bool:

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 import torch
 import torch.distributed as dist
@@ -121,20 +120,12 @@ class Schedule:
         return step % every == 0
 
 
-class Asked(IntEnum):
-    """What someone outside asks of a run between two steps."""
-
-    NOTHING = 0
-    SAVE = 1
-    LEAVE = 2
-
-
 @dataclass(frozen=True, slots=True)
 class Events:
     """What happens around the steps. Every rank calls each; what only rank 0 does, it decides itself.
 
     `trained` is told a step's number, this rank's share of it, and whether its update was left out.
-    `asked`: to save after the step that is done, or to save and leave.
+    `leaves`: whether the run is to save and leave after the step it has done.
     """
 
     progress: Callable[[int], None]
@@ -142,7 +133,7 @@ class Events:
     evaluate: Callable[[TrainState], None]
     save: Callable[[TrainState], None]
     trained: Callable[[int, RankStep, bool], None] = lambda step, share, skipped: None
-    asked: Callable[[], Asked] = lambda: Asked.NOTHING
+    leaves: Callable[[], bool] = lambda: False
 
 
 @dataclass(slots=True)
@@ -242,9 +233,8 @@ def run_loop(
         logs, evaluates, saves = (
             due(state.step) for due in (schedule.logs, schedule.evaluates, schedule.saves)
         )
-        asked = events.asked() if state.step < schedule.num_steps else Asked.NOTHING
-        saves = saves or asked is not Asked.NOTHING
-        if logs or evaluates or saves:
+        leaves = state.step < schedule.num_steps and events.leaves()
+        if logs or evaluates or saves or leaves:
             soundness.check(interval.reduce(), state.step)
         if logs:
             interval.add_to(state)
@@ -266,11 +256,11 @@ def run_loop(
             with clock.stopped():
                 events.evaluate(state)
             engine.train(True)
-        if saves:
+        if saves or leaves:
             state.interval = interval.reduce()
             with clock.stopped():
                 events.save(state)
-        if asked is Asked.LEAVE:
+        if leaves:
             return state
     soundness.check(interval.reduce(), state.step)
     interval.add_to(state)

@@ -3,8 +3,7 @@
 The driver's handler leaves a word in the output directory, which all ranks share. Rank 0 looks for it a few
 times a second, and ranks agree after each step, so that all stop after the same one: on several ranks a
 broadcast of one number between hosts. A second SIGTERM does what the first would have done before: it ends
-the process at once. Where Ray knows that it will lose a node of the run, the run saves and goes on: Ray Train
-replaces the workers when the node is gone.
+the process at once.
 """
 
 from __future__ import annotations
@@ -12,21 +11,17 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from rayrm.errors import PreemptedError
-from rayrm.train.loop import Asked
 from rayrm.train.rank import Hosts
 from rayrm.train.records import read_progress
 
 _WORD = ".leave"
 _LOOK_S = 0.25
-_ASK_S = 2.0  # to ask is a message to an actor from each rank
-# What the first rank tells the others.
-_NOTHING, _ASK, _LEAVE = range(3)
 
 
 @contextmanager
@@ -65,38 +60,18 @@ def leaving_on_sigterm(output_dir: Path) -> Iterator[None]:
         )
 
 
-class Notices:
+class Notice:
     """What a rank knows of it; every rank asks after each step."""
 
-    def __init__(
-        self, output_dir: Path, hosts: Hosts, *, looks: bool, reclaimed: Callable[[], bool] | None = None
-    ) -> None:
-        """`looks`: this rank, the first, tells the others.
+    def __init__(self, output_dir: Path, hosts: Hosts, *, looks: bool) -> None:
+        """`looks`: this rank, the first, tells the others."""
+        self._word, self._hosts, self._looks = output_dir / _WORD, hosts, looks
+        self._next_look = 0.0
+        self._told = False
 
-        `reclaimed`: whether nodes of this run are about to be taken away; asked by all ranks together.
-        """
-        self._word, self._hosts, self._looks, self._reclaimed = output_dir / _WORD, hosts, looks, reclaimed
-        self._look_at = 0.0
-        self._ask_at = time.monotonic() + _ASK_S
-        self._saved = False
-
-    def asked(self) -> Asked:
-        """What all ranks are to do now; for nodes to be taken away they save once."""
-        told = self._hosts.from_first(self._look() if self._looks else _NOTHING)
-        if told == _LEAVE:
-            return Asked.LEAVE
-        if told == _ASK and self._reclaimed is not None and not self._saved and self._reclaimed():
-            self._saved = True
-            return Asked.SAVE
-        return Asked.NOTHING
-
-    def _look(self) -> int:
-        now = time.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + _LOOK_S
-            if self._word.exists():
-                return _LEAVE
-            if now >= self._ask_at:
-                self._ask_at = now + _ASK_S
-                return _ASK
-        return _NOTHING
+    def to_leave(self) -> bool:
+        """Whether all ranks are to save and leave now."""
+        if self._looks and not self._told and time.monotonic() >= self._next_look:
+            self._told = self._word.exists()
+            self._next_look = time.monotonic() + _LOOK_S
+        return bool(self._hosts.from_first(int(self._told)))

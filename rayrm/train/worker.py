@@ -49,7 +49,7 @@ from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from rayrm.train.optimizer import OptimizerSpec
 from rayrm.train.positions import check_positions, check_rope
 from rayrm.train.precision import autocast_dtype, resolve_precision
-from rayrm.train.preemption import Notices
+from rayrm.train.preemption import Notice
 from rayrm.train.rank import Hosts, Rank
 from rayrm.train.records import RunLog
 from rayrm.train.row_log import RowLog
@@ -84,13 +84,10 @@ class TrainJob:
     optimizer: OptimizerSpec | None = None
 
 
-def train_rank(
-    job: TrainJob, report: Callable[[Record], None], reclaimed: Callable[[], bool] | None = None
-) -> torch.nn.Module:
+def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Module:
     """Run `job` on this rank to its end; returns the trained model (sharded under ZeRO-3 of several ranks).
 
-    `report` is called on every rank with each evaluation's metrics and at the end; `reclaimed` now and then,
-    on every rank after the same step: whether nodes of this run are about to be taken away.
+    `report` is called on every rank with each evaluation's metrics and at the end.
     """
     with contextlib.ExitStack() as around:
         if job.config.zero_stage is not None or job.config.deepspeed is not None:
@@ -99,7 +96,7 @@ def train_rank(
             around.enter_context(process_group())
         rank = Rank.here(use_cpu=job.config.use_cpu)
         around.enter_context(keep_freed_memory(rank.device))
-        return _RankRun(job, rank, report, around, reclaimed).train()
+        return _RankRun(job, rank, report, around).train()
 
 
 class _RankRun:
@@ -111,7 +108,6 @@ class _RankRun:
         rank: Rank,
         report: Callable[[Record], None],
         around: contextlib.ExitStack,
-        reclaimed: Callable[[], bool] | None,
     ) -> None:
         """`around` gives the model back as it was when it ends, also where the run raises."""
         self.job, self.rank, self._report = job, rank, report
@@ -163,7 +159,7 @@ class _RankRun:
         if rank.count == 1:
             around.callback(self.engine.release)
         self.hosts = Hosts()
-        self.notices = Notices(job.output_dir, self.hosts, looks=rank.index == 0, reclaimed=reclaimed)
+        self.notice = Notice(job.output_dir, self.hosts, looks=rank.index == 0)
         self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
         self.writer = CheckpointWriter(
             job.output_dir,
@@ -182,7 +178,7 @@ class _RankRun:
         state = self._restore()
         steps = _ahead(self._steps(state))
         events = Events(
-            self._progress, self._log, self._evaluate, self._save, self._trained, self.notices.asked
+            self._progress, self._log, self._evaluate, self._save, self._trained, self.notice.to_leave
         )
         with contextlib.ExitStack() as closing:
             for opened in (self.log, self.row_log, steps, self.writer):

@@ -7,14 +7,13 @@ place. What a worker raised comes back as the error it was.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from typing import Any
 
 from rayrm.errors import ClusterError, RayrmError
 from rayrm.logs import show_logs
-from rayrm.own_ray import PREEMPTION_WATCHER, ensure_ray, trainer_class
+from rayrm.own_ray import ensure_ray, trainer_class
 from rayrm.train.preemption import leaving_on_sigterm
 from rayrm.train.worker import TrainJob, train_rank
 
@@ -26,9 +25,7 @@ def fit_here(job: TrainJob) -> None:
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     trainer = TorchTrainer(
-        _run_rank,
-        train_loop_config={"job": job, "here": True},
-        scaling_config=ScalingConfig(num_workers=0),
+        _run_rank, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)
     )
     with leaving_on_sigterm(job.output_dir):
         trainer.fit()
@@ -40,7 +37,7 @@ def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -
 
     trainer = trainer_class()(
         _run_rank,
-        train_loop_config={"job": job, "here": False},
+        train_loop_config={"job": job},
         scaling_config=scaling_config,
         run_config=RunConfig(
             name=job.output_dir.name,
@@ -77,12 +74,7 @@ def _run_rank(config: dict[str, Any]) -> None:
         # Only now and then: a report waits for the controller's next poll, about 2 s.
         ray.train.report(dict(record))
 
-    def reclaimed() -> bool:
-        return ray.train.get_preemption_info() is not None
-
-    # Nobody watches where there is one node only, and where training runs here.
-    watched = not config["here"] and os.environ.get(PREEMPTION_WATCHER) != "0"
-    train_rank(config["job"], report, reclaimed if watched else None)
+    train_rank(config["job"], report)
 
 
 def _cause_in_workers(failure: Exception) -> Exception:

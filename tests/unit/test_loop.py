@@ -1,4 +1,4 @@
-"""What a record says of speed is the steps' alone, and what is asked of a run from outside is done."""
+"""What a record says of speed is the steps' alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from rayrm.data.order import Cursor
 from rayrm.data.packing import pack_rows
 from rayrm.train.checkpoint import TrainState
-from rayrm.train.loop import Asked, Events, RankStep, Record, Schedule, run_loop
+from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from tests.numerics.ranks import tokenized
 from tests.unit.test_engine import engine_of
 
@@ -66,38 +66,3 @@ def test_speed_leaves_evaluation_and_saving_out(log_every: int) -> None:
         assert record["pairs_per_second"] == pytest.approx(4 / 2)
         assert record["tokens_per_second"] == pytest.approx(120 / 2)
         assert record["data_wait_s"] == pytest.approx(0.5 * log_every)
-
-
-def test_a_run_saves_when_asked_and_leaves_when_asked_after_the_step_it_has_done() -> None:
-    rows = tokenized(4)
-
-    def steps() -> Iterator[RankStep]:
-        for number in range(1, 7):
-            yield RankStep(
-                [pack_rows(rows, 0)],
-                4,
-                120,
-                Cursor(0, number),
-                row_names=[["a"] * 4],
-                pack_alone=lambda _, row: pack_rows([rows[row]], 0),
-            )
-
-    asked = iter([Asked.NOTHING, Asked.SAVE, Asked.NOTHING, Asked.LEAVE])
-    saved: list[tuple[int, int]] = []
-    state = run_loop(
-        engine_of(),
-        steps(),
-        Schedule(6, 6, log_every=3, evaluate_every=None, save_every=None),
-        TrainState(),
-        Events(
-            progress=lambda step: None,
-            log=lambda record: None,
-            evaluate=lambda state: None,
-            save=lambda state: saved.append((state.step, len(state.interval))),
-            asked=lambda: next(asked),
-        ),
-        center_rewards_coefficient=None,
-    )
-    # A checkpoint holds the steps that are not logged yet.
-    assert saved == [(2, 2), (4, 1)]
-    assert state.step == 4
