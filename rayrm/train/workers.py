@@ -14,6 +14,7 @@ from typing import Any
 from rayrm.errors import ClusterError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.own_ray import ensure_ray, trainer_class
+from rayrm.train.last_error import forget_error, leave_error, left_error
 from rayrm.train.preemption import leaving_on_sigterm
 from rayrm.train.worker import TrainJob, train_rank
 
@@ -37,7 +38,7 @@ def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -
 
     trainer = trainer_class()(
         _run_rank,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "may_restart": True},
         scaling_config=scaling_config,
         run_config=RunConfig(
             name=job.output_dir.name,
@@ -48,12 +49,19 @@ def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+    forget_error(job.output_dir)
     try:
         # Not before: whatever asks for Ray until here sets Ray's own handler.
         with leaving_on_sigterm(job.output_dir):
             trainer.fit()
     except TrainingFailedError as failure:
         raise _cause_in_workers(failure) from failure
+    else:
+        error = left_error(job.output_dir)
+        if error is not None:
+            raise error
+    finally:
+        forget_error(job.output_dir)
 
 
 def _run_rank(config: dict[str, Any]) -> None:
@@ -74,7 +82,15 @@ def _run_rank(config: dict[str, Any]) -> None:
         # Only now and then: a report waits for the controller's next poll, about 2 s.
         ray.train.report(dict(record))
 
-    train_rank(config["job"], report)
+    job: TrainJob = config["job"]
+    if not config.get("may_restart"):
+        train_rank(job, report)
+    elif left_error(job.output_dir) is None:
+        try:
+            train_rank(job, report)
+        except RayrmError as error:
+            leave_error(job.output_dir, error)
+            raise
 
 
 def _cause_in_workers(failure: Exception) -> Exception:

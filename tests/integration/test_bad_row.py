@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ray.train import ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from rayrm import RewardConfig, RewardTrainer
 from rayrm.errors import RayrmError
@@ -52,7 +52,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def train(home: Path, root: Path, nonfinite_loss: Any, workers: int = 0) -> None:
+def train(home: Path, root: Path, nonfinite_loss: Any, workers: int = 0, max_failures: int = 0) -> None:
     root.mkdir(exist_ok=True)
     RewardTrainer(
         str(home / "base"),
@@ -72,6 +72,7 @@ def train(home: Path, root: Path, nonfinite_loss: Any, workers: int = 0) -> None
         train_dataset=str(home / "pairs.jsonl"),
         optimizer_cls_and_kwargs=(FailsOnce, {"lr": 1e-3, "marker": str(root / "failed")}),
         scaling_config=ScalingConfig(num_workers=workers) if workers else None,
+        run_config=RunConfig(failure_config=FailureConfig(max_failures=max_failures)) if workers else None,
         auto_resume=True,
     ).train()
 
@@ -118,3 +119,13 @@ def test_the_row_is_named_and_the_run_then_goes_on_without_its_steps(
         assert entry["step"] in steps
         assert entry["message"].startswith(f"{home / 'pairs.jsonl'}:{BAD + 1}: ")
     assert first["step"] == bad_step
+
+
+def test_an_error_of_ours_ends_the_run_however_often_lost_workers_are_replaced(
+    home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "failed").touch()
+    with pytest.raises(RayrmError, match=r"not finite at step \d"):
+        train(home, tmp_path / "run", "stop", workers=2, max_failures=-1)
+    assert not list((tmp_path / "run" / "run").glob(".error*"))

@@ -1,0 +1,40 @@
+"""An error of ours in a worker ends the run, whatever `max_failures` says: another attempt would meet it too.
+
+Ray Train starts the workers anew after any exception. So the rank that raises leaves the error in the output
+directory; the next attempt's ranks find it there and end at once, and the driver raises it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rayrm import errors
+from rayrm.errors import RayrmError, RowError
+
+_FILE = ".error.json"
+
+
+def forget_error(output_dir: Path) -> None:
+    """Before a run: what ended an earlier one is not this one's."""
+    (output_dir / _FILE).unlink(missing_ok=True)
+
+
+def leave_error(output_dir: Path, error: RayrmError) -> None:
+    """Keep an error for the ranks of the next attempt, and for the driver."""
+    aside = output_dir / f"{_FILE}.aside"
+    aside.write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}), encoding="utf-8")
+    aside.replace(output_dir / _FILE)
+
+
+def left_error(output_dir: Path) -> RayrmError | None:
+    """The error that an attempt of this run left, if one did."""
+    file = output_dir / _FILE
+    if not file.exists():
+        return None
+    left = json.loads(file.read_text(encoding="utf-8"))
+    kind = getattr(errors, left["kind"], RayrmError)
+    if kind is RowError:
+        kind = errors.DataError
+    error: RayrmError = kind(left["message"])
+    return error
