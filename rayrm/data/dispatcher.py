@@ -34,7 +34,7 @@ from rayrm.data.sources import row_name
 from rayrm.data.stream import StreamCutter, StreamStep
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
-from rayrm.errors import DataError
+from rayrm.errors import DataError, RayrmError
 
 _POSITION = "__rayrm_position__"
 _BUFFER_BYTES = 256 * 2**20
@@ -105,6 +105,8 @@ class Dispatcher:
                     self._changed.notify_all()
                     return run.ready[cursor]
                 if run.error is not None:
+                    if not isinstance(run.error, RayrmError):
+                        self._run = None  # storage that did not answer may answer the next attempt
                     raise run.error
                 if not self._changed.wait(timeout=deadline - time.monotonic()):
                     raise DataError(

@@ -81,8 +81,8 @@ def restore_rng(checkpoint: Path, rank: int) -> None:
         return
     states = torch.load(file, weights_only=True)
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if _has_device() and len(states["cuda"]):
+        torch.cuda.set_rng_state(states["cuda"])
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = states["numpy"]
@@ -95,7 +95,8 @@ def random_states() -> bytes:
     name, keys, *rest = np.random.get_state()
     states = {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of this process's device, which another host or a later run may number otherwise.
+        "cuda": torch.cuda.get_rng_state() if _has_device() else torch.empty(0),
         "python": [version, list(internal), gauss],
         "numpy": [
             name,
@@ -106,6 +107,11 @@ def random_states() -> bytes:
     content = io.BytesIO()
     torch.save(states, content)
     return content.getvalue()
+
+
+def _has_device() -> bool:
+    """Whether this process uses a GPU; asking would take one."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -124,6 +130,17 @@ def checkpoints(output_dir: Path) -> list[Path]:
         if (match := _NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
     ]
     return [path for _, path in sorted(found)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def drop_partial(output_dir: Path) -> None:
+    """Delete what attempts that were cut off have left of checkpoints that never became whole."""
+    for path in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def verify_checkpoint(checkpoint: Path) -> None:

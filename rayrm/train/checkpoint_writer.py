@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import struct
 import threading
@@ -94,10 +95,16 @@ class CheckpointWriter:
     _free: int = 0
     _abandon: threading.Event = field(default_factory=threading.Event)
     _hosts: Any = None
+    _attempt: int = 0
 
     def __post_init__(self) -> None:
         if self.num_ranks > 1 and dist.get_backend() != "gloo":
             self._hosts = dist.new_group(backend="gloo")
+        # A name of this attempt's own: what is left of one that was killed may still be writing.
+        drawn = torch.tensor([secrets.randbits(31)], dtype=torch.int32)
+        if self.num_ranks > 1:
+            dist.broadcast(drawn, 0, group=self._hosts)
+        self._attempt = int(drawn[0])
 
     def save(self, state: TrainState, take: Callable[[HostMemory], Snapshot]) -> None:
         """Copy this rank's part and begin to write `checkpoint-<step>`; the one before is waited for.
@@ -107,8 +114,6 @@ class CheckpointWriter:
         """
         self.wait()
         partial = self._partial(state.step)
-        if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
         self._memory.begin()
         snapshot = take(self._memory)
         self._memory.settle()
@@ -117,9 +122,6 @@ class CheckpointWriter:
         files = {f"rng-{self.rank}.pt": random_states(), **_engine_files(self.rank, snapshot.engine)}
         if self.rank == 0:
             files[STATE] = state.to_json().encode()
-        if self.num_ranks > 1:
-            # The directory of an earlier attempt is gone before any rank writes.
-            dist.barrier(group=self._hosts)
         self._step = state.step
         self._pending = self._thread.submit(self._write, partial, files, snapshot, state.best_checkpoint)
 
@@ -189,7 +191,7 @@ class CheckpointWriter:
         )
 
     def _partial(self, step: int) -> Path:
-        return self.output_dir / f".checkpoint-{step}.partial"
+        return self.output_dir / f".checkpoint-{step}.{self._attempt:x}.partial"
 
     def _write(self, partial: Path, files: dict[str, bytes], snapshot: Snapshot, best: str | None) -> None:
         try:
@@ -250,7 +252,10 @@ class CheckpointWriter:
         final = self.output_dir / f"checkpoint-{self._step}"
         seal(partial, parts, final)
         self.whole(final)
-        prune_checkpoints(self.output_dir, self.limit, best)
+        try:
+            prune_checkpoints(self.output_dir, self.limit, best)
+        except OSError as error:  # this checkpoint is whole: an old one that stays is no reason to end
+            logger.warning("an old checkpoint could not be deleted: %s", error)
 
 
 def _step_back() -> None:

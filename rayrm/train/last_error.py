@@ -6,7 +6,10 @@ directory; the next attempt's ranks find it there and end at once, and the drive
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
 from pathlib import Path
 
 from rayrm import errors
@@ -17,14 +20,17 @@ _FILE = ".error.json"
 
 def forget_error(output_dir: Path) -> None:
     """Before a run: what ended an earlier one is not this one's."""
-    (output_dir / _FILE).unlink(missing_ok=True)
+    for file in output_dir.glob(f"{_FILE}*"):
+        file.unlink(missing_ok=True)
 
 
 def leave_error(output_dir: Path, error: RayrmError) -> None:
     """Keep an error for the ranks of the next attempt, and for the driver."""
-    aside = output_dir / f"{_FILE}.aside"
-    aside.write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}), encoding="utf-8")
-    aside.replace(output_dir / _FILE)
+    aside = output_dir / f"{_FILE}.{socket.gethostname()}.{os.getpid()}"  # ranks may raise together
+    left = json.dumps({"kind": type(error).__name__, "message": str(error)})
+    with contextlib.suppress(OSError):  # a full disk is what the error may be about
+        aside.write_text(left, encoding="utf-8")
+        aside.replace(output_dir / _FILE)
 
 
 def left_error(output_dir: Path) -> RayrmError | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from rayrm.errors import PreemptedError
+from rayrm.train.checkpoint import checkpoints
 from rayrm.train.rank import Hosts
 from rayrm.train.records import read_progress
 
@@ -53,9 +54,11 @@ def leaving_on_sigterm(output_dir: Path) -> Iterator[None]:
         word.unlink(missing_ok=True)
     standing = read_progress(output_dir)
     if told and not standing.get("finished"):
+        saved = checkpoints(output_dir)
+        where = f"saved as {saved[-1].name}" if saved else "had made no step yet"
         raise PreemptedError(
-            f"told to leave (SIGTERM), the run saved after step {standing['step']} of "
-            f"{standing['num_steps']} in {output_dir}. The same command goes on from there; in Python: "
+            f"told to leave (SIGTERM), the run {where} of {standing.get('num_steps', '?')} steps in "
+            f"{output_dir}. The same command goes on from there; in Python: "
             "`train(resume_from_checkpoint=True)`."
         )
 

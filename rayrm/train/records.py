@@ -63,6 +63,12 @@ class RunLog:
                     place = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
                     self._board.add_scalar(place, value, int(record["step"]))
 
+    def sync(self) -> None:
+        """On disk is what was written, before a checkpoint says so."""
+        if self._active and (self._dir / METRICS).exists():
+            with (self._dir / METRICS).open("a") as out:
+                os.fsync(out.fileno())
+
     def progress(self, step: int, num_steps: int) -> None:
         """Say where training stands; written a few times a second at most."""
         now = time.monotonic()

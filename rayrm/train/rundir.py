@@ -27,6 +27,7 @@ from rayrm.train.records import METRICS, PROGRESS, replace_text
 IDENTITY = "identity.json"
 RUN_TOML = "run.toml"
 _BUDGET = "max_tokens_per_microbatch"
+_ORIGIN = "origin"
 # What a run writes into its directory: a file of one of these names that is not ours would be lost.
 _WRITTEN = (
     METRICS, PROGRESS, IDENTITY, RUN_TOML, "quarantine.jsonl", "rows-*.jsonl", "tensorboard", "checkpoint-*",
@@ -53,10 +54,14 @@ _FREE = {
 
 @dataclass(frozen=True, slots=True)
 class RunStart:
-    """How a run begins: from `resume` (None: at its first step), with the token budget chosen before."""
+    """How a run begins: from `resume` (None: at its first step), with the token budget chosen before.
+
+    `origin`: the checkpoint of another directory that its first start went on from, if it did.
+    """
 
     resume: Path | None
     max_tokens: int | None
+    origin: Path | None = None
 
 
 def identity_of(
@@ -109,7 +114,8 @@ def examine(
                 "Leave it out to start one."
             )
         # As within its own directory, a run that goes on keeps its budget, and with it its bits.
-        return RunStart(wanted, None if wanted is None else read_state(wanted).max_tokens)
+        budget = None if wanted is None else read_state(wanted).max_tokens
+        return RunStart(wanted, budget, None if wanted is None else wanted.absolute())
     before = _read(known)
     _refuse_other(output_dir, before.get("identity", {}), identity)
     if read_finished(output_dir):
@@ -121,15 +127,18 @@ def examine(
         )
     found = checkpoints(output_dir)
     newest = found[-1] if found else None
-    if wanted is not None and (newest is None or wanted.resolve() != newest.resolve()):
+    origin = Path(before[_ORIGIN]) if before.get(_ORIGIN) else None
+    same = wanted is not None and origin is not None and wanted.resolve() == origin.resolve()
+    if wanted is not None and not same and (newest is None or wanted.resolve() != newest.resolve()):
         raise CheckpointError(
             f"`resume_from_checkpoint` ({wanted}) is not the newest checkpoint of `{output_dir}` "
             f"({newest.name if newest else 'none'}). Resume from that one, or copy `{wanted.name}` out and "
             "resume from the copy with another `output_dir`."
         )
-    if newest is not None:
-        verify_checkpoint(newest)
-    return RunStart(newest, before.get(_BUDGET))
+    start = newest or origin
+    if start is not None:
+        verify_checkpoint(start)
+    return RunStart(start, before.get(_BUDGET), origin)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -197,10 +206,17 @@ def check_writable(output_dir: Path) -> None:
         ) from error
 
 
-def claim(output_dir: Path, identity: dict[str, Any], max_tokens: int | None, run_toml: str) -> None:
-    """Write what makes the directory this run's: identity, token budget (None: not chosen), resolved run."""
+def claim(
+    output_dir: Path,
+    identity: dict[str, Any],
+    max_tokens: int | None,
+    run_toml: str,
+    origin: Path | None = None,
+) -> None:
+    """Write what makes the directory this run's: identity, token budget (None: not chosen), resolved run,
+    and the checkpoint elsewhere that it goes on from."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    kept = {"identity": identity, _BUDGET: max_tokens}
+    kept = {"identity": identity, _BUDGET: max_tokens, _ORIGIN: None if origin is None else str(origin)}
     replace_text(output_dir / IDENTITY, json.dumps(kept, indent=2, default=str))
     replace_text(output_dir / RUN_TOML, run_toml)
 

@@ -346,7 +346,7 @@ class RewardTrainer:
         wanted = resume if resume is not None else self.args.resume_from_checkpoint
         start = examine(self.output_dir, identity, resume=wanted, automatic=self._auto_resume)
         budget = self._budget(start)
-        claim(self.output_dir, identity, budget, self._run_toml(budget))
+        claim(self.output_dir, identity, budget, self._run_toml(budget), start.origin)
         kept = self.output_dir / "quarantine.jsonl"
         if self._quarantine != kept and self._quarantine.exists():
             skipped = skipped_lines(kept)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import set_seed
 
@@ -24,7 +25,7 @@ from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
 from rayrm.data.steps import Step
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
-from rayrm.errors import ConfigError
+from rayrm.errors import ConfigError, RayrmError
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.attention_path import choose_path
 from rayrm.model.cost import attention_weight_of
@@ -38,8 +39,10 @@ from rayrm.train.build_engine import build_engine
 from rayrm.train.checkpoint import (
     TrainState,
     checkpoints,
+    drop_partial,
     read_state,
     restore_rng,
+    step_of,
 )
 from rayrm.train.checkpoint_writer import CheckpointWriter, Snapshot
 from rayrm.train.evaluation import RowSet, score_rows
@@ -221,7 +224,9 @@ class _RankRun:
 
     def _restore(self) -> TrainState:
         found = checkpoints(self.job.output_dir)
-        source = found[-1] if found else self.job.resume
+        # One rank decides: what is left of an attempt before may complete a checkpoint between two looks.
+        newest = self.hosts.from_first(step_of(found[-1]) if found else -1)
+        source = self.job.resume if newest < 0 else self.job.output_dir / f"checkpoint-{newest}"
         if source is None:
             self._begin(0)
             return TrainState(num_workers=self.rank.count, max_tokens=self.max_tokens)
@@ -243,6 +248,7 @@ class _RankRun:
         self.row_log.begin(step)
         if self.rank.index == 0:
             drop_skipped(self.job.output_dir / QUARANTINE, step)
+            drop_partial(self.job.output_dir)
 
     def _steps(self, state: TrainState) -> Iterator[RankStep]:
         for step in self.source.steps(state.cursor):
@@ -314,6 +320,12 @@ class _RankRun:
                 attention_weight=self.attention_weight,
                 device=self.rank.device,
             )
+            if bad := int((~np.isfinite(scores)).sum()):
+                raise RayrmError(
+                    f"{bad} of {len(scores)} scores of the evaluation set are not finite after step "
+                    f"{state.step}: `{name or 'eval'}` has rows that the model cannot score. Look for rows "
+                    "unlike the others, or train in fp32 (`bf16=false`); the last checkpoint is intact."
+                )
             metrics = evaluate_scores(scores, rows.index, center=self.config.center_rewards_coefficient)
             prefix = f"eval_{name}_" if name else "eval_"
             record = {f"{prefix}{key}": value for key, value in metrics.items()}
@@ -341,6 +353,7 @@ class _RankRun:
             state.best_checkpoint = f"checkpoint-{state.step}"
 
     def _save(self, state: TrainState) -> None:
+        self.log.sync()
         self.row_log.sync()
 
         def take(host: HostMemory) -> Snapshot:

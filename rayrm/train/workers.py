@@ -54,12 +54,11 @@ def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -
         # Not before: whatever asks for Ray until here sets Ray's own handler.
         with leaving_on_sigterm(job.output_dir):
             trainer.fit()
+            error = left_error(job.output_dir)
+            if error is not None:
+                raise error
     except TrainingFailedError as failure:
         raise _cause_in_workers(failure) from failure
-    else:
-        error = left_error(job.output_dir)
-        if error is not None:
-            raise error
     finally:
         forget_error(job.output_dir)
 

@@ -143,9 +143,9 @@ def test_resuming_where_nothing_is_is_refused(tmp_path: Path) -> None:
 
 def test_a_new_run_may_begin_from_another_run_s_checkpoint(begun: Path, tmp_path: Path) -> None:
     start = examine(tmp_path / "new", identity(seed=9), resume=str(begun / "checkpoint-10"))
-    assert start == RunStart(begun / "checkpoint-10", None)
+    assert start == RunStart(begun / "checkpoint-10", None, begun / "checkpoint-10")
     newest = save(begun, 30, max_tokens=512)
-    assert examine(tmp_path / "new", identity(seed=9), resume=str(newest)) == RunStart(newest, 512)
+    assert examine(tmp_path / "new", identity(seed=9), resume=str(newest)) == RunStart(newest, 512, newest)
 
 
 def test_a_checkpoint_from_before_budgets_were_written_still_resumes(begun: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_checkpoint_from_before_budgets_were_written_still_resumes(begun: Path
             return json.dumps(fields)
 
     old = save_whole(begun, Before(step=30))
-    assert examine(tmp_path / "new", identity(), resume=str(old)) == RunStart(old, None)
+    assert examine(tmp_path / "new", identity(), resume=str(old)) == RunStart(old, None, old)
 
 
 def test_a_corrupt_checkpoint_is_found_before_anything_starts(begun: Path) -> None:
@@ -222,3 +222,16 @@ def test_an_output_directory_that_cannot_be_written_is_refused_by_name(tmp_path:
         check_writable(tmp_path / "file" / "run")
     with pytest.raises(ConfigError, match="output_dir"):
         check_writable(Path("/proc/run"))
+
+
+def test_a_run_that_goes_on_from_elsewhere_is_started_by_the_same_words_again(tmp_path: Path) -> None:
+    save(tmp_path / "before", 7)
+    before, home = tmp_path / "before" / "checkpoint-7", tmp_path / "run"
+    first = examine(home, {"seed": 1}, resume=str(before))
+    assert (first.resume, first.origin) == (before, before)
+    claim(home, {"seed": 1}, None, "", first.origin)
+    # Cut off before a checkpoint of its own: the same words, or none, go on from where it began.
+    assert examine(home, {"seed": 1}, resume=str(before)).resume == before
+    assert examine(home, {"seed": 1}, resume=None, automatic=True).resume == before
+    save(home, 9)
+    assert examine(home, {"seed": 1}, resume=str(before)).resume == home / "checkpoint-9"
