@@ -177,12 +177,14 @@ class Run:
         return found
 
     def kill_worker(self, draw: random.Random) -> bool:
-        """SIGKILL to one of them; False where there is none."""
-        workers = sorted(self.workers(), key=lambda process: process.pid)
-        if not workers:
-            return False
-        draw.choice(workers).kill()
-        return True
+        """SIGKILL to one of them, as soon as there is one; False where the run ended before."""
+        while self.process.poll() is None:
+            workers = sorted(self.workers(), key=lambda process: process.pid)
+            if workers:
+                draw.choice(workers).kill()
+                return True
+            time.sleep(0.1)
+        return False
 
     def kill_driver(self) -> None:
         """SIGKILL to the driver; its Ray ends with it."""

@@ -27,6 +27,7 @@ _FORMAT = 1
 """Raised when the same text would become other columns or other ids."""
 _HASH_SIZE = 16
 _BLOCK_BYTES = 4 * 2**20
+_CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,31 +86,48 @@ def blocks_of(entry: Path, source: int) -> list[CachedBlock]:
         ]
 
 
-def rules_of(tokenizer: Any, **rules: Any) -> str:
+def rules_of(tokenizer: Any, *, versions: bool = True, **rules: Any) -> str:
     """A hash of what turns text into rows: the tokenizer with its template, library versions, `rules`."""
     import tokenizers
     import transformers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        known: Any = [
+            sorted(tokenizer.get_vocab().items()),
+            repr(sorted(tokenizer.init_kwargs.items(), key=str)),
+        ]
+    else:
+        known = json.loads(backend.to_str())
+        for used in ("truncation", "padding"):  # what a call left behind
+            known.pop(used, None)
+    adds = ("add_bos_token", "add_eos_token", "split_special_tokens")
     told = {
-        "tokenizer": backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+        "tokenizer": known,
         "class": type(tokenizer).__qualname__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": tokenizer.chat_template,
-        "adds": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")],
-        "versions": [transformers.__version__, tokenizers.__version__],
+        "adds": [getattr(tokenizer, name, None) for name in adds],
+        "versions": [transformers.__version__, tokenizers.__version__] if versions else [],
         "rules": rules,
     }
     return _hash_of(json.dumps(told, sort_keys=True, default=str).encode())
 
 
 @functools.lru_cache(maxsize=256)
-def file_hash(path: str, size: int, modified_ns: int) -> str:
-    """The hash of a local file's content; read once a process while `size` and `modified_ns` stay."""
+def file_hash(path: str, size: int, modified_ns: int, start: int = 0, length: int | None = None) -> str:
+    """The hash of a local file's content, or of `length` bytes of it.
+
+    Read once a process while `size` and `modified_ns` stay.
+    """
+    content = hashlib.blake2b(digest_size=_HASH_SIZE)
+    left = size if length is None else length
     with open(path, "rb") as stream:
-        return hashlib.file_digest(
-            stream, functools.partial(hashlib.blake2b, digest_size=_HASH_SIZE)
-        ).hexdigest()
+        stream.seek(start)
+        while left > 0 and (chunk := stream.read(min(left, _CHUNK_BYTES))):
+            content.update(chunk)
+            left -= len(chunk)
+    return content.hexdigest()
 
 
 def _hash_of(content: bytes) -> str:

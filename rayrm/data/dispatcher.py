@@ -18,7 +18,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +27,7 @@ from rayrm.data.blocks import BlockIndex, RowBlock, index_of
 from rayrm.data.ingest import quiet_context
 from rayrm.data.order import Cursor, StreamOrder
 from rayrm.data.pieces import Piece
+from rayrm.data.preference import PairForm
 from rayrm.data.reading import Reading, raise_if_stopped
 from rayrm.data.refusals import RefusalLog
 from rayrm.data.row_index import RowIndex
@@ -58,6 +59,7 @@ class StreamPlan:
     reading: Reading
     order: StreamOrder
     refusals: RefusalLog
+    text_form: PairForm
     max_tasks: int | None = None
 
 
@@ -86,6 +88,8 @@ class Dispatcher:
         self._plan_ref: Any = None
         self._changed = threading.Condition()
         self._run: _Run | None = None
+        # Ray Data's settings are the process's, and a reading that was left may still be beginning.
+        self._beginning = threading.Lock()
 
     def step(self, cursor: Cursor, plan: list[Any]) -> StreamStep:
         """The step after `cursor` of the `StreamPlan` that `plan` refers to; waits until it is read.
@@ -173,7 +177,8 @@ class Dispatcher:
         with self._changed:
             while run.num_ahead() >= most and not run.stopped:
                 self._changed.wait()
-            run.ready[run.tail] = step
+            # Where an epoch ended with a window, the step before it named its end otherwise.
+            run.ready[run.tail] = replace(step, before=run.tail)
             run.tail = step.after
             taken = [before for before in run.ready if before < run.asked]
             for before in taken[:-_STEPS_KEPT]:
@@ -186,7 +191,7 @@ class Dispatcher:
 
         pieces = self._plan.order.pieces(cursor.epoch)
         waiting: deque[tuple[Any, Any]] = deque()
-        index_remotely = ray.remote(num_cpus=0.1, scheduling_strategy="DEFAULT")(_index_of_position)
+        index_remotely = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_index_of_position)
         for bundle in self._tables(cursor, pieces):
             for block in bundle.block_refs:
                 waiting.append((block, index_remotely.remote(block)))
@@ -206,6 +211,13 @@ class Dispatcher:
         if position is None:
             return
         raise_if_stopped(index)
+        for form, (source, row) in index.forms.items():
+            if form != self._plan.text_form:
+                raise DataError(
+                    f"{row_name(self._plan.names[source], row)} is {form}, and the stream began with "
+                    f"{self._plan.text_form} rows; a model learns one form; convert the rows to one form, or "
+                    "train on one part"
+                )
         self._plan.refusals.add(index)
         yield position, pieces[position][1], found[0], index
 
@@ -220,7 +232,7 @@ class Dispatcher:
         ]
         if not items:
             return
-        with quiet_context(_BLOCK_BYTES) as context:
+        with self._beginning, quiet_context(_BLOCK_BYTES) as context:
             kept_order = context.execution_options.preserve_order
             limits = context.execution_options.resource_limits
             context.execution_options.preserve_order = True

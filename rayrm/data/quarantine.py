@@ -7,6 +7,7 @@ held against the source. Every other reason counts as a bad row. Pure: no ray.
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,18 @@ def write_skipped(path: Path, step: int, rows: Sequence[str]) -> None:
             message = f"{name}: the loss was not finite, and step {step} was left out"
             entry = {"source": source, "row": number, "reason": NONFINITE, "message": message, "raw": ""}
             stream.write(json.dumps({**entry, "step": step}, ensure_ascii=False) + "\n")
+
+
+def replace_refusals(aside: Path, kept: Path, streamed: Sequence[str]) -> None:
+    """Put the refusals of this start, `aside`, in the place of those of an earlier one, which read the same.
+
+    Rows of skipped steps stay, and rows of `streamed` sources, which are not read again up to the cursor.
+    """
+    sources = set(streamed)
+    lines = [line for line in _lines(kept) if _skipped_in(line) > 0 or json.loads(line)["source"] in sources]
+    shutil.move(aside, kept)
+    with kept.open("a", encoding="utf-8") as out:
+        out.writelines(lines)
 
 
 def skipped_lines(path: Path) -> list[str]:

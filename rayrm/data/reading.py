@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from rayrm.data.blocks import SCHEMA, BlockIndex, index_of, tokenized_tables
 from rayrm.data.cache import CachedBlock, TokenCache, blocks_of, file_hash, rules_of
-from rayrm.data.pieces import Piece, RowChunk, Shard, SourceRow, StreamShard
+from rayrm.data.pieces import TEXT_SUFFIXES, Piece, RowChunk, Shard, SourceRow, StreamShard
 from rayrm.data.selection import EVERY_ROW, Selection
 from rayrm.data.sources import read_work
 from rayrm.errors import ConfigError, DataError
@@ -107,7 +107,9 @@ def content_of(piece: Shard | RowChunk) -> str:
     if piece.remote is not None:
         return f"{piece.path} {piece.size} {piece.mtime_ns} {part}"
     status = os.stat(piece.path)
-    content = file_hash(piece.path, status.st_size, status.st_mtime_ns)
+    ranged = piece.length is not None and piece.path.endswith(TEXT_SUFFIXES)
+    where = (piece.start, piece.length) if ranged else (0, None)  # row groups and batches are no bytes
+    content = file_hash(piece.path, status.st_size, status.st_mtime_ns, *where)
     return f"{content} {Path(piece.path).suffix} {part}"
 
 

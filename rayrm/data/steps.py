@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from rayrm.data.order import Cursor, Order, Places
 from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
+from rayrm.errors import DataError
 
 if TYPE_CHECKING:
     from rayrm.data.tokenized_set import TokenizedSet
@@ -69,6 +70,11 @@ class IndexedSteps:
         return self.order.steps_per_epoch
 
     def steps(self, cursor: Cursor) -> Iterator[Step]:
+        if cursor.piece or cursor.skip:
+            raise DataError(
+                f"the checkpoint stands at step {cursor.step} of a stream, and this run is indexed; set "
+                '`data.mode="streaming"`, or begin anew'
+            )
         per_epoch = self.order.steps_per_epoch
         for step in self.order.steps(cursor):
             done = step.after.epoch * per_epoch + step.after.step

@@ -17,6 +17,7 @@ import numpy as np
 from rayrm.data.blocks import BlockIndex
 from rayrm.data.order import Cursor, Places, StreamOrder
 from rayrm.data.row_index import RowIndex
+from rayrm.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,17 @@ class StreamCutter:
 
     def __post_init__(self) -> None:
         self._num_pieces = len(self.order.pieces(self.cursor.epoch))
+        beyond = self.cursor.step >= self.order.steps_per_window
+        if beyond and not (self.cursor.piece or self.cursor.skip):
+            raise DataError(
+                f"the checkpoint stands at step {self.cursor.step} of an indexed set, and this run streams; "
+                'set `data.mode="indexed"`, or begin anew'
+            )
         self._done = self.cursor.step % self.order.steps_per_window
 
     def add(self, position: int, share: float, block: Any, index: BlockIndex) -> Iterator[StreamStep]:
         """The steps that are whole with this block, the next of the epoch's piece number `position`."""
+        assert position >= self._position, "blocks came out of order"
         if position != self._position:
             self._position, self._seen = position, 0
         taken = np.flatnonzero(self.order.taken(self.cursor.epoch, share, index.source, index.row))

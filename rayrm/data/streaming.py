@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from rayrm.data.blocks import index_of
+from rayrm.data.cache import rules_of
 from rayrm.data.dispatcher import StreamedSteps, StreamPlan, streamed
 from rayrm.data.ingest import check_one_form, reading_of
 from rayrm.data.order import StreamOrder
-from rayrm.data.pieces import Piece, Shard
+from rayrm.data.pieces import Piece, Shard, StreamShard
 from rayrm.data.preference import PairForm
 from rayrm.data.quarantine import RefusalWatch
 from rayrm.data.reading import Reading, raise_if_stopped
@@ -32,6 +33,7 @@ from rayrm.data.sources import plan_sources
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import DataError
+from rayrm.own_ray import ensure_ray
 
 _SAMPLE_ROWS = 256
 _log = logging.getLogger("rayrm.data")
@@ -39,7 +41,8 @@ _log = logging.getLogger("rayrm.data")
 
 @dataclass(frozen=True, slots=True)
 class StreamReport:
-    """What is known of a stream before it is read. `fingerprint`: of the pieces' names and sizes."""
+    """What is known of a stream before it is read. `fingerprint`: of the pieces' names and sizes, and of
+    the rules that make rows of them."""
 
     name: str
     text_form: PairForm
@@ -73,11 +76,13 @@ class StreamSource:
         max_tasks: int | None,
     ) -> Iterator[StreamedSteps]:
         """The steps of a run, read by an actor that lives as long as the block."""
+        ensure_ray()
         max_tasks = max_tasks or _tasks_at_once()
         order = StreamOrder(self.weights, rows_per_step, seed, window, shuffle, drop_last)
         watch = RefusalWatch(self.report.name, self.groups, max_bad_row_fraction, quarantine_path)
         refusals = RefusalLog(self.names, quarantine_path, watch)
-        plan = StreamPlan(self.pieces, self.names, self.reading, order, refusals, max_tasks)
+        form = self.report.text_form
+        plan = StreamPlan(self.pieces, self.names, self.reading, order, refusals, form, max_tasks)
         with streamed(plan, self.sample, num_ranks) as steps:
             yield steps
 
@@ -108,7 +113,8 @@ def open_stream(
     rows, form = _beginning(name, plan.names, plan.work, reading)
     weights = tuple(plan.weights[piece.source] for piece in plan.work)
     sample = TokenizedSet.from_rows([*rows, _longest_row(max_length)], name)
-    report = StreamReport(name, form, _fingerprint(plan.work, weights))
+    rules = rules_of(tokenizer, versions=False, max_length=max_length, selection=selection.rules)
+    report = StreamReport(name, form, _fingerprint(plan.work, weights, rules))
     return StreamSource(report, plan.names, plan.group_names, plan.work, weights, reading, sample)
 
 
@@ -149,8 +155,8 @@ def _longest_row(max_length: int) -> TokenizedRow:
     return TokenizedRow.pair(np.zeros(max_length, np.int32), np.ones(max_length, np.int32))
 
 
-def _fingerprint(pieces: list[Piece], weights: tuple[float, ...]) -> str:
-    content = hashlib.sha256(repr(weights).encode())
+def _fingerprint(pieces: list[Piece], weights: tuple[float, ...], rules: str) -> str:
+    content = hashlib.sha256(f"{weights} {rules}".encode())
     for piece in pieces:
         content.update(repr(_named(piece)).encode())
     return content.hexdigest()
@@ -159,4 +165,7 @@ def _fingerprint(pieces: list[Piece], weights: tuple[float, ...]) -> str:
 def _named(piece: Piece) -> Any:
     if isinstance(piece, Shard):
         return replace(piece, path=Path(piece.path).name, mtime_ns=None, remote=None)
-    return hashlib.sha256(piece.pickled).hexdigest()
+    if isinstance(piece, StreamShard):
+        # What it is pickled to is another in every process.
+        return piece.source, piece.name, piece.columns
+    return hashlib.sha256(piece.pickled).hexdigest(), piece.start, piece.columns

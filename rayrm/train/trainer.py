@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.data.dispatcher import StreamedSteps
 from rayrm.data.ingest import ingest
-from rayrm.data.quarantine import skipped_lines
+from rayrm.data.quarantine import replace_refusals
 from rayrm.data.selection import EVERY_ROW, Selection, selections
 from rayrm.data.streaming import StreamSource, open_stream
 from rayrm.data.tokenize import prepare_tokenizer
@@ -349,10 +348,8 @@ class RewardTrainer:
         claim(self.output_dir, identity, budget, self._run_toml(budget), start.origin)
         kept = self.output_dir / "quarantine.jsonl"
         if self._quarantine != kept and self._quarantine.exists():
-            skipped = skipped_lines(kept)
-            shutil.move(self._quarantine, kept)
-            with kept.open("a", encoding="utf-8") as lines:
-                lines.writelines(skipped)
+            streamed = self.train_set.names if isinstance(self.train_set, StreamSource) else []
+            replace_refusals(self._quarantine, kept, streamed)
             self._quarantine.parent.rmdir()
         self._quarantine = kept
         return RunStart(start.resume, budget)

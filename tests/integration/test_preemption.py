@@ -98,7 +98,7 @@ def test_a_run_told_to_leave_saves_and_the_same_command_goes_on_bit_for_bit(
     step = int(saved.name.partition("-")[2])
     assert 5 < step < NUM_STEPS
     (line,) = [line for line in (home / f"{run.name}.txt").read_text().splitlines() if "SIGTERM" in line]
-    assert f"saved after step {step} of {NUM_STEPS}" in line
+    assert f"saved as checkpoint-{step} of {NUM_STEPS} steps" in line
     assert "same command goes on" in line
     assert read_progress(run)["finished"] is False
     assert not (run / "model.safetensors").exists()
@@ -164,7 +164,9 @@ def test_in_python_an_exception_says_so_and_the_handler_is_what_it_was(tmp_path:
 
     teller = threading.Thread(target=tell)
     teller.start()
-    with pytest.raises(PreemptedError, match=r"saved after step \d+ of 200.*resume_from_checkpoint=True"):
+    with pytest.raises(
+        PreemptedError, match=r"saved as checkpoint-\d+ of 200 steps.*resume_from_checkpoint=True"
+    ):
         trainer.train()
     teller.join()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -7,6 +7,9 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,3 +169,39 @@ def test_a_file_that_is_damaged_ends_the_reading_with_its_name(tmp_path: Path) -
     (bad / "zz.jsonl.gz").write_bytes(gzip.compress(text)[:-1000])
     with stream_of(bad, tmp_path) as steps, pytest.raises(DataError, match=r"zz\.jsonl\.gz cannot be read"):
         list(islice(steps.steps(Cursor()), 400))
+
+
+def test_rows_of_another_form_in_a_later_shard_end_the_reading(tmp_path: Path) -> None:
+    mixed = write_shards(tmp_path / "mixed")
+    plain = isinstance(tiny_rows(1)[0]["chosen"], str)
+    with (mixed / "shard-7.jsonl").open("a") as out:
+        out.write(json.dumps(tiny_rows(1, conversational=plain)[0]) + "\n")
+    message = rf"shard-7\.jsonl:{ROWS_PER_SHARD + 1} is .*began with"
+    with stream_of(mixed, tmp_path) as steps, pytest.raises(DataError, match=message):
+        list(islice(steps.steps(Cursor()), 80))
+
+
+FINGERPRINT = """
+    import datasets, sys
+    from rayrm.data.streaming import open_stream
+    from tests.tiny import tiny_tokenizer
+
+    stream = datasets.load_dataset("json", data_files=sys.argv[1] + "/*.jsonl", streaming=True, split="train")
+    print(open_stream(stream, tiny_tokenizer(), max_length=200).report.fingerprint)
+"""
+
+
+def test_a_stream_of_datasets_is_known_again_by_another_process(shards: Path, tmp_path: Path) -> None:
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(FINGERPRINT), str(shards)],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "HF_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()[-1]
+        for seed in range(2)
+    }
+    assert len(found) == 1
+    assert len(found.pop()) == 64

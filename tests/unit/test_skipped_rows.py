@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from rayrm.data.blocks import Refusal
-from rayrm.data.quarantine import drop_skipped, skipped_lines, write_quarantine, write_skipped
+from rayrm.data.quarantine import (
+    drop_skipped,
+    replace_refusals,
+    skipped_lines,
+    write_quarantine,
+    write_skipped,
+)
 
 
 @pytest.fixture
@@ -42,3 +48,20 @@ def test_the_lines_of_skipped_steps_are_told_from_refusals(quarantine: Path) -> 
     found = [json.loads(line) for line in skipped_lines(quarantine)]
     assert [(line["step"], line["row"]) for line in found] == [(4, 7), (9, 0), (9, 0)]
     assert skipped_lines(quarantine.with_name("none")) == []
+
+
+def test_a_new_start_s_refusals_take_the_place_of_the_earlier_one_s_but_for_streamed_rows(
+    tmp_path: Path,
+) -> None:
+    kept, aside = tmp_path / "quarantine.jsonl", tmp_path / "aside.jsonl"
+    again = Refusal(0, 3, "bad-json", "a.jsonl:4: no JSON", "{")
+    write_quarantine(kept, ["a.jsonl"], [again])
+    write_quarantine(kept, ["s.jsonl"], [Refusal(0, 5, "bad-json", "s.jsonl:6: no JSON", "{")])
+    write_skipped(kept, 4, ["a.jsonl:8"])
+    write_quarantine(aside, ["a.jsonl"], [again])
+    replace_refusals(aside, kept, ["s.jsonl"])
+    assert entries(kept) == [
+        ("a.jsonl", 3, "bad-json"),
+        ("s.jsonl", 5, "bad-json"),
+        ("a.jsonl", 7, "nonfinite-loss"),
+    ]
