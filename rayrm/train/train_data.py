@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import sys
@@ -42,6 +43,8 @@ def _decide(data: DataConfig, source: Any, config: RewardConfig) -> tuple[Mode, 
             return "streaming", "the source is an IterableDataset and `max_steps` is set"
         return "indexed", "`max_steps` is not set; the whole IterableDataset is read first"
     size = _local_bytes(source)
+    if not size:
+        return "indexed", "nothing tells the set's size (`data.mode=streaming` would start at once)"
     if size <= LARGE_BYTES:
         return "indexed", "the set fits an index (`data.mode=streaming` would start at once)"
     if config.max_steps > 0:
@@ -62,6 +65,9 @@ def _local_bytes(source: Any) -> int:
     if not isinstance(source, (str, os.PathLike)):
         return 0
     path = Path(source).expanduser()
+    if glob.has_magic(str(source)) and not path.exists():
+        found = glob.glob(str(path), recursive=True)
+        return sum(_local_bytes(name) for name in found)
     if path.is_dir():
         return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
     return path.stat().st_size if path.is_file() else 0

@@ -35,6 +35,8 @@ def test_a_large_source_is_streamed_where_the_number_of_steps_is_known(
         (tmp_path / f"{number}.jsonl").write_text("x" * 60)
     with caplog.at_level(logging.INFO, "rayrm.train"):
         assert choose_mode(DataConfig(), str(tmp_path), config(max_steps=5)) == "streaming"
+        assert choose_mode(DataConfig(), str(tmp_path / "*.jsonl"), config(max_steps=5)) == "streaming"
+        assert choose_mode(DataConfig(), [str(tmp_path / "[12].jsonl")], config(max_steps=5)) == "streaming"
         assert choose_mode(DataConfig(), str(tmp_path), config()) == "indexed"
     assert "streaming, since the source is large" in caplog.text
     assert "indexed, since `max_steps` is not set" in caplog.text
