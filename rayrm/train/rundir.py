@@ -216,7 +216,7 @@ def claim(
     """Write what makes the directory this run's: identity, token budget (None: not chosen), resolved run,
     and the checkpoint elsewhere that it goes on from."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    kept = {"identity": identity, _BUDGET: max_tokens}
+    kept: dict[str, Any] = {"identity": identity, _BUDGET: max_tokens}
     if origin is not None:
         kept[_ORIGIN] = str(origin)
     replace_text(output_dir / IDENTITY, json.dumps(kept, indent=2, default=str))
