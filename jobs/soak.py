@@ -261,12 +261,17 @@ def survive(run: Run, outcome: Outcome, worker_kills: int, driver_kills: int, dr
 
 
 def on_other_workers(file: Path, home: Path, outcome: Outcome, workers: int, whole: Path) -> None:
-    """Kill the driver half-way, and go on with another number of workers."""
+    """Kill the driver after the first checkpoint, and go on with another number of workers."""
     run = Run(file, home / "other", words_of(outcome.configuration))
-    if not run.wait_for_step(NUM_STEPS // 2):
+    if not run.wait_for_step(SAVE_EVERY + 1):
         raise SystemExit(f"{run.output_dir} ended before it was killed:\n{run.tail()}")
     run.kill_driver()
     outcome.driver_kills += 1
+    begun = max(
+        (int(path.name.rpartition("-")[2]) for path in run.output_dir.glob("checkpoint-*")), default=0
+    )
+    if begun > NUM_STEPS // 2:
+        outcome.problems.append(f"the driver was killed too late, at step {begun}: other workers had no part")
     run.start(f"cluster.num_workers={workers}", f"per_device_train_batch_size={ROWS_PER_STEP // workers}")
     run.wait()
     delta = 0.0
