@@ -6,10 +6,10 @@ import json
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from rayrm.data.ingest import ingest
 from rayrm.data_settings import SourceConfig
+from tests.s3 import s3_server
 from tests.tiny import tiny_rows, tiny_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -17,12 +17,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 def test_ray_workers_read_what_the_drivers_environment_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tiny_rows(60)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
+    with s3_server() as url:
         # The cluster's processes were started before.
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         client = boto3.client("s3", region_name="us-east-1")
@@ -33,8 +30,6 @@ def test_ray_workers_read_what_the_drivers_environment_reaches(monkeypatch: pyte
             client.put_object(Bucket="pairs", Key=f"data/{part}.jsonl", Body=body.encode())
         source = SourceConfig(path="s3://pairs/data", columns={"chosen": "good"}, max_pairs=50)
         there = ingest(source, tiny_tokenizer(), max_length=None)
-    finally:
-        server.stop()
     here = ingest(rows[:50], tiny_tokenizer(), max_length=None)
     assert there.report.num_accepted == 50
     assert there.report.fingerprint == here.report.fingerprint

@@ -23,11 +23,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from rayrm.data.sources import Shard, plan_sources, read_work
 from rayrm.errors import DataError
 from rayrm.urls import masked
+from tests.s3 import s3_server
 from tests.tiny import tiny_rows
 
 ROWS = tiny_rows(300)
@@ -74,34 +74,30 @@ def failure(source: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    client = boto3.client(
-        "s3",
-        endpoint_url=url,
-        region_name="us-east-1",
-        aws_access_key_id="user",
-        aws_secret_access_key=SECRET,
-    )
-    client.create_bucket(Bucket="pairs")
-    for key, body in (FILES | IGNORED).items():
-        client.put_object(Bucket="pairs", Key=key, Body=body)
-    yield url
-    server.stop()
+def filled_s3() -> Iterator[str]:
+    with s3_server() as url:
+        client = boto3.client(
+            "s3",
+            endpoint_url=url,
+            region_name="us-east-1",
+            aws_access_key_id="user",
+            aws_secret_access_key=SECRET,
+        )
+        client.create_bucket(Bucket="pairs")
+        for key, body in (FILES | IGNORED).items():
+            client.put_object(Bucket="pairs", Key=key, Body=body)
+        yield url
 
 
 @pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def s3(filled_s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The server's URL; the environment says where it is and who asks, as a user's does."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", filled_s3)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    return s3_server
+    return filled_s3
 
 
 class _Requests(http.server.SimpleHTTPRequestHandler):
