@@ -17,6 +17,7 @@ the result as JSON; the status is 1 where a run differed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
@@ -26,13 +27,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from rayrm.train.checkpoint import checkpoints, step_of
 from rayrm.train.records import read_progress, read_records
 from rayrm.train.row_log import read_row_log
 
@@ -156,12 +158,19 @@ class Run:
 
     def wait_for_step(self, step: int) -> bool:
         """Until training stands at `step`, or beyond; False where it ended before."""
+        return self._wait_for(lambda: int(read_progress(self.output_dir).get("step", 0)), step, "step")
+
+    def wait_for_checkpoint(self) -> bool:
+        """Until the run has a whole one; False where it ended before."""
+        return self._wait_for(lambda: len(checkpoints(self.output_dir)), 1, "checkpoint")
+
+    def _wait_for(self, stands: Callable[[], int], at: int, what: str) -> bool:
         deadline = time.monotonic() + START_LIMIT_S
-        while int(read_progress(self.output_dir).get("step", 0)) < step:
+        while stands() < at:
             if self.process.poll() is not None:
                 return False
             if time.monotonic() > deadline:
-                raise SystemExit(f"{self.output_dir} does not come to step {step}:\n{self.tail()}")
+                raise SystemExit(f"{self.output_dir} does not come to {what} {at}:\n{self.tail()}")
             time.sleep(0.05)
         return self.process.poll() is None
 
@@ -186,10 +195,16 @@ class Run:
             time.sleep(0.1)
         return False
 
-    def kill_driver(self) -> None:
-        """SIGKILL to the driver; its Ray ends with it."""
+    def kill_driver(self, *, and_all_it_started: bool = False) -> None:
+        """SIGKILL to the driver, whose Ray ends with it: its workers live on for seconds, and many steps.
+
+        `and_all_it_started`: to these too, at once, as where a machine goes.
+        """
         started = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGKILL)
+        for process in started if and_all_it_started else ():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
         psutil.wait_procs(started, timeout=60)
 
@@ -261,15 +276,13 @@ def survive(run: Run, outcome: Outcome, worker_kills: int, driver_kills: int, dr
 
 
 def on_other_workers(file: Path, home: Path, outcome: Outcome, workers: int, whole: Path) -> None:
-    """Kill the driver after the first checkpoint, and go on with another number of workers."""
+    """Kill a run as a machine that goes does, after the first checkpoint; go on with other workers."""
     run = Run(file, home / "other", words_of(outcome.configuration))
-    if not run.wait_for_step(SAVE_EVERY + 1):
+    if not run.wait_for_checkpoint():
         raise SystemExit(f"{run.output_dir} ended before it was killed:\n{run.tail()}")
-    run.kill_driver()
+    run.kill_driver(and_all_it_started=True)
     outcome.driver_kills += 1
-    begun = max(
-        (int(path.name.rpartition("-")[2]) for path in run.output_dir.glob("checkpoint-*")), default=0
-    )
+    begun = step_of(checkpoints(run.output_dir)[-1])
     if begun > NUM_STEPS // 2:
         outcome.problems.append(f"the driver was killed too late, at step {begun}: other workers had no part")
     run.start(f"cluster.num_workers={workers}", f"per_device_train_batch_size={ROWS_PER_STEP // workers}")
