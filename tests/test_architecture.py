@@ -52,6 +52,7 @@ ABOVE = {"jobs", "examples", "tests"}
 RAY_FILES = {
     "own_ray.py",
     "data/dispatcher.py",
+    "data/stream_steps.py",
     "data/ingest.py",
     "data/streaming.py",
     "data/tokenized_set.py",

@@ -11,31 +11,26 @@ windows and of Ray Data's own limit, whatever the size of the source.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import pickle
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
-from rayrm.data.blocks import BlockIndex, RowBlock, index_of
+from rayrm.data.blocks import BlockIndex, index_of
 from rayrm.data.ingest import quiet_context
 from rayrm.data.order import Cursor, StreamOrder
 from rayrm.data.pieces import Piece
 from rayrm.data.preference import PairForm
 from rayrm.data.reading import Reading, raise_if_stopped
 from rayrm.data.refusals import RefusalLog
-from rayrm.data.row_index import RowIndex
 from rayrm.data.sources import row_name
 from rayrm.data.stream import StreamCutter, StreamStep
-from rayrm.data.tokenize import TokenizedRow
-from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import DataError, RayrmError
 
 _POSITION = "__rayrm_position__"
@@ -46,9 +41,9 @@ _BLOCK_BYTES = 2**18
 _STEPS_KEPT = 16
 """Steps that were taken and are kept for ranks that are behind."""
 _INDICES_AHEAD = 8
-_OPEN_BLOCKS = 16
-_PATIENCE_S = 600.0
-_log = logging.getLogger("rayrm.data")
+_FIRST_PIECES = 64
+_PIECES_AT_ONCE = 1024
+PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +73,10 @@ class _Run:
         """Whether the step after `cursor` is here or comes yet."""
         return cursor in self.ready or cursor >= self.tail
 
+    def lacks(self, cursor: Cursor, lost: frozenset[str]) -> bool:
+        """Whether the step after `cursor` is here, and a block of it is `lost`."""
+        return cursor in self.ready and any(block.hex() in lost for block in self.ready[cursor].blocks)
+
     def num_ahead(self) -> int:
         return sum(before > self.asked for before in self.ready)
 
@@ -92,17 +91,18 @@ class Dispatcher:
         # Ray Data's settings are the process's, and a reading that was left may still be beginning.
         self._beginning = threading.Lock()
 
-    def step(self, cursor: Cursor, plan: list[Any]) -> StreamStep:
+    def step(self, cursor: Cursor, plan: list[Any], lost: frozenset[str] = frozenset()) -> StreamStep:
         """The step after `cursor` of the `StreamPlan` that `plan` refers to; waits until it is read.
 
-        Raises what reading raised. The plan comes with each call, so that a restarted actor has it.
+        A step with one of the `lost` blocks is read anew. Raises what reading raised. The plan comes with
+        each call, so that a restarted actor has it.
         """
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + PATIENCE_S
         with self._changed:
             self._plan_ref = plan[0]
             while True:
                 run = self._run
-                if run is None or not run.gives(cursor):
+                if run is None or not run.gives(cursor) or run.lacks(cursor, lost):
                     run = self._begin(cursor)
                 if cursor in run.ready:
                     run.asked = max(run.asked, cursor)
@@ -114,7 +114,7 @@ class Dispatcher:
                     raise run.error
                 if not self._changed.wait(timeout=deadline - time.monotonic()):
                     raise DataError(
-                        f"no step could be read of the stream in {_PATIENCE_S:.0f} s: its tasks wait for a "
+                        f"no step could be read of the stream in {PATIENCE_S:.0f} s: its tasks wait for a "
                         "CPU beside the training workers, or its storage does not answer. Free a CPU, or "
                         'set data.mode="indexed".'
                     )
@@ -190,7 +190,7 @@ class Dispatcher:
         pieces = self._plan.order.pieces(cursor.epoch)
         waiting: deque[tuple[Any, Any]] = deque()
         index_remotely = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_index_of_position)
-        for bundle in self._tables(cursor, pieces):
+        for bundle in self._tables(run, cursor, pieces):
             for block in bundle.block_refs:
                 waiting.append((block, index_remotely.remote(block)))
             while len(waiting) > _INDICES_AHEAD:
@@ -219,17 +219,26 @@ class Dispatcher:
         self._plan.refusals.add(index)
         yield position, pieces[position][1], found[0], index
 
-    def _tables(self, cursor: Cursor, pieces: list[tuple[int, float]]) -> Iterator[Any]:
-        """Ray Data's bundles of tokenized blocks, in order."""
+    def _tables(self, run: _Run, cursor: Cursor, pieces: list[tuple[int, float]]) -> Iterator[Any]:
+        """Ray Data's bundles of tokenized blocks, in order.
+
+        Ray Data makes an object and a task of each piece before the first runs: it is given some at a time,
+        few at first, so that a source of any number of pieces starts at once.
+        """
+        begin, at_once = cursor.piece, _FIRST_PIECES
+        while begin < len(pieces) and not run.stopped:
+            end = min(begin + at_once, len(pieces))
+            yield from self._tables_between(begin, end, pieces)
+            begin, at_once = end, _PIECES_AT_ONCE
+
+    def _tables_between(self, begin: int, end: int, pieces: list[tuple[int, float]]) -> Iterator[Any]:
         import ray
         from ray.data import ExecutionResources, TaskPoolStrategy
 
         items = [
             {"position": position, "piece": pickle.dumps(self._plan.pieces[pieces[position][0]])}
-            for position in range(cursor.piece, len(pieces))
+            for position in range(begin, end)
         ]
-        if not items:
-            return
         with self._beginning, quiet_context(_BLOCK_BYTES) as context:
             kept_order = context.execution_options.preserve_order
             limits = context.execution_options.resource_limits
@@ -269,117 +278,3 @@ def _index_of_position(table: pa.Table) -> tuple[int | None, BlockIndex]:
     first, last = (table.column(_POSITION)[place].as_py() for place in (0, len(table) - 1))
     assert first == last, "Ray Data joined blocks of two pieces"
     return first, index_of(table)
-
-
-@dataclass(slots=True)
-class TakenStep:
-    """A step as a rank holds it: fetches from the object store, and asks anew where blocks were lost."""
-
-    told: StreamStep
-    stream: StreamedSteps
-
-    @property
-    def index(self) -> RowIndex:
-        return self.told.index
-
-    @property
-    def after(self) -> Cursor:
-        return self.told.after
-
-    @property
-    def epoch(self) -> float:
-        return self.told.epoch
-
-    def fetch(self, rows: Sequence[int]) -> list[TokenizedRow]:
-        from ray.exceptions import ObjectLostError
-
-        for attempt in range(5):
-            try:
-                return self.stream.fetch(self.told, rows)
-            except ObjectLostError as error:
-                # The blocks went with the actor that read them, or with a node: its successor reads them.
-                _log.warning("blocks of a step were lost (%s), reading them again", type(error).__name__)
-                time.sleep(attempt)
-                self.told = self.stream.ask(self.told.before)
-        return self.stream.fetch(self.told, rows)
-
-
-@dataclass(slots=True)
-class StreamedSteps:
-    """The steps of a stream, asked of its dispatcher; pickles small, for Ray Train's workers.
-
-    `plan`: a reference to the `StreamPlan`. `sample`: a few rows of the stream, and one as long as rows can
-    be, by which a run measures its memory. `names`: of the sources.
-    """
-
-    actor: Any
-    plan: Any
-    sample: TokenizedSet
-    names: list[str]
-    _open: OrderedDict[Any, RowBlock] = field(default_factory=OrderedDict, repr=False)
-
-    @property
-    def steps_per_epoch(self) -> None:
-        return None
-
-    def steps(self, cursor: Cursor) -> Iterator[TakenStep]:
-        while True:
-            told = self.ask(cursor)
-            yield TakenStep(told, self)
-            cursor = told.after
-
-    def ask(self, cursor: Cursor) -> StreamStep:
-        """The step after `cursor`. Raises `DataError` for what ended the reading."""
-        import ray
-        from ray.exceptions import RayTaskError
-
-        try:
-            step: StreamStep = ray.get(self.actor.step.remote(cursor, [self.plan]))
-        except RayTaskError as error:
-            if isinstance(error.cause, Exception):
-                raise error.cause from None
-            raise
-        return step
-
-    def fetch(self, step: StreamStep, rows: Sequence[int]) -> list[TokenizedRow]:
-        """Rows of a step by their places in it."""
-        import ray
-
-        needed = {step.blocks[step.block_of[row]] for row in rows}
-        absent = [block for block in needed if block not in self._open]
-        for block, table in zip(absent, ray.get(absent), strict=True):
-            self._open[block] = RowBlock(table)
-        found = [self._open[step.blocks[step.block_of[row]]].row(int(step.offset[row])) for row in rows]
-        while len(self._open) > max(_OPEN_BLOCKS, len(needed)):
-            self._open.popitem(last=False)
-        return found
-
-    def name_of(self, row: TokenizedRow) -> str:
-        """What messages call a row of the stream: its file and line."""
-        source, number = row.place
-        return row_name(self.names[source], number)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StreamedSteps, (self.actor, self.plan, self.sample, self.names)
-
-
-@contextmanager
-def streamed(plan: StreamPlan, sample: TokenizedSet, num_ranks: int) -> Iterator[StreamedSteps]:
-    """The steps of a plan by a new actor, which is restarted where it is lost and ends with the block."""
-    import ray
-
-    actor = (
-        ray.remote(Dispatcher)
-        .options(
-            num_cpus=0,
-            max_restarts=-1,
-            max_task_retries=-1,
-            max_concurrency=4 * num_ranks + 8,
-            scheduling_strategy="DEFAULT",
-        )
-        .remote()
-    )
-    try:
-        yield StreamedSteps(actor, ray.put(plan), sample, plan.names)
-    finally:
-        ray.kill(actor)

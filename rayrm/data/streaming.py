@@ -19,7 +19,7 @@ import numpy as np
 
 from rayrm.data.blocks import index_of
 from rayrm.data.cache import rules_of
-from rayrm.data.dispatcher import StreamedSteps, StreamPlan, streamed
+from rayrm.data.dispatcher import StreamPlan
 from rayrm.data.ingest import check_one_form, reading_of
 from rayrm.data.order import StreamOrder
 from rayrm.data.pieces import Piece, Shard, StreamShard
@@ -29,6 +29,7 @@ from rayrm.data.reading import Reading, raise_if_stopped
 from rayrm.data.refusals import RefusalLog
 from rayrm.data.selection import EVERY_ROW, Selection
 from rayrm.data.sources import plan_sources
+from rayrm.data.stream_steps import StreamedSteps, streamed
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import DataError

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayrm.config import DataConfig, RewardConfig
-from rayrm.data.dispatcher import StreamedSteps
 from rayrm.data.order import Order
 from rayrm.data.steps import IndexedSteps, TrainSteps
+from rayrm.data.stream_steps import StreamedSteps
 from rayrm.data.streaming import StreamSource
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError

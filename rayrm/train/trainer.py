@@ -20,10 +20,10 @@ from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
-from rayrm.data.dispatcher import StreamedSteps
 from rayrm.data.ingest import ingest
 from rayrm.data.quarantine import replace_refusals
 from rayrm.data.selection import EVERY_ROW, Selection, selections
+from rayrm.data.stream_steps import StreamedSteps
 from rayrm.data.streaming import StreamSource, open_stream
 from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.data.tokenized_set import TokenizedSet

@@ -18,11 +18,11 @@ import torch
 from transformers import set_seed
 
 from rayrm.config import RewardConfig
-from rayrm.data.dispatcher import StreamedSteps
 from rayrm.data.packing import PackedBatch, pack_rows
 from rayrm.data.planning import plan_step
 from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
 from rayrm.data.steps import Step
+from rayrm.data.stream_steps import StreamedSteps
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, RayrmError

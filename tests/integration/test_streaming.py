@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,12 @@ from typing import Any
 
 import pytest
 
-from rayrm.data.dispatcher import StreamedSteps
+from rayrm.data import dispatcher
+from rayrm.data.dispatcher import Dispatcher
 from rayrm.data.order import Cursor
 from rayrm.data.steps import Step
+from rayrm.data.stream import StreamStep
+from rayrm.data.stream_steps import StreamedSteps, TakenStep
 from rayrm.data.streaming import open_stream
 from rayrm.errors import DataError
 from tests.tiny import tiny_rows, tiny_tokenizer
@@ -116,6 +120,68 @@ def test_a_killed_dispatcher_is_replaced_and_no_step_is_lost_or_seen_twice(
             seen.append(numbers(step))
         assert ray.get(steps.actor.process.remote()) != process
     assert seen == [rows for rows, _, _ in whole[:45]]
+
+
+def test_blocks_that_are_lost_while_the_dispatcher_lives_are_read_anew(
+    whole: list[tuple[list[int], Cursor, float]], shards: Path, tmp_path: Path
+) -> None:
+    """Ray makes lost blocks anew while it can; what is told here is that it cannot."""
+    import ray
+
+    def ids(told: StreamStep) -> set[str]:
+        return {block.hex() for block in told.blocks}
+
+    with stream_of(shards, tmp_path, num_ranks=2) as steps:
+        first, second = steps.steps(Cursor()), steps.steps(Cursor())
+        seen = [numbers(step) for step in islice(first, 5)]
+        behind = [numbers(step) for step in islice(second, 3)]
+        process = ray.get(steps.actor.process.remote())
+        lost = next(first).told
+        anew = steps.ask(lost.before, lost=lost)
+        assert not ids(anew) & ids(lost)
+        # Both ranks lost them, and the second to say so gets the same new ones.
+        assert ids(steps.ask(lost.before, lost=lost)) == ids(anew)
+        seen.append(numbers(TakenStep(anew, steps)))
+        seen += [numbers(step) for step in islice(first, 14)]
+        behind += [numbers(step) for step in islice(second, 10)]
+        assert ray.get(steps.actor.process.remote()) == process
+    assert seen == [rows for rows, _, _ in whole[:20]]
+    assert behind == seen[: len(behind)]
+
+
+def test_a_source_of_many_pieces_is_given_to_ray_data_some_at_a_time(
+    whole: list[tuple[list[int], Cursor, float]],
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With parts of 2 and 3 pieces, of 9, as with the parts of a source that has thousands."""
+    given: list[int] = []
+    kept = Dispatcher._tables_between
+
+    def between(self: Any, begin: int, end: int, pieces: Any) -> Iterator[Any]:
+        given.append(end - begin)
+        return kept(self, begin, end, pieces)
+
+    monkeypatch.setattr(dispatcher, "_FIRST_PIECES", 2)
+    monkeypatch.setattr(dispatcher, "_PIECES_AT_ONCE", 3)
+    monkeypatch.setattr(Dispatcher, "_tables_between", between)
+    with stream_of(shards, tmp_path) as steps:
+        here = Dispatcher()  # in this process, by the same plan
+        cursor, seen = Cursor(), []
+        for _ in range(40):
+            told = here.step(cursor, [steps.plan])
+            seen.append([int(row.margin) for row in steps.fetch(told, range(told.index.num_rows))])
+            cursor = told.after
+        with here._changed:
+            assert here._run is not None
+            here._run.stopped = True
+            here._changed.notify_all()
+        for thread in threading.enumerate():
+            if thread.name == "rayrm-stream":
+                thread.join(60)
+    assert seen == [rows for rows, _, _ in whole[:40]]
+    assert given[:4] == [2, 3, 3, 1]
 
 
 def test_the_dispatcher_stays_four_steps_ahead_and_no_further_than_a_window(
