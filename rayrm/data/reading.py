@@ -60,8 +60,10 @@ class Reading:
             if self.cache is None or not is_cacheable(piece):
                 yield from self._tokenized(read_work(piece))
                 return
-            for block in blocks_of(self._entry(piece), piece.source):
-                yield block.table()
+            assert not isinstance(piece, StreamShard)
+            yield from self.cache.tables(
+                content_of(piece), piece.source, lambda: self._tokenized(read_work(piece))
+            )
         except (DataError, ConfigError) as error:
             yield stop_table(error)
 

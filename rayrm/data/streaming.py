@@ -133,7 +133,7 @@ def _beginning(
 ) -> tuple[list[TokenizedRow], PairForm]:
     """The first rows that can be used, and their form."""
     refusals = []
-    # Not through the cache: that would tokenize whole pieces before the first row is seen.
+    # Not through the cache: it keeps whole pieces only, and hashes them before the first row is seen.
     reading = replace(reading, cache=None)
     tables = (table for piece in pieces for table in reading.tables(piece))
     for table in islice(tables, 8):
