@@ -23,7 +23,7 @@ from rayrm.data.cache import rules_of
 from rayrm.data.dispatcher import StreamedSteps, StreamPlan, streamed
 from rayrm.data.ingest import check_one_form, reading_of
 from rayrm.data.order import StreamOrder
-from rayrm.data.pieces import Piece, Shard, StreamShard
+from rayrm.data.pieces import DatasetPart, Piece, Shard, StreamShard
 from rayrm.data.preference import PairForm
 from rayrm.data.quarantine import RefusalWatch
 from rayrm.data.reading import Reading, raise_if_stopped
@@ -167,5 +167,7 @@ def _named(piece: Piece) -> Any:
         return replace(piece, path=Path(piece.path).name, mtime_ns=None, remote=None)
     if isinstance(piece, StreamShard):
         # What it is pickled to is another in every process.
-        return piece.source, piece.name, piece.columns
+        return (piece.source, piece.name, piece.columns, *(() if piece.stop is None else (piece.stop,)))
+    if isinstance(piece, DatasetPart):
+        return piece.source, piece.name, piece.columns, piece.start, piece.num_rows, piece.num_bytes
     return hashlib.sha256(piece.pickled).hexdigest(), piece.start, piece.columns
