@@ -8,13 +8,14 @@ Entries hold no path and no place of the source among others: the same data else
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,16 +62,54 @@ class TokenCache:
 
         Raises `DataError` where the directory cannot be written.
         """
+        key, found = self._found(content)
+        if found is not None:
+            return found
+        with self._writing(key) as aside:
+            for table in make():
+                aside.add(table)
+            return aside.finish()
+
+    def tables(self, content: str, source: int, make: Callable[[], Iterable[pa.Table]]) -> Iterator[pa.Table]:
+        """The rows of that piece as rows of `source`: of its entry, or as `make` gives them, table by table.
+
+        These are written aside as they pass; they are an entry when the last was taken, and none before.
+        """
+        key, found = self._found(content)
+        if found is not None:
+            for block in blocks_of(found, source):
+                yield block.table()
+            return
+        with self._writing(key) as aside:
+            for table in make():
+                aside.add(table)
+                yield table
+            aside.finish()
+
+    def _found(self, content: str) -> tuple[str, Path | None]:
+        """The content's key, and its entry where there is a good one; a damaged one is deleted."""
         key = _hash_of(f"{_FORMAT} {self.rules} {content}".encode())
-        home = Path(self.directory) / key[:2]
-        for found in sorted(home.glob(f"{key}-*.arrow")):
+        for found in sorted(self._home(key).glob(f"{key}-*.arrow")):
             if _is_whole(found):
-                return found
+                return key, found
             with suppress(FileNotFoundError):
                 found.unlink()
+        return key, None
+
+    def _home(self, key: str) -> Path:
+        return Path(self.directory) / key[:2]
+
+    @contextmanager
+    def _writing(self, key: str) -> Iterator[_Aside]:
+        """An entry to be written; nothing is left of one that is not finished within the block."""
         try:
-            home.mkdir(parents=True, exist_ok=True)
-            return _write(home, key, make())
+            self._home(key).mkdir(parents=True, exist_ok=True)
+            _delete_abandoned(self._home(key))
+            aside = _Aside(self._home(key), key)
+            try:
+                yield aside
+            finally:
+                aside.drop()
         except OSError as error:
             raise DataError(
                 f"`token_cache` ({self.directory}) cannot be written ({error.strerror or error}): free space "
@@ -142,44 +181,69 @@ def _is_whole(entry: Path) -> bool:
         return False
 
 
-def _write(home: Path, key: str, tables: Iterable[pa.Table]) -> Path:
-    descriptor, name = tempfile.mkstemp(dir=home, prefix=f".{key}-")
-    aside = Path(name)
-    try:
-        content = hashlib.blake2b(digest_size=_HASH_SIZE)
-        with os.fdopen(descriptor, "wb") as out:
-            _write_tables(_Hashed(out, content), tables)
-            out.flush()
-            os.fsync(out.fileno())
-        aside.chmod(0o644)
-        return aside.rename(home / f"{key}-{content.hexdigest()}.arrow")
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+class _Aside:
+    """An entry while it is written, under a hidden name beside those that are whole.
+
+    One record batch for about every `_BLOCK_BYTES` of rows.
+    """
+
+    def __init__(self, home: Path, key: str) -> None:
+        from rayrm.data.blocks import SCHEMA
+
+        descriptor, self._path = _locked_file(home, f".{key}-")
+        self._whole = home / key
+        self._content = hashlib.blake2b(digest_size=_HASH_SIZE)
+        self._out = os.fdopen(descriptor, "wb")
+        self._writer = pa.ipc.new_file(_Hashed(self._out, self._content), SCHEMA)
+        self._held: list[pa.Table] = []
+        self._held_bytes = 0
+
+    def add(self, table: pa.Table) -> None:
+        self._held.append(table)
+        self._held_bytes += table.nbytes
+        if self._held_bytes >= _BLOCK_BYTES:
+            self._write()
+
+    def finish(self) -> Path:
+        """The entry, whole and in its place."""
+        if self._held:
+            self._write()
+        self._writer.close()
+        self._out.flush()
+        os.fsync(self._out.fileno())
+        self._path.chmod(0o644)
+        name = f"{self._whole.name}-{self._content.hexdigest()}.arrow"
+        return self._path.rename(self._whole.with_name(name))
+
+    def drop(self) -> None:
+        """Closes the file, and deletes it if it was not finished."""
+        self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be written is tried once more, and is not wanted
+            self._out.close()
+
+    def _write(self) -> None:
+        for batch in pa.concat_tables(self._held).combine_chunks().to_batches():
+            self._writer.write_batch(batch)
+        self._held, self._held_bytes = [], 0
 
 
-def _write_tables(out: Any, tables: Iterable[pa.Table]) -> None:
-    """One record batch for about every `_BLOCK_BYTES` of rows."""
-    from rayrm.data.blocks import SCHEMA
+def _locked_file(home: Path, prefix: str) -> tuple[int, Path]:
+    """A new file that is locked as long as it is open: so others see whether its writer lives."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=home, prefix=prefix)
+        with suppress(OSError):  # a file system without locks: nobody else has one either
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(name):
+            return descriptor, Path(name)
+        os.close(descriptor)  # taken for abandoned before it was locked
 
-    with pa.ipc.new_file(out, SCHEMA) as writer:
-        for table in gathered(tables, _BLOCK_BYTES):
-            for batch in table.combine_chunks().to_batches():
-                writer.write_batch(batch)
 
-
-def gathered(tables: Iterable[pa.Table], num_bytes: int) -> Iterator[pa.Table]:
-    """The same rows in tables of about `num_bytes` each, or fewer at the end."""
-    held: list[pa.Table] = []
-    size = 0
-    for table in tables:
-        held.append(table)
-        size += table.nbytes
-        if size >= num_bytes:
-            yield pa.concat_tables(held)
-            held, size = [], 0
-    if held:
-        yield pa.concat_tables(held)
+def _delete_abandoned(home: Path) -> None:
+    """Delete what writers that were killed left: a stream's end kills tasks amid their pieces."""
+    for path in home.glob(".*-*"):
+        with suppress(OSError), path.open("r+b") as stream:  # locked by its writer, or gone
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 class _Hashed:

@@ -1,4 +1,4 @@
-"""`datasets` as a source: hub names, streams with shards of their own, directories that it saved."""
+"""`datasets` as a source: hub names, datasets on disk, streams by their shards, directories that it saved."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 import pickle
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rayrm.data.pieces import Columns, SourceRow, StreamShard
+from rayrm.data.files import ROWS_PER_CHUNK
+from rayrm.data.pieces import Columns, DatasetPart, SourceRow, StreamShard
 from rayrm.errors import DataError
+
+MOST_PARTS = 1024
 
 
 def load_hub_dataset(name: str) -> Any:
@@ -50,38 +54,89 @@ def is_stream(source: Any) -> bool:
 
 def stream_shards(first_source: int, name: str, stream: Any, columns: Columns) -> list[StreamShard]:
     """The stream's own shards as pieces, each a source of its own: rows are counted within the shard."""
-    import dill
-
     number = stream.num_shards
     names = [name] if number == 1 else [f"{name}/shard-{index}" for index in range(number)]
-    pieces = []
-    for index, shard_name in enumerate(names):
-        try:
-            # By value: a worker cannot import a function of the caller's script, which pickle would refer to.
-            pickled = dill.dumps(stream.shard(num_shards=number, index=index), recurse=True)
-        except (pickle.PicklingError, TypeError, AttributeError, RecursionError, ValueError) as error:
-            raise DataError(
-                f"{name} ({type(stream).__name__}) cannot be sent to other processes "
-                f"({type(error).__name__}: {error}); make its generator open what it needs itself, or give a "
-                "file"
-            ) from error
-        pieces.append(StreamShard(first_source + index, shard_name, pickled, columns))
-    return pieces
+    return [
+        StreamShard(first_source + index, own, _pickled(name, stream, number_of=(index, number)), columns)
+        for index, own in enumerate(names)
+    ]
+
+
+def stream_start(source: int, name: str, stream: Any, columns: Columns, num_rows: int) -> StreamShard:
+    """The first `num_rows` rows of a stream, over its shards, as one piece: which they are, reading tells."""
+    return StreamShard(source, name, _pickled(name, stream), columns, num_rows)
+
+
+def dataset_parts(
+    source: int, name: str, dataset: Any, columns: Columns, limit: int | None
+) -> list[DatasetPart] | None:
+    """The first `limit` rows of a dataset as parts that follow from its number of rows.
+
+    None: rows of it, or the order of its rows, lie in memory, and the parts would carry them.
+    """
+    if _is_held(dataset.data) or _is_held(dataset._indices):
+        return None
+    num_rows = len(dataset) if limit is None else min(limit, len(dataset))
+    size = max(ROWS_PER_CHUNK, -(-num_rows // MOST_PARTS))
+    parts = []
+    for start in range(0, num_rows, size):
+        part = dataset.select(range(start, min(start + size, num_rows)))
+        pickled = _pickled(name, part)
+        parts.append(DatasetPart(source, name, start, len(part), part.data.nbytes, pickled, columns))
+    return parts
+
+
+def _is_held(table: Any) -> bool:
+    """Whether a table of `datasets` lies in memory, or part of it: such a part is pickled whole."""
+    from datasets.table import ConcatenationTable, InMemoryTable
+
+    if isinstance(table, ConcatenationTable):
+        return any(_is_held(block) for row in table.blocks for block in row)
+    return isinstance(table, InMemoryTable)
+
+
+def _pickled(name: str, rows: Any, *, number_of: tuple[int, int] | None = None) -> bytes:
+    """A dataset or a stream, or one of its shards (`number_of`: which, of how many), for other processes."""
+    import dill
+
+    try:
+        if number_of is not None:
+            rows = rows.shard(index=number_of[0], num_shards=number_of[1])
+        # By value: a worker cannot import a function of the caller's script, which pickle would refer to.
+        pickled: bytes = dill.dumps(rows, recurse=True)
+        return pickled
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        raise DataError(
+            f"{name} ({type(rows).__name__}) cannot be sent to other processes "
+            f"({type(error).__name__}: {error}); make its generator open what it needs itself, or give a "
+            "file"
+        ) from error
 
 
 def read_stream(piece: StreamShard) -> Iterator[SourceRow]:
     """The rows of one shard of a stream. Raises `DataError` where the stream does."""
+    yield from _read(piece, 0, "correct the stream's files or its generator, or give what can be read")
+
+
+def read_part(piece: DatasetPart) -> Iterator[SourceRow]:
+    """The rows of a part of a dataset. Raises `DataError` where its files cannot be read here."""
+    yield from _read(
+        piece, piece.start, 'let every node see its files, or set data.mode="indexed", which sends the rows'
+    )
+
+
+def _read(piece: StreamShard | DatasetPart, first: int, remedy: str) -> Iterator[SourceRow]:
     import datasets
 
-    stream = pickle.loads(piece.pickled)
-    number = 0
+    number = first
     try:
-        for number, content in enumerate(stream):
+        rows = pickle.loads(piece.pickled)
+        stop = piece.stop if isinstance(piece, StreamShard) else None
+        for number, content in enumerate(islice(rows, stop), first):
             yield SourceRow(piece.source, number, f"{piece.name}[{number}]", content)
     except (OSError, EOFError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{piece.name} cannot be read beyond row {number} ({type(error).__name__}: {error}); correct the "
-            "stream's files or its generator, or give what can be read"
+            f"{piece.name} cannot be read beyond row {number} ({type(error).__name__}: {error}); {remedy}"
         ) from error
 
 

@@ -70,15 +70,36 @@ class RowChunk:
 
 @dataclass(frozen=True, slots=True)
 class StreamShard:
-    """One of a `datasets.IterableDataset`'s own shards, pickled; its rows are counted from 0."""
+    """One of a `datasets.IterableDataset`'s own shards, or its first `stop` rows, pickled.
+
+    Its rows are counted from 0.
+    """
 
     source: int
     name: str
     pickled: bytes
     columns: Columns = ()
+    stop: int | None = None
 
 
-Piece = Shard | RowChunk | StreamShard
+@dataclass(frozen=True, slots=True)
+class DatasetPart:
+    """Consecutive rows of a `datasets.Dataset` that lies on disk, from row `start` of the source on.
+
+    `pickled` is the dataset with these rows alone: it names files, which every process that reads must see.
+    `num_bytes` are those of its Arrow data.
+    """
+
+    source: int
+    name: str
+    start: int
+    num_rows: int
+    num_bytes: int
+    pickled: bytes
+    columns: Columns = ()
+
+
+Piece = Shard | RowChunk | StreamShard | DatasetPart
 
 
 @dataclass(frozen=True, slots=True)

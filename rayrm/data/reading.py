@@ -12,6 +12,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import pyarrow as pa
 
 from rayrm.data.blocks import SCHEMA, BlockIndex, index_of, tokenized_tables
 from rayrm.data.cache import CachedBlock, TokenCache, blocks_of, file_hash, rules_of
-from rayrm.data.pieces import TEXT_SUFFIXES, Piece, RowChunk, Shard, SourceRow, StreamShard
+from rayrm.data.pieces import TEXT_SUFFIXES, DatasetPart, Piece, RowChunk, Shard, SourceRow, StreamShard
 from rayrm.data.selection import EVERY_ROW, Selection
-from rayrm.data.sources import read_work
+from rayrm.data.sources import ROWS_PER_CHUNK, read_work
 from rayrm.errors import ConfigError, DataError
 
 _STOP = {"data": DataError, "config": ConfigError}
@@ -60,8 +61,10 @@ class Reading:
             if self.cache is None or not is_cacheable(piece):
                 yield from self._tokenized(read_work(piece))
                 return
-            for block in blocks_of(self._entry(piece), piece.source):
-                yield block.table()
+            assert not isinstance(piece, StreamShard)
+            yield from self.cache.tables(
+                content_of(piece), piece.source, lambda: self._tokenized(read_work(piece))
+            )
         except (DataError, ConfigError) as error:
             yield stop_table(error)
 
@@ -92,10 +95,10 @@ def is_cacheable(piece: Piece) -> bool:
     """Whether its content can be named without reading it: not of a stream, nor of an undated remote file."""
     if isinstance(piece, StreamShard):
         return False
-    return isinstance(piece, RowChunk) or piece.remote is None or piece.mtime_ns is not None
+    return not isinstance(piece, Shard) or piece.remote is None or piece.mtime_ns is not None
 
 
-def content_of(piece: Shard | RowChunk) -> str:
+def content_of(piece: Shard | RowChunk | DatasetPart) -> str:
     """What names a piece's content: a hash of it, wherever it lies, and which part of its file it is.
 
     A remote file is not read for that: its URL, size and time of change stand for its content.
@@ -103,6 +106,8 @@ def content_of(piece: Shard | RowChunk) -> str:
     if isinstance(piece, RowChunk):
         held = hashlib.blake2b(piece.pickled, digest_size=16).hexdigest()
         return f"{held} from {piece.start} {piece.columns}"
+    if isinstance(piece, DatasetPart):
+        return f"{_hash_of_rows(piece)} from {piece.start} {piece.columns}"
     part = replace(piece, source=0, path="", size=None, mtime_ns=None, remote=None)
     if piece.remote is not None:
         return f"{piece.path} {piece.size} {piece.mtime_ns} {part}"
@@ -111,6 +116,15 @@ def content_of(piece: Shard | RowChunk) -> str:
     where = (piece.start, piece.length) if ranged else (0, None)  # row groups and batches are no bytes
     content = file_hash(piece.path, status.st_size, status.st_mtime_ns, *where)
     return f"{content} {Path(piece.path).suffix} {part}"
+
+
+def _hash_of_rows(piece: DatasetPart) -> str:
+    """A hash of the rows as they are read: files do not tell what a dataset's format makes of them."""
+    content = hashlib.blake2b(digest_size=16)
+    rows = read_work(replace(piece, columns=()))
+    while chunk := [row.content for row in islice(rows, ROWS_PER_CHUNK)]:
+        content.update(pickle.dumps(chunk))
+    return content.hexdigest()
 
 
 @functools.lru_cache(maxsize=2)

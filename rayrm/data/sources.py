@@ -21,17 +21,21 @@ from rayrm.data.columns import check_columns, renamed
 from rayrm.data.cuts import cut
 from rayrm.data.files import ROWS_PER_CHUNK, read_shard
 from rayrm.data.hub import (
+    dataset_parts,
     hub_stream,
     is_dataset,
     is_stream,
     load_hub_dataset,
+    read_part,
     read_stream,
     saved_files,
     stream_shards,
+    stream_start,
 )
 from rayrm.data.pieces import (
     SUFFIXES,
     Columns,
+    DatasetPart,
     Piece,
     RowChunk,
     Shard,
@@ -47,6 +51,7 @@ from rayrm.urls import is_url, masked
 
 __all__ = [
     "ROWS_PER_CHUNK",
+    "DatasetPart",
     "RowChunk",
     "Shard",
     "SourceGroup",
@@ -108,6 +113,15 @@ class _Named:
     max_rows: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How a group is planned; `counted`: the groups after it need its number of rows."""
+
+    contiguous: bool
+    streaming: bool
+    counted: bool
+
+
 def plan_sources(
     source: Any,
     *,
@@ -121,7 +135,8 @@ def plan_sources(
 
     Only the first `max_rows` rows, in the data's order, are planned. `columns`: those of all sources, beside
     which a `SourceConfig` may name its own. `contiguous`: pieces hold consecutive rows, compressed files too.
-    `streaming`: a hub dataset's files are read when its rows are needed.
+    `streaming`: rows that lie in files are read when they are needed, whatever names them. A stream of
+    `datasets` that other sources follow is counted, if `max_rows` or `max_pairs` is for all of them.
     Raises `DataError` for a source that is missing, of no known kind, or unreadable at its first byte, and
     `ConfigError` for columns of fields that are none.
     """
@@ -129,7 +144,8 @@ def plan_sources(
         raise DataError(f"`max_rows` ({max_rows}) must be at least 1; leave it out for all rows of {name}")
     plan, remaining = SourcePlan(), max_rows
     check_columns(columns)
-    for named in _named(source, name, dict(columns or {})):
+    every = list(_named(source, name, dict(columns or {})))
+    for number, named in enumerate(every, 1):
         if remaining == 0:
             break
         taken = {group.name for group in plan.groups}
@@ -138,7 +154,8 @@ def plan_sources(
             own, again = f"{named.group.name} ({again})", again + 1
         plan.groups.append(replace(named.group, name=own))
         caps = [cap for cap in (remaining, named.max_rows) if cap is not None]
-        num_rows = _plan_group(plan, named, min(caps, default=None), contiguous, streaming)
+        how = _How(contiguous, streaming, counted=max_rows is not None and number < len(every))
+        num_rows = _plan_group(plan, named, min(caps, default=None), how)
         remaining = None if remaining is None else remaining - num_rows
     return plan
 
@@ -149,6 +166,8 @@ def read_work(work: Piece) -> Iterator[SourceRow]:
         rows = _read_chunk(work)
     elif isinstance(work, StreamShard):
         rows = read_stream(work)
+    elif isinstance(work, DatasetPart):
+        rows = read_part(work)
     else:
         rows = read_shard(work)
     yield from renamed(rows, work.columns)
@@ -189,36 +208,48 @@ def _named(source: Any, name: str, columns: dict[str, Any]) -> Iterator[_Named]:
         )
 
 
-def _plan_group(plan: SourcePlan, named: _Named, limit: int | None, contiguous: bool, streaming: bool) -> int:
+def _plan_group(plan: SourcePlan, named: _Named, limit: int | None, how: _How) -> int:
     """Adds the group's sources and pieces; the number of rows that they hold of `limit` (0 without one)."""
     columns, planned = named.group.columns, 0
     if is_dataset(named.content) or not isinstance(named.content[0], str):
-        return _plan_rows(plan, plan.groups[-1].name, named.content, columns, limit)
+        return _plan_rows(plan, plan.groups[-1].name, named.content, columns, limit, how)
     entries = [entry for path in named.content for entry in _expand_path(path)]
     whole = sum(isinstance(entry, Shard) for entry in entries) >= MANY_FILES
-    for entry in entries:
+    for number, entry in enumerate(entries, 1):
         left = None if limit is None else limit - planned
         if left == 0:
             break
         if isinstance(entry, Shard):
             shard = replace(entry, source=plan.add_source(entry.path), columns=columns)
-            shards, num_rows = cut(shard, left, whole=whole, contiguous=contiguous)
+            shards, num_rows = cut(shard, left, whole=whole, contiguous=how.contiguous)
             plan.work.extend(shards)
         else:
-            rows = hub_stream(entry) if streaming else load_hub_dataset(entry)
-            num_rows = _plan_rows(plan, entry, rows, columns, left)
+            rows = hub_stream(entry) if how.streaming else load_hub_dataset(entry)
+            then = replace(how, counted=how.counted or number < len(entries))
+            num_rows = _plan_rows(plan, entry, rows, columns, left, then)
         planned += num_rows
     return planned
 
 
-def _plan_rows(plan: SourcePlan, name: str, rows: Any, columns: Columns, limit: int | None) -> int:
+def _plan_rows(plan: SourcePlan, name: str, rows: Any, columns: Columns, limit: int | None, how: _How) -> int:
+    """Adds a source that is no file; as `_plan_group`, but 0 also where the number is not to be `counted`."""
     if is_stream(rows) and limit is None:
         shards = stream_shards(len(plan.names), name, rows, columns)
         plan.work.extend(shards)
         for shard in shards:
             plan.add_source(shard.name)
         return 0
-    index, start = plan.add_source(name), 0
+    index = plan.add_source(name)
+    if is_stream(rows) and how.streaming:
+        assert limit is not None
+        first = stream_start(index, name, rows, columns, limit)
+        plan.work.append(first)
+        return sum(1 for _ in read_stream(first)) if how.counted else 0
+    parts = dataset_parts(index, name, rows, columns, limit) if how.streaming and is_dataset(rows) else None
+    if parts is not None:
+        plan.work.extend(parts)
+        return sum(part.num_rows for part in parts)
+    start = 0
     reader: Iterable[Any] = islice(iter(rows), limit)
     while chunk := list(islice(reader, ROWS_PER_CHUNK)):
         plan.work.append(RowChunk(index, name, start, pickle.dumps(chunk), columns))

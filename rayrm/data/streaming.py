@@ -22,7 +22,7 @@ from rayrm.data.cache import rules_of
 from rayrm.data.dispatcher import StreamPlan
 from rayrm.data.ingest import check_one_form, reading_of
 from rayrm.data.order import StreamOrder
-from rayrm.data.pieces import Piece, Shard, StreamShard
+from rayrm.data.pieces import DatasetPart, Piece, Shard, StreamShard
 from rayrm.data.preference import PairForm
 from rayrm.data.quarantine import RefusalWatch
 from rayrm.data.reading import Reading, raise_if_stopped
@@ -132,7 +132,7 @@ def _beginning(
 ) -> tuple[list[TokenizedRow], PairForm]:
     """The first rows that can be used, and their form."""
     refusals = []
-    # Not through the cache: that would tokenize whole pieces before the first row is seen.
+    # Not through the cache: it keeps whole pieces only, and hashes them before the first row is seen.
     reading = replace(reading, cache=None)
     tables = (table for piece in pieces for table in reading.tables(piece))
     for table in islice(tables, 8):
@@ -166,5 +166,7 @@ def _named(piece: Piece) -> Any:
         return replace(piece, path=Path(piece.path).name, mtime_ns=None, remote=None)
     if isinstance(piece, StreamShard):
         # What it is pickled to is another in every process.
-        return piece.source, piece.name, piece.columns
+        return (piece.source, piece.name, piece.columns, *(() if piece.stop is None else (piece.stop,)))
+    if isinstance(piece, DatasetPart):
+        return piece.source, piece.name, piece.columns, piece.start, piece.num_rows, piece.num_bytes
     return hashlib.sha256(piece.pickled).hexdigest(), piece.start, piece.columns

@@ -18,10 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from rayrm.data import dispatcher
 from rayrm.data.dispatcher import Dispatcher
+from rayrm.data.ingest import ingest
 from rayrm.data.order import Cursor
 from rayrm.data.steps import Step
 from rayrm.data.stream import StreamStep
@@ -48,7 +50,9 @@ def write_shards(directory: Path, **bad: str) -> Path:
 
 @contextmanager
 def stream_of(source: Any, tmp_path: Path, **changes: Any) -> Iterator[StreamedSteps]:
-    opened = open_stream(str(source), TOKENIZER, max_length=200, token_cache=changes.pop("token_cache", None))
+    how = {name: changes.pop(name, None) for name in ("token_cache", "max_rows")}
+    source = str(source) if isinstance(source, Path) else source
+    opened = open_stream(source, TOKENIZER, max_length=200, **how)
     settings = {
         "rows_per_step": 8,
         "num_ranks": 1,
@@ -247,20 +251,55 @@ def test_rows_of_another_form_in_a_later_shard_end_the_reading(tmp_path: Path) -
         list(islice(steps.steps(Cursor()), 80))
 
 
+def kinds_of_rows(kind: str, rows: list[dict[str, Any]], directory: Path) -> Any:
+    memory = datasets.Dataset.from_list(rows)
+    if kind == "on disk":
+        memory.save_to_disk(str(directory / "saved"), num_shards=3)
+        return datasets.load_from_disk(str(directory / "saved"))
+    streams = {"stream": memory.to_iterable_dataset(num_shards=3), "in memory": memory, "list": rows}
+    return streams[kind]
+
+
+@pytest.mark.parametrize("kind", ["list", "in memory", "on disk", "stream"])
+def test_the_first_rows_of_what_is_no_file_are_streamed_as_an_indexed_set_has_them(
+    kind: str, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = [{**row, "margin": float(n)} for n, row in enumerate(tiny_rows(1400))]
+    rows[1100] = {"chosen": "no rejected", "rejected": None, "margin": None}
+    source = kinds_of_rows(kind, rows, tmp_path)
+    indexed = ingest(source, TOKENIZER, max_length=200, max_rows=1300, name="train")
+    expected = [int(row.margin) for row in indexed.fetch(range(indexed.num_rows))]
+    how = {"max_rows": 1300, "rows_per_step": 100, "token_cache": str(tmp_path / "cache")}
+    for _ in range(2):
+        with stream_of(source, tmp_path, shuffle=False, **how) as steps:
+            seen = [n for step in islice(steps.steps(Cursor()), 26) for n in numbers(step)]
+        assert seen == 2 * expected
+    assert set(expected) == set(range(1300)) - {1100}
+    (entry,) = (json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines())
+    assert (entry["source"], entry["row"]) == ("train", 1100)
+    assert entry["message"].startswith("train[1100]")
+
+
 FINGERPRINT = """
     import datasets, sys
     from rayrm.data.streaming import open_stream
     from tests.tiny import tiny_tokenizer
 
-    stream = datasets.load_dataset("json", data_files=sys.argv[1] + "/*.jsonl", streaming=True, split="train")
-    print(open_stream(stream, tiny_tokenizer(), max_length=200).report.fingerprint)
+    streaming, limit = sys.argv[2] == "streaming", int(sys.argv[3]) or None
+    files = sys.argv[1] + "/*.jsonl"
+    rows = datasets.load_dataset("json", data_files=files, streaming=streaming, split="train")
+    rows = rows.map(lambda row: {"margin": row["margin"] + 1})
+    print(open_stream(rows, tiny_tokenizer(), max_length=200, max_rows=limit).report.fingerprint)
 """
 
 
-def test_a_stream_of_datasets_is_known_again_by_another_process(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "limit"), [("streaming", "0"), ("streaming", "100"), ("on disk", "100")])
+def test_what_datasets_gives_is_known_again_by_another_process(
+    shards: Path, tmp_path: Path, kind: str, limit: str
+) -> None:
     found = {
         subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(FINGERPRINT), str(shards)],
+            [sys.executable, "-c", textwrap.dedent(FINGERPRINT), str(shards), kind, limit],
             cwd=Path(__file__).parents[2],
             env={**os.environ, "PYTHONHASHSEED": str(seed), "HF_HOME": str(tmp_path)},
             capture_output=True,

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import resource
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from rayrm.data.blocks import index_of
 from rayrm.data.cache import TokenCache, blocks_of
-from rayrm.data.reading import Reading
+from rayrm.data.pieces import Piece, SourceRow
+from rayrm.data.reading import Reading, raise_if_stopped
 from rayrm.data.selection import Selection
-from rayrm.data.sources import plan_sources
+from rayrm.data.sources import plan_sources, read_work
 from rayrm.data.tokenized_set import assemble
 from rayrm.errors import DataError
 from tests.tiny import CHAT_TEMPLATE, tiny_rows, tiny_tokenizer
@@ -51,8 +57,6 @@ def plain(source: Path) -> list[list[int]]:
     how = Reading.of(tokenizer, pickle.dumps(tokenizer), max_length=200)
     plan = plan_sources(str(source), max_rows=None, name="train")
     tables = [table for piece in plan.work for table in how.tables(piece)]
-    from rayrm.data.blocks import index_of
-
     rows = assemble("train", plan.names, list(tables), [index_of(table) for table in tables])
     return [row.ids.tolist() for row in rows.fetch(np.arange(rows.num_rows))]
 
@@ -161,6 +165,109 @@ def test_what_fails_while_an_entry_is_made_leaves_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no more"):
         TokenCache(str(tmp_path / "cache"), "rules").entry("content", broken)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def streamed(source: Path, how: Reading) -> Iterator[pa.Table]:
+    plan = plan_sources(str(source), max_rows=None, name="train")
+    return (table for piece in plan.work for table in how.tables(piece))
+
+
+def files_in(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_a_stream_gives_the_same_rows_by_the_cache_and_leaves_the_entry_that_a_set_makes(
+    tmp_path: Path,
+) -> None:
+    refused = '{"chosen": 1}\n'
+    source, cache = write(tmp_path / "a.jsonl", tiny_rows(700)), tmp_path / "cache"
+    source.write_text(source.read_text() + refused)
+    without = pa.concat_tables(streamed(source, replace(reading(cache), cache=None)))
+    assert without.num_rows == 701
+    assert pa.concat_tables(streamed(source, reading(cache))) == without
+    made = entries(cache)
+    assert pa.concat_tables(streamed(source, reading(cache))) == without
+    fill(source, reading(cache))
+    assert entries(cache) == made
+    fill(source, reading(tmp_path / "indexed"))
+    ((entry,), (indexed,)) = (files_in(at) for at in (cache, tmp_path / "indexed"))
+    assert entry.name == indexed.name
+
+
+def test_rows_of_a_stream_come_before_their_piece_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def counted(piece: Piece) -> Iterator[SourceRow]:
+        for row in read_work(piece):
+            read.append(row.number)
+            yield row
+
+    monkeypatch.setattr("rayrm.data.reading.read_work", counted)
+    source, cache = write(tmp_path / "a.jsonl", tiny_rows(2000)), tmp_path / "cache"
+    rows = streamed(source, reading(cache))
+    assert len(next(rows)) == len(read) == 512
+    assert not entries(cache)
+    assert sum(len(table) for table in rows) == 2000 - 512
+    assert len(entries(cache)) == len(files_in(cache)) == 1
+
+
+@pytest.mark.parametrize("num_tables", [1, 4])
+def test_a_stream_that_is_left_early_leaves_nothing_in_the_cache(
+    tmp_path: Path, num_tables: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayrm.data.cache._BLOCK_BYTES", 2000)
+    source, cache = write(tmp_path / "a.jsonl", tiny_rows(2000)), tmp_path / "cache"
+    rows = streamed(source, reading(cache))
+    taken = [next(rows) for _ in range(num_tables)]
+    assert len(files_in(cache)) == 1
+    del rows
+    assert not files_in(cache)
+    assert pa.concat_tables(streamed(source, reading(cache))).slice(0, 512) == taken[0]
+
+
+def test_what_a_killed_writer_left_is_deleted_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    source, cache = write(tmp_path / "a.jsonl", tiny_rows(2000)), tmp_path / "cache"
+    living = streamed(source, reading(cache))
+    first = next(living)
+    (aside,) = files_in(cache)
+    left = aside.with_name(".0123-killed")
+    left.write_bytes(b"half")
+    other = streamed(source, reading(cache))
+    assert next(other) == first
+    assert len(files_in(cache)) == 2
+    assert aside.exists()
+    assert not left.exists()
+    assert sum(len(table) for table in living) == sum(len(table) for table in other) == 2000 - 512
+    assert len(entries(cache)) == len(files_in(cache)) == 1
+
+
+def test_a_stream_makes_a_damaged_entry_anew(tmp_path: Path) -> None:
+    source, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    first = pa.concat_tables(streamed(source, reading(cache)))
+    (entry,) = files_in(cache)
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    assert pa.concat_tables(streamed(source, reading(cache))) == first
+    assert [path.read_bytes() for path in files_in(cache)] == [whole]
+
+
+def test_a_full_disk_ends_a_stream_with_what_to_type_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayrm.data.cache._BLOCK_BYTES", 2000)
+    source, cache = write(tmp_path / "a.jsonl", tiny_rows(1100)), tmp_path / "cache"
+    how = reading(cache)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a disk that is full then
+    try:
+        tables = list(streamed(source, how))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(DataError, match=r"`token_cache` \(.*cache\) cannot be written .*free space"):
+        raise_if_stopped(index_of(tables[-1]))
+    assert not files_in(cache)
 
 
 def test_a_large_piece_is_kept_as_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,3 +141,44 @@ def test_the_last_short_step_is_left_out_on_demand() -> None:
     order = StreamOrder((1.0,), 4, 1, 16, drop_last=True)
     steps = epoch_steps(order, numbered([10]), 5, 2)
     assert [len(numbers_of(step)) for step in steps] == [4, 4, 4, 4]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 13), min_size=1, max_size=6),
+    weights=st.lists(st.sampled_from([0.3, 0.5, 1.0]), min_size=6, max_size=6),
+    rows_per_step=st.integers(1, 5),
+    window=st.integers(1, 30),
+    seed=st.integers(0, 3),
+    shuffle=st.booleans(),
+    data=st.data(),
+)
+def test_without_short_steps_a_run_goes_on_from_any_step_and_no_row_is_seen_twice_in_an_epoch(
+    sizes: list[int],
+    weights: list[float],
+    rows_per_step: int,
+    window: int,
+    seed: int,
+    shuffle: bool,
+    data: st.DataObject,
+) -> None:
+    sizes = [rows_per_step, *sizes]  # never an epoch without a step
+    pieces = numbered(sizes)
+    order = StreamOrder(
+        (1.0, *weights[: len(sizes) - 1]), rows_per_step, seed, window, shuffle, drop_last=True
+    )
+    whole = epoch_steps(order, pieces, 4, 3)
+    for epoch in range(3):
+        seen = [numbers_of(step) for step in whole if step.before.epoch == epoch]
+        assert all(len(step) == rows_per_step for step in seen)
+        rows = [n for step in seen for n in step]
+        assert len(set(rows)) == len(rows)
+        shown = sum(
+            int(order.taken(epoch, share, np.zeros(sizes[piece], np.int64), np.array(pieces[piece])).sum())
+            for piece, share in order.pieces(epoch)
+        )
+        assert len(rows) == shown - shown % rows_per_step  # the last short step alone is left out
+    begin = data.draw(st.integers(0, len(whole) - 1))
+    again = list(islice(read(order, pieces, 7, whole[begin].after), len(whole) - begin - 1))
+    assert [numbers_of(step) for step in again] == [numbers_of(step) for step in whole[begin + 1 :]]
+    assert [step.after for step in again] == [step.after for step in whole[begin + 1 :]]
