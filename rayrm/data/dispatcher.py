@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import pickle
 import threading
 import time
@@ -96,10 +97,9 @@ class Dispatcher:
 
         Raises what reading raised. The plan comes with each call, so that a restarted actor has it.
         """
-        with self._changed:
-            self._plan_ref = plan[0]
         deadline = time.monotonic() + _PATIENCE_S
         with self._changed:
+            self._plan_ref = plan[0]
             while True:
                 run = self._run
                 if run is None or not run.gives(cursor):
@@ -126,8 +126,6 @@ class Dispatcher:
 
     def process(self) -> int:
         """The actor's process id."""
-        import os
-
         return os.getpid()
 
     @functools.cached_property

@@ -7,7 +7,6 @@ bad at once, and to have rows by which a run measures its memory.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +35,6 @@ from rayrm.errors import DataError
 from rayrm.own_ray import ensure_ray
 
 _SAMPLE_ROWS = 256
-_log = logging.getLogger("rayrm.data")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from rayrm.errors import CheckpointError
@@ -41,6 +40,7 @@ from rayrm.train.checkpoint import (
 )
 from rayrm.train.engine_state import ENGINE, EngineState, Slice
 from rayrm.train.host_memory import HostMemory
+from rayrm.train.rank import Hosts
 
 logger = logging.getLogger("rayrm.train")
 _CHUNK = 16 << 20
@@ -48,6 +48,8 @@ _NICENESS = 10
 _LOOK_AGAIN_S = 0.02
 # How long a rank that leaves by an error gives the other ranks' threads to finish their parts.
 _GRACE_S = 30.0
+# How a rank's writing stands; ranks go by the worst.
+_WHOLE, _BUSY, _BROKEN = 0, 1, 2
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -83,6 +85,7 @@ class CheckpointWriter:
     num_ranks: int
     limit: int | None
     whole: Callable[[Path], None]
+    hosts: Hosts = field(default_factory=Hosts)
     _memory: HostMemory = field(default_factory=HostMemory)
     _thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(
@@ -94,17 +97,11 @@ class CheckpointWriter:
     _bytes: int = 0
     _free: int = 0
     _abandon: threading.Event = field(default_factory=threading.Event)
-    _hosts: Any = None
     _attempt: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_ranks > 1 and dist.get_backend() != "gloo":
-            self._hosts = dist.new_group(backend="gloo")
         # A name of this attempt's own: what is left of one that was killed may still be writing.
-        drawn = torch.tensor([secrets.randbits(31)], dtype=torch.int32)
-        if self.num_ranks > 1:
-            dist.broadcast(drawn, 0, group=self._hosts)
-        self._attempt = int(drawn[0])
+        self._attempt = self.hosts.from_first(secrets.randbits(31))
 
     def save(self, state: TrainState, take: Callable[[HostMemory], Snapshot]) -> None:
         """Copy this rank's part and begin to write `checkpoint-<step>`; the one before is waited for.
@@ -129,12 +126,12 @@ class CheckpointWriter:
         """Once a step, on all ranks: raise on every one of them what any rank's writing met."""
         if self._pending is None:
             return
-        pending = self._pending
-        done = pending.done()
-        busy, broken = self._anywhere(not done, done and pending.exception() is not None)
-        if broken:
+        done = self._pending.done()
+        broken = done and self._pending.exception() is not None
+        worst = self.hosts.most(_BROKEN if broken else _WHOLE if done else _BUSY)
+        if worst == _BROKEN:
             self._fail()
-        elif not busy:
+        elif worst == _WHOLE:
             self._pending = None
 
     def wait(self) -> None:
@@ -154,13 +151,6 @@ class CheckpointWriter:
         self._abandon.set()
         self._thread.shutdown()
 
-    def _anywhere(self, *facts: bool) -> list[bool]:
-        if self.num_ranks == 1:
-            return list(facts)
-        agreed = torch.tensor(facts, dtype=torch.uint8)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._hosts)
-        return [bool(fact) for fact in agreed.tolist()]
-
     def _fail(self) -> None:
         """Remove what was written and raise, on every rank, with the words of the first that failed."""
         assert self._pending is not None
@@ -169,13 +159,10 @@ class CheckpointWriter:
         error = self._pending.exception()
         self._pending = None
         said = None if error is None or isinstance(error, _Abandoned) else self._said(error)
-        everyone: list[str | None] = [said]
-        if self.num_ranks > 1:
-            everyone = [None] * self.num_ranks
-            dist.all_gather_object(everyone, said, group=self._hosts)
+        everyone = self.hosts.joined([] if said is None else [said])
         if self.rank == 0:
             shutil.rmtree(self._partial(self._step), ignore_errors=True)
-        raise CheckpointError(next(words for words in everyone if words is not None)) from error
+        raise CheckpointError(everyone[0]) from error
 
     def _said(self, error: BaseException) -> str:
         if not isinstance(error, (OSError, SafetensorError)):

@@ -170,6 +170,7 @@ class _RankRun:
             rank.count,
             self.config.save_total_limit,
             whole=lambda path: self._say(f"saved {path}"),
+            hosts=self.hosts,
         )
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
