@@ -6,11 +6,9 @@ often it logs, evaluates or saves may change between a start and a resume.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import fcntl
 import json
-import os
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from rayrm.config import RewardConfig
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from rayrm.runfile import dump_run, read_run
 from rayrm.train.checkpoint import checkpoints, read_state, verify_checkpoint
+from rayrm.train.holding import holding
 from rayrm.train.records import METRICS, PROGRESS, replace_text
 
 IDENTITY = "identity.json"
@@ -169,26 +168,19 @@ def read_finished(output_dir: Path) -> bool:
 @contextmanager
 def only_run(output_dir: Path) -> Iterator[None]:
     """Hold the directory for this process; a second run that wants it is refused. A killed holder lets go."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file = output_dir / ".lock"
-    with file.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise RunDirectoryError(
-                f"another process is training in `{output_dir}` ({lock.read().strip() or 'unknown'}). "
-                "Wait for it to end, or choose another `output_dir`."
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        try:
+
+    def refuse(holder: str) -> None:
+        raise RunDirectoryError(
+            f"another process is training in `{output_dir}` ({holder}). Wait for it to end, or choose "
+            "another `output_dir`."
+        )
+
+    try:
+        with holding(output_dir / ".lock", refuse):
             yield
-        finally:
-            file.unlink(missing_ok=True)
-            if not any(output_dir.iterdir()):
-                output_dir.rmdir()  # refused before anything was written
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty: something was written
+            output_dir.rmdir()
 
 
 def check_writable(output_dir: Path) -> None:
