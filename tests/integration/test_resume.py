@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,49 @@ def test_a_killed_worker_changes_nothing(on_workers: Path, base: str, tmp_path: 
     trainer_of(tmp_path, base, workers=2, killed=True, max_failures=1).train()
     assert (tmp_path / "killed").exists()
     assert_same_run(tmp_path / "run", on_workers)
+
+
+LEFT = """
+    import json, sys, time
+    from pathlib import Path
+    from rayrm.train.holding import only_writer
+    from rayrm.train.rank import Hosts
+
+    run = Path(sys.argv[1])
+    with only_writer(run, 0, Hosts()):
+        print("in", flush=True)
+        while True:
+            if (run / "identity.json").exists():
+                with (run / "metrics.jsonl").open("a") as out:
+                    out.write(json.dumps({"step": 1, "loss": 99.0}) + "\\n")
+            time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_begins_when_what_a_killed_one_left_has_stopped_writing(
+    in_process: Path, on_workers: Path, base: str, tmp_path: Path, workers: int
+) -> None:
+    run = tmp_path / "run"
+    words = [sys.executable, "-c", textwrap.dedent(LEFT), str(run)]
+    with subprocess.Popen(words, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE) as left:
+        assert left.stdout is not None
+        assert left.stdout.readline() == b"in\n"
+
+        def kill() -> None:
+            # Longer than a run takes to come to its first step.
+            while not (run / "metrics.jsonl").exists():
+                time.sleep(0.05)
+            time.sleep(20.0 if workers else 5.0)
+            assert not (run / "progress.json").exists()
+            left.kill()
+
+        with ThreadPoolExecutor(1) as beside:
+            killed = beside.submit(kill)
+            trainer_of(tmp_path, base, workers=workers).train()
+            killed.result()
+    assert_same_run(run, on_workers if workers else in_process)
+    assert not any(path.name.endswith(".lock") for path in run.iterdir())
 
 
 def test_a_zero2_run_that_failed_goes_on_when_told_to(in_process: Path, base: str, tmp_path: Path) -> None:
