@@ -212,11 +212,11 @@ def seal(partial: Path, parts: Iterable[Path], final: Path) -> None:
         out.flush()
         os.fsync(out.fileno())
     for directory in {(partial / name).parent for name in files}:
-        _sync_directory(directory)
+        sync_directory(directory)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    _sync_directory(final.parent)
+    sync_directory(final.parent)
 
 
 def _sha256(file: Path, *, sync: bool = False) -> str:
@@ -226,7 +226,8 @@ def _sha256(file: Path, *, sync: bool = False) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """On disk are the names of what `directory` holds."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -162,7 +162,8 @@ def finished(output_dir: Path) -> RunDirectoryError:
 def read_finished(output_dir: Path) -> bool:
     """Whether the run says that it came to its end."""
     file = output_dir / PROGRESS
-    return file.exists() and bool(_read(file).get("finished"))
+    # Without content a power loss leaves one that was not synced; the last one of a run is.
+    return file.exists() and file.stat().st_size > 0 and bool(_read(file).get("finished"))
 
 
 @contextmanager
