@@ -186,14 +186,7 @@ class CheckpointWriter:
             written: Files = {}
             if snapshot.export is not None:
                 snapshot.export(partial)
-                written |= listed(
-                    partial,
-                    [
-                        file
-                        for file in partial.iterdir()
-                        if file.is_file() and not file.name.startswith(("part-", "rng-", ".part-"))
-                    ],
-                )
+                written |= listed(partial, _exported(partial))
             for name, content in files.items():
                 written[name] = self._write_file(partial / name, [content])
             if snapshot.engine.slices:
@@ -243,6 +236,17 @@ class CheckpointWriter:
             prune_checkpoints(self.output_dir, self.limit, best)
         except OSError as error:  # this checkpoint is whole: an old one that stays is no reason to end
             logger.warning("an old checkpoint could not be deleted: %s", error)
+
+
+def _exported(partial: Path) -> list[Path]:
+    """The files of the model, which may have directories of their own; beside them the ranks write theirs."""
+    return [
+        file
+        for entry in partial.iterdir()
+        if entry.name != ENGINE_DIR and not entry.name.startswith(("part-", "rng-", ".part-"))
+        for file in (entry.rglob("*") if entry.is_dir() else [entry])
+        if file.is_file()
+    ]
 
 
 def _step_back() -> None:
