@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from rayrm.data.order import Cursor
 from rayrm.errors import CheckpointError
@@ -224,6 +225,14 @@ def _sha256(file: Path, *, sync: bool = False) -> str:
         if sync:
             os.fsync(handle.fileno())
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether a write failed for want of room, or as the file system has it otherwise."""
+    # tokenizers raises a bare Exception, with Rust's words.
+    return isinstance(error, OSError | SafetensorError) or (
+        type(error) is Exception and "(os error " in str(error)
+    )
 
 
 def sync_directory(directory: Path) -> None:

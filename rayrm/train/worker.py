@@ -25,13 +25,13 @@ from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
 from rayrm.data.steps import Step
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
-from rayrm.errors import RayrmError
+from rayrm.errors import CheckpointError, RayrmError
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.attention_path import choose_path
 from rayrm.model.cost import attention_weight_of
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import choose_layout, unwrapped
-from rayrm.model.reward_model import TextForm, save_model
+from rayrm.model.reward_model import TextForm
 from rayrm.train.allocator import keep_freed_memory
 from rayrm.train.budget import Probe, decide_budget
 from rayrm.train.build import ModelSource, build_model
@@ -46,7 +46,7 @@ from rayrm.train.checkpoint import (
 )
 from rayrm.train.checkpoint_writer import CheckpointWriter, Snapshot
 from rayrm.train.evaluation import RowSet, note_best, score_rows
-from rayrm.train.export import ModelExport
+from rayrm.train.export import ModelExport, save_trained
 from rayrm.train.holding import only_writer
 from rayrm.train.host_memory import HostMemory
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
@@ -220,7 +220,7 @@ class _RankRun:
         if self.config.load_best_model_at_end and state.best_checkpoint:
             self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
             self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
-        self._write_model(self.job.output_dir)
+        self._write_model()
         self._report({"step": state.step, "train_loss": state.train_loss})
         self.rank.barrier()
         if self.rank.index == 0:
@@ -354,16 +354,23 @@ class _RankRun:
 
         self.writer.save(state, take)
 
-    def _write_model(self, directory: Path) -> None:
-        state = self.engine.model_state()
+    def _write_model(self) -> None:
+        """Rank 0 saves the model; where it cannot, all ranks end."""
+        gathered = self.engine.model_state()
+        problems = []
         if self.rank.index == 0:
-            save_model(
-                self.module.model,
-                self.job.tokenizer,
-                directory,
-                text_form=self.job.text_form,
-                state_dict=state,
-            )
+            try:
+                save_trained(
+                    self.module.model,
+                    self.job.tokenizer,
+                    self.job.output_dir,
+                    text_form=self.job.text_form,
+                    gathered=gathered,
+                )
+            except CheckpointError as error:
+                problems.append(str(error))
+        if told := self.hosts.joined(problems):
+            raise CheckpointError(told[0])
 
 
 def _ahead(steps: Iterator[RankStep]) -> Generator[RankStep]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from rayrm import RewardConfig, RewardTrainer
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import CheckpointError, RunDirectoryError
 from rayrm.train.checkpoint import checkpoints
-from rayrm.train.records import read_records
+from rayrm.train.records import read_progress, read_records
 from tests.numerics.ranks import tokenized
+from tests.small_disk import disk_of, give_more
 from tests.tiny import save_tiny, tiny_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -137,6 +140,33 @@ def test_a_killed_worker_changes_nothing(on_workers: Path, base: str, tmp_path: 
     trainer_of(tmp_path, base, workers=2, killed=True, max_failures=1).train()
     assert (tmp_path / "killed").exists()
     assert_same_run(tmp_path / "run", on_workers)
+
+
+def room_of(files: Iterable[Path]) -> int:
+    return sum(math.ceil(file.stat().st_size / 4096) * 4096 for file in files if file.is_file())
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(0, None), (2, 2)])
+def test_a_run_whose_model_found_no_room_only_saves_when_started_again(
+    base: str, tmp_path: Path, workers: int, stage: int | None
+) -> None:
+    settings = {"save_steps": NUM_STEPS, "zero_stage": stage}
+    trainer_of(tmp_path / "whole", base, workers=workers, **settings).train()
+    whole = tmp_path / "whole" / "run"
+    checkpoint = whole / f"checkpoint-{NUM_STEPS}"
+    records = [file for file in whole.iterdir() if not (checkpoint / file.name).exists()]
+    # The checkpoint fits, and of the model half of the weights.
+    enough = room_of([*checkpoint.rglob("*"), *records]) + (whole / "model.safetensors").stat().st_size // 2
+    with disk_of(enough, tmp_path / "disk") as disk:
+        again = trainer_of(disk, base, workers=workers, auto_resume=True, **settings)
+        with pytest.raises(CheckpointError, match=rf"could not be written.*from `{checkpoint.name}`"):
+            again.train()
+        assert not (disk / "run" / "model.safetensors").exists()
+        assert not read_progress(disk / "run")["finished"]
+        give_more(disk, 2 * enough)
+        trainer_of(disk, base, workers=workers, auto_resume=True, **settings).train()
+        assert read_progress(disk / "run")["finished"]
+        assert_same_run(disk / "run", whole)
 
 
 LEFT = """
