@@ -49,7 +49,7 @@ class ModelError(RayrmError, ValueError):
 
 
 class RunDirectoryError(RayrmError, ValueError):
-    """An output directory that holds another run, or a finished one."""
+    """An output directory that holds another run or a finished one, or that another process writes in."""
 
 
 class CheckpointError(RayrmError, ValueError):

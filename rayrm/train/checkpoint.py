@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from rayrm.data.order import Cursor
 from rayrm.errors import CheckpointError
@@ -212,11 +213,11 @@ def seal(partial: Path, parts: Iterable[Path], final: Path) -> None:
         out.flush()
         os.fsync(out.fileno())
     for directory in {(partial / name).parent for name in files}:
-        _sync_directory(directory)
+        sync_directory(directory)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    _sync_directory(final.parent)
+    sync_directory(final.parent)
 
 
 def _sha256(file: Path, *, sync: bool = False) -> str:
@@ -226,7 +227,16 @@ def _sha256(file: Path, *, sync: bool = False) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _sync_directory(directory: Path) -> None:
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether a write failed for want of room, or as the file system has it otherwise."""
+    # tokenizers raises a bare Exception, with Rust's words.
+    return isinstance(error, OSError | SafetensorError) or (
+        type(error) is Exception and "(os error " in str(error)
+    )
+
+
+def sync_directory(directory: Path) -> None:
+    """On disk are the names of what `directory` holds."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

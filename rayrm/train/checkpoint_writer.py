@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from rayrm.errors import CheckpointError
 from rayrm.train.checkpoint import (
@@ -32,6 +31,7 @@ from rayrm.train.checkpoint import (
     Files,
     TrainState,
     checkpoints,
+    is_of_the_disk,
     listed,
     part_of,
     prune_checkpoints,
@@ -165,7 +165,7 @@ class CheckpointWriter:
         raise CheckpointError(everyone[0]) from error
 
     def _said(self, error: BaseException) -> str:
-        if not isinstance(error, (OSError, SafetensorError)):
+        if not isinstance(error, Exception) or not is_of_the_disk(error):
             return f"checkpoint {self._step} failed on rank {self.rank}: {type(error).__name__}: {error}"
         good = checkpoints(self.output_dir)
         last = f"The last good one is `{good[-1]}`." if good else "There is no earlier one."
@@ -186,14 +186,7 @@ class CheckpointWriter:
             written: Files = {}
             if snapshot.export is not None:
                 snapshot.export(partial)
-                written |= listed(
-                    partial,
-                    [
-                        file
-                        for file in partial.iterdir()
-                        if file.is_file() and not file.name.startswith(("part-", "rng-", ".part-"))
-                    ],
-                )
+                written |= listed(partial, _exported(partial))
             for name, content in files.items():
                 written[name] = self._write_file(partial / name, [content])
             if snapshot.engine.slices:
@@ -202,7 +195,9 @@ class CheckpointWriter:
             self._list_part(partial, written)
             if self.rank == 0:
                 self._complete(partial, best)
-        except (OSError, SafetensorError):
+        except Exception as error:
+            if not is_of_the_disk(error):
+                raise
             self._free = shutil.disk_usage(self.output_dir).free
             # Frees space at once; what other ranks wrote goes when all have agreed.
             if self.num_ranks == 1:
@@ -243,6 +238,17 @@ class CheckpointWriter:
             prune_checkpoints(self.output_dir, self.limit, best)
         except OSError as error:  # this checkpoint is whole: an old one that stays is no reason to end
             logger.warning("an old checkpoint could not be deleted: %s", error)
+
+
+def _exported(partial: Path) -> list[Path]:
+    """The files of the model, which may have directories of their own; beside them the ranks write theirs."""
+    return [
+        file
+        for entry in partial.iterdir()
+        if entry.name != ENGINE_DIR and not entry.name.startswith(("part-", "rng-", ".part-"))
+        for file in (entry.rglob("*") if entry.is_dir() else [entry])
+        if file.is_file()
+    ]
 
 
 def _step_back() -> None:

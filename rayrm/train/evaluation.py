@@ -19,11 +19,14 @@ from rayrm.data.packing import pack_rows
 from rayrm.data.planning import plan_step
 from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
+from rayrm.errors import ConfigError
 from rayrm.model.attention import AttentionPath
 from rayrm.model.attention_path import choose_path
 from rayrm.model.cost import attention_weight_of
 from rayrm.model.forward import DeviceBatch, PackedScorer, to_device
 from rayrm.model.layout import Layout, choose_layout, unwrapped
+from rayrm.train.checkpoint import TrainState
+from rayrm.train.loop import Record
 from rayrm.train.precision import autocast_dtype, in_precision, resolve_precision
 
 logger = logging.getLogger("rayrm.train")
@@ -117,3 +120,21 @@ def score_model(
     finally:
         module.release()
         module.train(was_training)
+
+
+def note_best(state: TrainState, found: Record, config: RewardConfig) -> None:
+    """Note in `state` whether its step's checkpoint is the best so far, by `metric_for_best_model`."""
+    wanted = config.metric_for_best_model
+    if wanted is None:
+        return
+    name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+    value = found.get(name)
+    if value is None:
+        metrics = ", ".join(sorted(key for key in found if key.startswith("eval_")))
+        raise ConfigError(f"`metric_for_best_model` ({wanted}) is not a metric of this run: {metrics}.")
+    better = state.best_metric is None or (
+        value > state.best_metric if config.greater_is_better else value < state.best_metric
+    )
+    if better:
+        state.best_metric = value
+        state.best_checkpoint = f"checkpoint-{state.step}"

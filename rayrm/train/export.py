@@ -1,20 +1,30 @@
-"""The model's files of a checkpoint, saved by a thread while the model itself trains on.
+"""The model's files: of a checkpoint, saved by a thread while the model trains on, and of a run's end.
 
-transformers saves a stand-in: the same model with empty tensors of the same shapes, given the copied weights.
+For a checkpoint transformers saves a stand-in: the same model with empty tensors of the same shapes, given
+the copied weights. At the end files are written aside, and moved into place once all are on the disk.
 """
 
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rayrm.model.reward_model import TextForm, save_model
+from rayrm.errors import CheckpointError
+from rayrm.model.reward_model import ADAPTER_CONFIG, TextForm, save_model
+from rayrm.train.checkpoint import checkpoints, is_of_the_disk, sync_directory
 from rayrm.train.engine_state import WEIGHT, key_of
 from rayrm.train.host_memory import HostMemory
+
+# `drop_partial` deletes what a kill leaves of it.
+_ASIDE = ".checkpoint-model.partial"
+# Whoever looks for a model looks for these; so they come last.
+_LAST = ("config.json", ADAPTER_CONFIG)
 
 
 class ModelExport:
@@ -62,3 +72,63 @@ class ModelExport:
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
     """One element, seen in the tensor's shape."""
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def save_trained(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    output_dir: Path,
+    *,
+    text_form: TextForm,
+    gathered: dict[str, torch.Tensor] | None,
+) -> None:
+    """Save the model at the end of its run; `gathered` are its weights where it holds parts only.
+
+    Raises:
+        CheckpointError: it could not be written. Nothing of it stays.
+    """
+    aside = output_dir / _ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        save_model(model, tokenizer, aside, text_form=text_form, state_dict=gathered)
+        _move(aside, output_dir)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not is_of_the_disk(error):
+            raise
+        needed, free = _weight_bytes(model, gathered) / 2**20, shutil.disk_usage(output_dir).free / 2**20
+        found = checkpoints(output_dir)
+        on = (
+            f"the run goes on from `{found[-1].name}` and saves the model again."
+            if found
+            else "as it keeps no checkpoints (`save_strategy`), it trains again from its first step."
+        )
+        raise CheckpointError(
+            f"the trained model could not be written in `{output_dir}`: {error}. Its weights alone need "
+            f"{needed:.1f} MiB, and {free:.1f} MiB are free there. Free space, then start the same command "
+            f"again: {on}"
+        ) from error
+
+
+def _move(aside: Path, target: Path) -> None:
+    """Put all files in `aside` on the disk, then into `target`."""
+    files = sorted((file for file in aside.rglob("*") if file.is_file()), key=lambda file: file.name in _LAST)
+    for file in files:
+        with file.open("rb") as saved:
+            os.fsync(saved.fileno())
+    places = {target / file.relative_to(aside).parent for file in files}
+    for place in places:
+        place.mkdir(exist_ok=True)
+    for file in files:
+        file.replace(target / file.relative_to(aside))
+    for place in (*places, target):
+        sync_directory(place)
+    shutil.rmtree(aside)
+
+
+def _weight_bytes(model: torch.nn.Module, gathered: dict[str, torch.Tensor] | None) -> int:
+    """Of an adapter's model, what is saved is what is trained."""
+    adapts = hasattr(model, "peft_config")
+    saved = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapts}
+    return sum((gathered or saved).get(name, weight).nbytes for name, weight in saved.items())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrm.config import RewardConfig
-from rayrm.train.checkpoint import TrainState
+from rayrm.train.checkpoint import TrainState, sync_directory
 from rayrm.train.loop import Record
 
 METRICS = "metrics.jsonl"
@@ -75,7 +75,7 @@ class RunLog:
         if not self._active or (now - self._shown < _PROGRESS_INTERVAL_S and step < num_steps):
             return
         self._shown = now
-        self._write_progress({"step": step, "num_steps": num_steps, "finished": False})
+        self._write_progress({"step": step, "num_steps": num_steps, "finished": False}, durable=False)
 
     def leave(self, step: int, num_steps: int) -> None:
         """Say where a run that was told to leave stands."""
@@ -105,8 +105,8 @@ class RunLog:
         if self._board is not None:
             self._board.close()
 
-    def _write_progress(self, standing: dict[str, Any]) -> None:
-        replace_text(self._dir / PROGRESS, json.dumps(standing))
+    def _write_progress(self, standing: dict[str, Any], *, durable: bool = True) -> None:
+        replace_text(self._dir / PROGRESS, json.dumps(standing), durable=durable)
 
 
 def read_records(output_dir: Path) -> list[dict[str, Any]]:
@@ -124,15 +124,23 @@ def read_records(output_dir: Path) -> list[dict[str, Any]]:
 def read_progress(output_dir: Path) -> dict[str, Any]:
     """`step`, `num_steps`, `finished`; empty before the first step."""
     file = output_dir / PROGRESS
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+    # A power loss may leave it without content: between its ends it is not synced.
+    text = file.read_text() if file.exists() else ""
+    return dict(json.loads(text)) if text else {}
 
 
 def _is_summary(record: dict[str, Any]) -> bool:
     return "train_runtime" in record
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def replace_text(file: Path, text: str, *, durable: bool = True) -> None:
+    """Write a file whole or not at all; a power loss does not undo it where it is `durable`."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(text)
+    with aside.open("w") as out:
+        out.write(text)
+        if durable:
+            out.flush()
+            os.fsync(out.fileno())
     aside.replace(file)
+    if durable:
+        sync_directory(file.parent)

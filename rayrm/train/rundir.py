@@ -6,11 +6,9 @@ often it logs, evaluates or saves may change between a start and a resume.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import fcntl
 import json
-import os
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from rayrm.config import RewardConfig
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from rayrm.runfile import dump_run, read_run
 from rayrm.train.checkpoint import checkpoints, read_state, verify_checkpoint
+from rayrm.train.holding import holding
 from rayrm.train.records import METRICS, PROGRESS, replace_text
 
 IDENTITY = "identity.json"
@@ -33,7 +32,7 @@ _WRITTEN = (
     METRICS, PROGRESS, IDENTITY, RUN_TOML, "quarantine.jsonl", "rows-*.jsonl", "tensorboard", "checkpoint-*",
     "README.md", "config.json", "adapter_*", "*.safetensors*", "rayrm.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-    "trainer_state.json",
+    "additional_chat_templates", "trainer_state.json",
 )  # fmt: skip
 _FREE = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "dataset_num_proc",
@@ -163,32 +162,26 @@ def finished(output_dir: Path) -> RunDirectoryError:
 def read_finished(output_dir: Path) -> bool:
     """Whether the run says that it came to its end."""
     file = output_dir / PROGRESS
-    return file.exists() and bool(_read(file).get("finished"))
+    # Without content a power loss leaves one that was not synced; the last one of a run is.
+    return file.exists() and file.stat().st_size > 0 and bool(_read(file).get("finished"))
 
 
 @contextmanager
 def only_run(output_dir: Path) -> Iterator[None]:
     """Hold the directory for this process; a second run that wants it is refused. A killed holder lets go."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file = output_dir / ".lock"
-    with file.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise RunDirectoryError(
-                f"another process is training in `{output_dir}` ({lock.read().strip() or 'unknown'}). "
-                "Wait for it to end, or choose another `output_dir`."
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        try:
+
+    def refuse(holder: str) -> None:
+        raise RunDirectoryError(
+            f"another process is training in `{output_dir}` ({holder}). Wait for it to end, or choose "
+            "another `output_dir`."
+        )
+
+    try:
+        with holding(output_dir / ".lock", refuse):
             yield
-        finally:
-            file.unlink(missing_ok=True)
-            if not any(output_dir.iterdir()):
-                output_dir.rmdir()  # refused before anything was written
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty: something was written
+            output_dir.rmdir()
 
 
 def check_writable(output_dir: Path) -> None:

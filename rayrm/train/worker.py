@@ -25,13 +25,13 @@ from rayrm.data.steps import Step
 from rayrm.data.stream_steps import StreamedSteps
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
-from rayrm.errors import ConfigError, RayrmError
+from rayrm.errors import CheckpointError, RayrmError
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.attention_path import choose_path
 from rayrm.model.cost import attention_weight_of
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import choose_layout, unwrapped
-from rayrm.model.reward_model import TextForm, save_model
+from rayrm.model.reward_model import TextForm
 from rayrm.train.allocator import keep_freed_memory
 from rayrm.train.budget import Probe, decide_budget
 from rayrm.train.build import ModelSource, build_model
@@ -45,8 +45,9 @@ from rayrm.train.checkpoint import (
     step_of,
 )
 from rayrm.train.checkpoint_writer import CheckpointWriter, Snapshot
-from rayrm.train.evaluation import RowSet, score_rows
-from rayrm.train.export import ModelExport
+from rayrm.train.evaluation import RowSet, note_best, score_rows
+from rayrm.train.export import ModelExport, save_trained
+from rayrm.train.holding import only_writer
 from rayrm.train.host_memory import HostMemory
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from rayrm.train.optimizer import OptimizerSpec
@@ -97,9 +98,11 @@ def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Modu
             from rayrm.train.zero import process_group
 
             around.enter_context(process_group())
-        rank = Rank.here(use_cpu=job.config.use_cpu)
+        rank, hosts = Rank.here(use_cpu=job.config.use_cpu), Hosts()
+        # Before anything of the directory is read or written; around whatever writes there.
+        around.enter_context(only_writer(job.output_dir, rank.index, hosts))
         around.enter_context(keep_freed_memory(rank.device))
-        return _RankRun(job, rank, report, around).train()
+        return _RankRun(job, rank, hosts, report, around).train()
 
 
 class _RankRun:
@@ -109,11 +112,12 @@ class _RankRun:
         self,
         job: TrainJob,
         rank: Rank,
+        hosts: Hosts,
         report: Callable[[Record], None],
         around: contextlib.ExitStack,
     ) -> None:
         """`around` gives the model back as it was when it ends, also where the run raises."""
-        self.job, self.rank, self._report = job, rank, report
+        self.job, self.rank, self.hosts, self._report = job, rank, hosts, report
         self.config = job.config
         set_seed(self.config.seed)
         built = job.built if job.built is not None else build_model(job.source, job.config, job.tokenizer)
@@ -161,8 +165,7 @@ class _RankRun:
         )
         if rank.count == 1:
             around.callback(self.engine.release)
-        self.hosts = Hosts()
-        self.notice = Notice(job.output_dir, self.hosts, looks=rank.index == 0)
+        self.notice = Notice(job.output_dir, hosts, looks=rank.index == 0)
         self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
         self.writer = CheckpointWriter(
             job.output_dir,
@@ -170,7 +173,7 @@ class _RankRun:
             rank.count,
             self.config.save_total_limit,
             whole=lambda path: self._say(f"saved {path}"),
-            hosts=self.hosts,
+            hosts=hosts,
         )
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
@@ -217,7 +220,7 @@ class _RankRun:
         if self.config.load_best_model_at_end and state.best_checkpoint:
             self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
             self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
-        self._write_model(self.job.output_dir)
+        self._write_model()
         self._report({"step": state.step, "train_loss": state.train_loss})
         self.rank.barrier()
         if self.rank.index == 0:
@@ -225,7 +228,7 @@ class _RankRun:
 
     def _restore(self) -> TrainState:
         found = checkpoints(self.job.output_dir)
-        # One rank decides: what is left of an attempt before may complete a checkpoint between two looks.
+        # One rank decides: of what an attempt before has done last, a shared disk may not tell all at once.
         newest = self.hosts.from_first(step_of(found[-1]) if found else -1)
         source = self.job.resume if newest < 0 else self.job.output_dir / f"checkpoint-{newest}"
         if source is None:
@@ -334,24 +337,9 @@ class _RankRun:
             found |= record
             self._log(record)
             self._report(record)
-        self._note_best(state, found)
-
-    def _note_best(self, state: TrainState, found: Record) -> None:
-        wanted = self.config.metric_for_best_model
         # A better model that no checkpoint holds must not stand in the way of one that is kept.
-        if wanted is None or not self.schedule.saves(state.step):
-            return
-        name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-        value = found.get(name)
-        if value is None:
-            metrics = ", ".join(sorted(key for key in found if key.startswith("eval_")))
-            raise ConfigError(f"`metric_for_best_model` ({wanted}) is not a metric of this run: {metrics}.")
-        better = state.best_metric is None or (
-            value > state.best_metric if self.config.greater_is_better else value < state.best_metric
-        )
-        if better:
-            state.best_metric = value
-            state.best_checkpoint = f"checkpoint-{state.step}"
+        if self.schedule.saves(state.step):
+            note_best(state, found, self.config)
 
     def _save(self, state: TrainState) -> None:
         self.log.sync()
@@ -366,16 +354,23 @@ class _RankRun:
 
         self.writer.save(state, take)
 
-    def _write_model(self, directory: Path) -> None:
-        state = self.engine.model_state()
+    def _write_model(self) -> None:
+        """Rank 0 saves the model; where it cannot, all ranks end."""
+        gathered = self.engine.model_state()
+        problems = []
         if self.rank.index == 0:
-            save_model(
-                self.module.model,
-                self.job.tokenizer,
-                directory,
-                text_form=self.job.text_form,
-                state_dict=state,
-            )
+            try:
+                save_trained(
+                    self.module.model,
+                    self.job.tokenizer,
+                    self.job.output_dir,
+                    text_form=self.job.text_form,
+                    gathered=gathered,
+                )
+            except CheckpointError as error:
+                problems.append(str(error))
+        if told := self.hosts.joined(problems):
+            raise CheckpointError(told[0])
 
 
 def _ahead(steps: Iterator[RankStep]) -> Generator[RankStep]:

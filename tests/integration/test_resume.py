@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,9 @@ from rayrm import RewardConfig, RewardTrainer
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import CheckpointError, RunDirectoryError
 from rayrm.train.checkpoint import checkpoints
-from rayrm.train.records import read_records
+from rayrm.train.records import read_progress, read_records
 from tests.numerics.ranks import tokenized
+from tests.small_disk import disk_of, give_more
 from tests.tiny import save_tiny, tiny_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -135,6 +140,76 @@ def test_a_killed_worker_changes_nothing(on_workers: Path, base: str, tmp_path: 
     trainer_of(tmp_path, base, workers=2, killed=True, max_failures=1).train()
     assert (tmp_path / "killed").exists()
     assert_same_run(tmp_path / "run", on_workers)
+
+
+def room_of(files: Iterable[Path]) -> int:
+    return sum(math.ceil(file.stat().st_size / 4096) * 4096 for file in files if file.is_file())
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(0, None), (2, 2)])
+def test_a_run_whose_model_found_no_room_only_saves_when_started_again(
+    base: str, tmp_path: Path, workers: int, stage: int | None
+) -> None:
+    settings = {"save_steps": NUM_STEPS, "zero_stage": stage}
+    trainer_of(tmp_path / "whole", base, workers=workers, **settings).train()
+    whole = tmp_path / "whole" / "run"
+    checkpoint = whole / f"checkpoint-{NUM_STEPS}"
+    records = [file for file in whole.iterdir() if not (checkpoint / file.name).exists()]
+    # The checkpoint fits, and of the model half of the weights.
+    enough = room_of([*checkpoint.rglob("*"), *records]) + (whole / "model.safetensors").stat().st_size // 2
+    with disk_of(enough, tmp_path / "disk") as disk:
+        again = trainer_of(disk, base, workers=workers, auto_resume=True, **settings)
+        with pytest.raises(CheckpointError, match=rf"could not be written.*from `{checkpoint.name}`"):
+            again.train()
+        assert not (disk / "run" / "model.safetensors").exists()
+        assert not read_progress(disk / "run")["finished"]
+        give_more(disk, 2 * enough)
+        trainer_of(disk, base, workers=workers, auto_resume=True, **settings).train()
+        assert read_progress(disk / "run")["finished"]
+        assert_same_run(disk / "run", whole)
+
+
+LEFT = """
+    import json, sys, time
+    from pathlib import Path
+    from rayrm.train.holding import only_writer
+    from rayrm.train.rank import Hosts
+
+    run = Path(sys.argv[1])
+    with only_writer(run, 0, Hosts()):
+        print("in", flush=True)
+        while True:
+            if (run / "identity.json").exists():
+                with (run / "metrics.jsonl").open("a") as out:
+                    out.write(json.dumps({"step": 1, "loss": 99.0}) + "\\n")
+            time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_begins_when_what_a_killed_one_left_has_stopped_writing(
+    in_process: Path, on_workers: Path, base: str, tmp_path: Path, workers: int
+) -> None:
+    run = tmp_path / "run"
+    words = [sys.executable, "-c", textwrap.dedent(LEFT), str(run)]
+    with subprocess.Popen(words, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE) as left:
+        assert left.stdout is not None
+        assert left.stdout.readline() == b"in\n"
+
+        def kill() -> None:
+            # Longer than a run takes to come to its first step.
+            while not (run / "metrics.jsonl").exists():
+                time.sleep(0.05)
+            time.sleep(20.0 if workers else 5.0)
+            assert not (run / "progress.json").exists()
+            left.kill()
+
+        with ThreadPoolExecutor(1) as beside:
+            killed = beside.submit(kill)
+            trainer_of(tmp_path, base, workers=workers).train()
+            killed.result()
+    assert_same_run(run, on_workers if workers else in_process)
+    assert not any(path.name.endswith(".lock") for path in run.iterdir())
 
 
 def test_a_zero2_run_that_failed_goes_on_when_told_to(in_process: Path, base: str, tmp_path: Path) -> None:

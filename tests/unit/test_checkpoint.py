@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -30,7 +31,10 @@ from rayrm.train.checkpoint import (
 )
 from rayrm.train.checkpoint_writer import CheckpointWriter, Snapshot
 from rayrm.train.engine_state import EngineState, Slice, StateReader
+from rayrm.train.export import ModelExport
 from rayrm.train.host_memory import HostMemory
+from tests.small_disk import disk_of
+from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tests.whole_checkpoint import save_whole, taken, writer_of
 
 
@@ -58,13 +62,8 @@ def test_a_checkpoint_reads_back_what_was_saved(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with disk_of(2 << 20, tmp_path / "disk") as disk:
+        yield disk
 
 
 def test_a_full_disk_ends_the_run_with_what_to_type_and_frees_what_was_written(small_disk: Path) -> None:
@@ -295,3 +294,39 @@ def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     listed = json.loads((path / "checkpoint.json").read_text())["files"]
     there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     assert set(listed) == there - {"checkpoint.json"}
+
+
+def test_a_tokenizer_s_several_templates_are_part_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "rag": "{{ messages[0]['content'] }}"}
+    synced: list[str] = []
+    sync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    model = tiny_model()
+    export = ModelExport(model, tokenizer, "conversational")
+    writer = writer_of(tmp_path)
+    state = EngineState({"format": 1}, [])
+    writer.save(TrainState(step=1), lambda host: Snapshot(state, export.take(model, None, host)))
+    writer.wait()
+    writer.close()
+    checkpoint = tmp_path / "checkpoint-1"
+    verify_checkpoint(checkpoint)
+    listed = json.loads((checkpoint / "checkpoint.json").read_text())["files"]
+    there = {str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file()}
+    assert set(listed) == there - {"checkpoint.json"}
+    template = checkpoint / "additional_chat_templates" / "rag.jinja"
+    directories = {Path(path).name for path in synced}
+    assert {"rag.jinja", "additional_chat_templates"} <= directories
+    template.write_text("damaged")
+    with pytest.raises(CheckpointError, match=r"rag\.jinja` is corrupt"):
+        verify_checkpoint(checkpoint)
+    template.unlink()
+    with pytest.raises(CheckpointError, match=r"rag\.jinja` is missing"):
+        verify_checkpoint(checkpoint)

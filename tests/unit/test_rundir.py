@@ -11,11 +11,20 @@ from typing import Any
 
 import pytest
 
-from rayrm.config import RewardConfig
+from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
+from rayrm.runfile import Run, dump_run
 from rayrm.train.checkpoint import TrainState
-from rayrm.train.records import RunLog, read_records
-from rayrm.train.rundir import RunStart, check_writable, claim, examine, identity_of, only_run
+from rayrm.train.records import RunLog, read_progress, read_records
+from rayrm.train.rundir import (
+    RunStart,
+    check_writable,
+    claim,
+    examine,
+    identity_of,
+    only_run,
+    record_budget,
+)
 from tests.whole_checkpoint import save_whole
 
 
@@ -214,6 +223,52 @@ def test_a_damaged_record_is_named(begun: Path, name: str) -> None:
     (begun / name).write_text("{")
     with pytest.raises(RunDirectoryError, match=name):
         examine(begun, identity(), resume=True)
+
+
+def test_what_a_power_loss_leaves_of_the_progress_is_no_reason_to_refuse(begun: Path) -> None:
+    (begun / "progress.json").write_text("")
+    assert examine(begun, identity(), resume=True).resume == begun / "checkpoint-20"
+    assert read_progress(begun) == {}
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What is synced, in order: the name, and the size that it has then."""
+    calls: list[tuple[str, int]] = []
+    sync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        calls.append((name, os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    return calls
+
+
+def test_what_makes_a_directory_a_run_s_survives_a_power_loss(
+    tmp_path: Path, synced: list[tuple[str, int]]
+) -> None:
+    run = tmp_path / "run"
+    claim(run, identity(), None, dump_run(Run(ModelConfig("base"), DataConfig("rows.jsonl"))))
+    record_budget(run, 512)
+    for name in ("identity.json", "run.toml"):
+        # Its content under the name aside, and then the directory in which it is renamed.
+        places = [at for at, (synced_name, _) in enumerate(synced) if synced_name.startswith(f".{name}.")]
+        assert len(places) == 2
+        assert synced[places[-1]][1] == (run / name).stat().st_size
+        assert all(synced[at + 1][0] == "run" for at in places)
+
+
+def test_of_the_progress_only_the_end_is_synced(tmp_path: Path, synced: list[tuple[str, int]]) -> None:
+    log = RunLog(tmp_path, RewardConfig(), active=True)
+    log.begin(0)
+    synced.clear()
+    log.progress(1, 2)
+    assert read_progress(tmp_path)["step"] == 1
+    assert synced == []
+    log.finish(TrainState(step=2), 2)
+    assert [name for name, _ in synced if "progress" in name]
 
 
 def test_an_output_directory_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
