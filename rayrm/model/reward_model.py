@@ -47,6 +47,7 @@ _SAVED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates/*",
     FACTS,
     "README.md",
 )
@@ -296,7 +297,9 @@ def copy_saved(source: Path, target: Path) -> None:
         return
     files = [file for pattern in _SAVED for file in source.glob(pattern)]
     for file in files:
-        shutil.copy2(file, target / file.name)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy2(file, copy)
 
 
 def load_saved(

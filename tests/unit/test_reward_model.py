@@ -22,6 +22,7 @@ from rayrm.model.reward_model import (
     add_adapter,
     check_name,
     check_num_labels,
+    copy_saved,
     head_name,
     load_model,
     load_saved,
@@ -29,7 +30,7 @@ from rayrm.model.reward_model import (
     save_model,
 )
 from rayrm.train.build import ModelSource, build_model, check_source
-from tests.tiny import save_tiny, tiny_llama_config, tiny_model, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, save_tiny, tiny_llama_config, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -203,3 +204,17 @@ def test_a_name_that_is_no_directory_says_so(tmp_path: Path) -> None:
         load_saved(tmp_path / "none")
     with pytest.raises(ModelError, match="there is no directory `models/none` here"):
         check_name("models/none", {})
+
+
+def test_a_copy_has_all_that_was_saved_and_nothing_else(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "rag": "{{ messages[0]['content'] }}"}
+    saved, copy = tmp_path / "saved", tmp_path / "copy"
+    save_model(tiny_model(), tokenizer, saved, text_form="conversational")
+    files = {file.relative_to(saved) for file in saved.rglob("*") if file.is_file()}
+    (saved / "checkpoint-1").mkdir()
+    (saved / "metrics.jsonl").write_text("{}\n")
+    copy.mkdir()
+    copy_saved(saved, copy)
+    assert {file.relative_to(copy) for file in copy.rglob("*") if file.is_file()} == files
+    assert Path("additional_chat_templates/rag.jinja") in files
