@@ -17,6 +17,10 @@ RayrmError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+
 
 class RayrmError(Exception):
     """Every error that rayrm raises on purpose."""
@@ -49,7 +53,8 @@ class ModelError(RayrmError, ValueError):
 
 
 class RunDirectoryError(RayrmError, ValueError):
-    """An output directory that holds another run or a finished one, or that another process writes in."""
+    """An output directory that holds another run or a finished one, that another process writes in, or whose
+    disk takes no more."""
 
 
 class CheckpointError(RayrmError, ValueError):
@@ -78,3 +83,15 @@ class PreemptedError(RayrmError, RuntimeError):
 
 class MissingExtraError(RayrmError, ImportError):
     """An optional package is needed; the message holds the pip line."""
+
+
+@contextmanager
+def writing(file: str | PathLike[str]) -> Iterator[None]:
+    """What the disk refuses within the block ends the run, and says what to type."""
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(
+            f"`{file}` cannot be written ({error.strerror or error}). Free space there, then start the same "
+            "command again: the run goes on from its last checkpoint."
+        ) from error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rayrm.data.selection import EXCLUDED
 from rayrm.data.sources import place_of
-from rayrm.errors import DataError
+from rayrm.errors import DataError, writing
 
 if TYPE_CHECKING:
     from rayrm.data.blocks import Refusal
@@ -31,7 +31,7 @@ _SHOWN_REASONS = 3
 def write_quarantine(path: Path, names: Sequence[str], refusals: Sequence[Refusal]) -> None:
     """Appends one JSON object a refused row: source, row (from 0), reason, message, raw (its text, cut)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
+    with writing(path), path.open("a", encoding="utf-8") as stream:
         for refusal in refusals:
             entry = {
                 "source": names[refusal.source],
@@ -45,7 +45,7 @@ def write_quarantine(path: Path, names: Sequence[str], refusals: Sequence[Refusa
 
 def write_skipped(path: Path, step: int, rows: Sequence[str]) -> None:
     """Appends rows (by `row_name`) for which training left out a step; `raw` is not known there."""
-    with path.open("a", encoding="utf-8") as stream:
+    with writing(path), path.open("a", encoding="utf-8") as stream:
         for name in rows:
             source, number = place_of(name)
             message = f"{name}: the loss was not finite, and step {step} was left out"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrm.config import RewardConfig
+from rayrm.errors import writing
 from rayrm.train.checkpoint import TrainState, sync_directory
 from rayrm.train.loop import Record
 
@@ -55,7 +56,8 @@ class RunLog:
         """Append one logging event; it must say its `step`."""
         if not self._active:
             return
-        with (self._dir / METRICS).open("a") as out:
+        file = self._dir / METRICS
+        with writing(file), file.open("a") as out:
             out.write(json.dumps(record) + "\n")
         if self._board is not None:
             for key, value in record.items():
@@ -106,7 +108,9 @@ class RunLog:
             self._board.close()
 
     def _write_progress(self, standing: dict[str, Any], *, durable: bool = True) -> None:
-        replace_text(self._dir / PROGRESS, json.dumps(standing), durable=durable)
+        file = self._dir / PROGRESS
+        with writing(file):
+            replace_text(file, json.dumps(standing), durable=durable)
 
 
 def read_records(output_dir: Path) -> list[dict[str, Any]]:

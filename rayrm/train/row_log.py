@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rayrm.data.order import Cursor
+from rayrm.errors import writing
 
 FILES = "rows-*.jsonl"
 
@@ -41,8 +42,9 @@ class RowLog:
             return
         epoch = after.epoch if after.step else after.epoch - 1
         line = {"step": step, "epoch": epoch, "rows": rows, **({"skipped": True} if skipped else {})}
-        self._out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._out.flush()
+        with writing(self._out.name):
+            self._out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._out.flush()
 
     def sync(self) -> None:
         """On disk is what was written, before a checkpoint says so."""
