@@ -97,6 +97,16 @@ def test_scaling_trains_on_the_same_pairs_with_one_worker_and_with_two(home: Pat
     assert found["tokens"]["one"] <= found["tokens"]["two"] + 200
 
 
+def test_checkpoint_times_each_save_but_the_first_and_the_last(home: Path) -> None:
+    sizes = ["--pairs", "40", "--batch", "2", "--every", "4", "--rounds", "2"]
+    found = bench(home, "checkpoint", "--data", "pairs.jsonl", *sizes)
+    assert set(found) >= (EVERY - {"tokens"}) | {"wait_share", "slower_beside", "write_s", "written_mib"}
+    assert found["num_saves"] == 2 * (5 - 2)
+    assert found["wait_share"] == pytest.approx(found["wait_s"]["median"] / found["step_s"])
+    # Weights and two moments of a tiny Llama: 31,000 parameters in float32, and its files.
+    assert 0.3 < found["written_mib"] < 2
+
+
 @pytest.mark.ray
 def test_e2e_trains_as_the_bare_step_does(ray_cluster: None, home: Path) -> None:
     address = ray.get_runtime_context().gcs_address
