@@ -6,10 +6,13 @@ held against the source. Every other reason counts as a bad row. Pure: no ray.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -31,7 +34,7 @@ _SHOWN_REASONS = 3
 def write_quarantine(path: Path, names: Sequence[str], refusals: Sequence[Refusal]) -> None:
     """Appends one JSON object a refused row: source, row (from 0), reason, message, raw (its text, cut)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path), path.open("a", encoding="utf-8") as stream:
+    with writing(path), _alone(path), path.open("a", encoding="utf-8") as stream:
         for refusal in refusals:
             entry = {
                 "source": names[refusal.source],
@@ -45,7 +48,7 @@ def write_quarantine(path: Path, names: Sequence[str], refusals: Sequence[Refusa
 
 def write_skipped(path: Path, step: int, rows: Sequence[str]) -> None:
     """Appends rows (by `row_name`) for which training left out a step; `raw` is not known there."""
-    with writing(path), path.open("a", encoding="utf-8") as stream:
+    with writing(path), _alone(path), path.open("a", encoding="utf-8") as stream:
         for name in rows:
             source, number = place_of(name)
             message = f"{name}: the loss was not finite, and step {step} was left out"
@@ -72,12 +75,30 @@ def skipped_lines(path: Path) -> list[str]:
 
 def drop_skipped(path: Path, after_step: int) -> None:
     """Drops the lines of `write_skipped` beyond a step: a run that goes on from there does it again."""
-    lines = _lines(path)
-    kept = [line for line in lines if _skipped_in(line) <= after_step]
-    if len(kept) < len(lines):
-        aside = path.with_name(f".{path.name}")
-        aside.write_text("".join(kept), encoding="utf-8")
-        aside.replace(path)
+    if not path.exists():
+        return
+    with _alone(path):
+        lines = _lines(path)
+        kept = [line for line in lines if _skipped_in(line) <= after_step]
+        if len(kept) < len(lines):
+            aside = path.with_name(f".{path.name}")
+            aside.write_text("".join(kept), encoding="utf-8")
+            aside.replace(path)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Within the block no other process writes the file, where the file system has locks of directories.
+
+    A stream's dispatcher adds the rows that it refuses while a rank adds or drops those that it skipped.
+    """
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
 
 
 def _lines(path: Path) -> list[str]:

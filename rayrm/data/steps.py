@@ -41,6 +41,10 @@ class TrainSteps(Protocol):
     @property
     def steps_per_epoch(self) -> int | None: ...
 
+    def read_ahead(self, cursor: Cursor) -> None:
+        """Begin to read what `steps` of this cursor will give, where it must be read; waits for nothing."""
+        ...
+
     def steps(self, cursor: Cursor) -> Iterator[Step]: ...
 
 
@@ -68,6 +72,9 @@ class IndexedSteps:
     @property
     def steps_per_epoch(self) -> int:
         return self.order.steps_per_epoch
+
+    def read_ahead(self, cursor: Cursor) -> None:
+        pass
 
     def steps(self, cursor: Cursor) -> Iterator[Step]:
         if cursor.piece or cursor.skip:

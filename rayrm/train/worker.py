@@ -119,6 +119,12 @@ class _RankRun:
         """`around` gives the model back as it was when it ends, also where the run raises."""
         self.job, self.rank, self.hosts, self._report = job, rank, hosts, report
         self.config = job.config
+        self.begins_from, self.state = self._standing()
+        self.source = train_steps(job.train_set, self.config, rank.count)
+        if rank.index == 0:
+            drop_skipped(job.output_dir / QUARANTINE, self.state.step)
+            drop_partial(job.output_dir)
+            self.source.read_ahead(self.state.cursor)  # while the model is built
         set_seed(self.config.seed)
         built = job.built if job.built is not None else build_model(job.source, job.config, job.tokenizer)
         model = built.to(rank.device)
@@ -158,7 +164,6 @@ class _RankRun:
             rank=rank.index,
             num_ranks=rank.count,
         )
-        self.source = train_steps(job.train_set, self.config, rank.count)
         self.schedule = Schedule.of(self.config, self.source.steps_per_epoch)
         self.engine = build_engine(
             self.config, self.module, rank, precision, self.schedule.num_steps, job.optimizer
@@ -226,33 +231,30 @@ class _RankRun:
         if self.rank.index == 0:
             self.log.finish(state, self.schedule.num_steps)
 
-    def _restore(self) -> TrainState:
+    def _standing(self) -> tuple[Path | None, TrainState]:
+        """The checkpoint that the run goes on from, if any, and where training stands."""
         found = checkpoints(self.job.output_dir)
         # One rank decides: of what an attempt before has done last, a shared disk may not tell all at once.
         newest = self.hosts.from_first(step_of(found[-1]) if found else -1)
         source = self.job.resume if newest < 0 else self.job.output_dir / f"checkpoint-{newest}"
-        if source is None:
-            self._begin(0)
-            return TrainState(num_workers=self.rank.count, max_tokens=self.max_tokens)
-        state = read_state(source)
-        if source.parent != self.job.output_dir:
+        state = TrainState() if source is None else read_state(source)
+        if source is not None and source.parent != self.job.output_dir:
             # The best checkpoint so far is the other directory's.
             state.best_metric = state.best_checkpoint = None
-        self.engine.load(source / "engine")
-        restore_rng(source, self.rank.index)
-        self._begin(state.step)
-        self._say(f"resuming after step {state.step} from {source}")
         state.num_workers = self.rank.count
-        state.max_tokens = self.max_tokens
-        return state
+        return source, state
 
-    def _begin(self, step: int) -> None:
-        """Of what a directory says of later steps nothing stays: they are done again."""
-        self.log.begin(step)
-        self.row_log.begin(step)
-        if self.rank.index == 0:
-            drop_skipped(self.job.output_dir / QUARANTINE, step)
-            drop_partial(self.job.output_dir)
+    def _restore(self) -> TrainState:
+        """Of what the directory says of later steps nothing stays: they are done again."""
+        state, source = self.state, self.begins_from
+        state.max_tokens = self.max_tokens
+        self.log.begin(state.step)
+        self.row_log.begin(state.step)
+        if source is not None:
+            self.engine.load(source / "engine")
+            restore_rng(source, self.rank.index)
+            self._say(f"resuming after step {state.step} from {source}")
+        return state
 
     def _steps(self, state: TrainState) -> Iterator[RankStep]:
         for step in self.source.steps(state.cursor):

@@ -203,6 +203,24 @@ def test_the_dispatcher_stays_four_steps_ahead_and_no_further_than_a_window(
             numbers(step)
 
 
+def test_reading_ahead_begins_before_a_step_is_asked_for(
+    whole: list[tuple[list[int], Cursor, float]], shards: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    cursor = whole[4][1]
+    with stream_of(shards, tmp_path) as steps:
+        steps.read_ahead(cursor)
+        deadline = time.monotonic() + 60
+        while ray.get(steps.actor.num_ahead.remote()) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        seen = [numbers(step) for step in islice(steps.steps(cursor), 10)]
+        steps.read_ahead(Cursor())  # and where another one is asked for after all
+        seen += [numbers(step) for step in islice(steps.steps(whole[14][1]), 5)]
+    assert seen == [rows for rows, _, _ in whole[5:20]]
+
+
 def test_a_rank_that_is_behind_gets_the_same_steps(shards: Path, tmp_path: Path) -> None:
     with stream_of(shards, tmp_path, num_ranks=2) as steps:
         first, second = steps.steps(Cursor()), steps.steps(Cursor())

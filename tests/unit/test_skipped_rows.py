@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,24 @@ def test_a_new_start_s_refusals_take_the_place_of_the_earlier_one_s_but_for_stre
         ("s.jsonl", 5, "bad-json"),
         ("a.jsonl", 7, "nonfinite-loss"),
     ]
+
+
+def test_no_refused_row_is_lost_while_rows_of_skipped_steps_are_dropped(tmp_path: Path) -> None:
+    """A stream's dispatcher writes while a rank that goes on drops: two processes, one file."""
+    path = tmp_path / "quarantine.jsonl"
+    script = (
+        "import sys; from pathlib import Path; from rayrm.data.blocks import Refusal\n"
+        "from rayrm.data.quarantine import write_quarantine\n"
+        "path = Path(sys.argv[1])\n"
+        "for row in range(2000):\n"
+        "    write_quarantine(path, ['a.jsonl'], [Refusal(0, row, 'bad-json', 'no JSON', '{')])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(path)]) as dispatcher:
+        step = 0
+        while dispatcher.poll() is None:
+            step += 1
+            write_skipped(path, step, ["a.jsonl:8"])
+            drop_skipped(path, 0)
+        assert dispatcher.returncode == 0
+    assert step > 10
+    assert entries(path) == [("a.jsonl", row, "bad-json") for row in range(2000)]
