@@ -105,9 +105,11 @@ class Dispatcher:
                 run = self._run
                 if run is None or not run.gives(cursor) or run.lacks(cursor, lost):
                     run = self._begin(cursor)
-                if cursor in run.ready:
-                    run.asked = max(run.asked, cursor)
+                if cursor > run.asked:
+                    # Also of a step that is not read yet: what lies before it is waited for by nobody.
+                    run.asked = cursor
                     self._changed.notify_all()
+                if cursor in run.ready:
                     return run.ready[cursor]
                 if run.error is not None:
                     if not isinstance(run.error, RayrmError):
