@@ -121,7 +121,7 @@ def _about_length(figures: Figures) -> list[str]:
 def _rows(figures: Figures) -> list[str]:
     lines = [_line("rows", f"{figures.num_rows:,} read, {figures.num_accepted:,} accepted")]
     for reason, count in figures.refused.items():
-        lines.append(_line("  refused", f"{reason} {count:,}, first: {figures.examples[reason]}"))
+        lines += _wrapped("  refused", f"{reason} {count:,}, first: {figures.examples[reason]}")
     if len(figures.forms):
         named = ", ".join(f"{form} {count:,}" for form, count in figures.forms.items())
         lines.append(_line("text form", named))
@@ -173,7 +173,8 @@ def _preferences(figures: Figures) -> list[str]:
     equal = max(1 - longer - shorter, 0.0)
     lines = [
         _line(
-            "the better text", f"is longer in {longer:.1%}, shorter in {shorter:.1%}, as long in {equal:.1%};"
+            "label balance",
+            f"the better text is longer in {longer:.1%}, shorter in {shorter:.1%}, as long in {equal:.1%};",
         ),
         _line("", f'the rule "longer wins" is right in {figures.longer_wins:.1%}'),
     ]
@@ -186,7 +187,7 @@ def _preferences(figures: Figures) -> list[str]:
         lines.append(_line("rankings", f"{counts}; the best stands at place {places}"))
     if figures.num_margins:
         named = ", ".join(f"{name} {value:.3g}" for name, value in figures.margins.items())
-        lines.append(_line("margins", f"{figures.num_margins:,} rows have one: {named}"))
+        lines.append(_line("margins", f"{figures.num_margins:,} rows have one that is not 0: {named}"))
     return lines
 
 
@@ -202,6 +203,19 @@ def _line(label: str, said: str) -> str:
     """A label and what is said of it, cut at the page's width."""
     text = f"  {label:<{_LABEL - 2}}  {' '.join(said.split())}"
     return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+
+
+def _wrapped(label: str, said: str) -> list[str]:
+    """A label and all that is said of it, in as many lines as it takes."""
+    begin = f"  {label:<{_LABEL - 2}}  "
+    return textwrap.wrap(
+        " ".join(said.split()),
+        WIDTH,
+        initial_indent=begin,
+        subsequent_indent=" " * len(begin),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _end_of(name: str, room: int) -> str:

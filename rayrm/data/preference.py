@@ -58,6 +58,10 @@ class PreferenceRow:
     names: tuple[str, ...] = _PAIR
 
 
+_MOST_MARGIN = 3.4e38
+"""The loss is float32, in which more is no finite number."""
+
+
 def form_of(row: PreferenceRow) -> PairForm:
     """Whether the row is plain text, messages, or token ids."""
     if row.ids is not None:
@@ -210,7 +214,7 @@ def _warn_legacy_columns() -> None:
 def _margin(value: Any) -> float:
     if value is None:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(float(value)) <= _MOST_MARGIN:
         raise RowError(
             "bad-margin",
             f"`margin` ({shown(value)}) must be a finite number; correct it, or remove it for no margin",

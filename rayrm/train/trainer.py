@@ -137,6 +137,7 @@ class RewardTrainer:
         self._auto_resume = auto_resume
         self._optimizer = optimizer_cls_and_kwargs
         self.num_workers = 0 if scaling_config is None else int(scaling_config.num_workers or 0)
+        self._mode = choose_mode(self._data, train_dataset, self.args)
         check_source(self._source, self.args)
         self.processing_class = prepare_tokenizer(
             processing_class
@@ -254,7 +255,7 @@ class RewardTrainer:
         save_model(self.model, self.processing_class, directory, text_form=self.text_form)
 
     def _train_set(self, source: Any, selection: Selection) -> TokenizedSet | StreamSource:
-        if choose_mode(self._data, source, self.args) == "indexed":
+        if self._mode == "indexed":
             return self._ingest(source, "train", self._data.max_pairs, selection)
         assert self.args.max_length is not None
         return open_stream(

@@ -9,14 +9,18 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from rayrm.errors import ClusterError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.own_ray import ensure_ray, trainer_class
+from rayrm.train.checkpoint import checkpoints
 from rayrm.train.last_error import forget_error, leave_error, left_error
 from rayrm.train.preemption import leaving_on_sigterm
 from rayrm.train.worker import TrainJob, train_rank
+
+logger = logging.getLogger("rayrm.train")
 
 
 def fit_here(job: TrainJob) -> None:
@@ -44,7 +48,10 @@ def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -
             name=job.output_dir.name,
             storage_path=str(job.output_dir.parent),
             failure_config=None if run_config is None else run_config.failure_config,
-            callbacks=None if run_config is None else run_config.callbacks,
+            callbacks=[
+                *((run_config and run_config.callbacks) or []),
+                _told_losses(job.output_dir, run_config),
+            ],
             # Ray Train would print every report; the records are shown by `Display`.
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -61,6 +68,35 @@ def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -
         raise _cause_in_workers(failure) from failure
     finally:
         forget_error(job.output_dir)
+
+
+def _told_losses(output_dir: Path, run_config: Any) -> Any:
+    """What says, in one line among Ray's stack traces, that workers were lost and what follows."""
+    from ray.train import UserCallback
+
+    most = 0
+    if run_config is not None and run_config.failure_config is not None:
+        most = run_config.failure_config.max_failures
+
+    class TellLosses(UserCallback):  # type: ignore[misc]
+        num_losses = 0
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            self.num_losses += 1
+            if left_error(output_dir) is not None or 0 <= most < self.num_losses:
+                return  # the run ends, and the driver says why
+            show_logs()
+            of_most = "" if most < 0 else f" of {most} that `max_failures` allows"
+            found = checkpoints(output_dir)
+            logger.warning(
+                "lost worker %s (loss %d%s): the run goes on from %s",
+                ", ".join(map(str, sorted(worker_exceptions))),
+                self.num_losses,
+                of_most,
+                found[-1].name if found else "its beginning",
+            )
+
+    return TellLosses()
 
 
 def _run_rank(config: dict[str, Any]) -> None:

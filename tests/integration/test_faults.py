@@ -7,6 +7,7 @@ and two with one worker each, which are killed for real and replaced.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -117,6 +118,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_lost_a_node_ends_by_itself_as_if_nothing_had_been(runs: Path) -> None:
     assert_same_run(runs / "killed", runs / "whole")
     assert read_row_log(runs / "killed") == read_row_log(runs / "whole")
+    told = (
+        r"lost worker [01].* \(loss 1 of 2 that `max_failures` allows\): the run goes on from checkpoint-\d0"
+    )
+    assert re.search(told, (runs / "said.txt").read_text())
 
 
 if __name__ == "__main__":

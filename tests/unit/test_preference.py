@@ -148,6 +148,7 @@ RANKED = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [0, 1, 2]}
         ({**CHAT, "prompt": "p"}, "mixed-forms", "`prompt` is a string"),
         ({**TEXT, "margin": float("nan")}, "bad-margin", "nan"),
         ({**TEXT, "margin": float("inf")}, "bad-margin", "inf"),
+        ({**TEXT, "margin": 1e39}, "bad-margin", "1e+39"),
         ({**TEXT, "margin": "0.5"}, "bad-margin", "'0.5'"),
         ({**TEXT, "margin": True}, "bad-margin", "True"),
         ({**CHAT, "tools": "{"}, "bad-tools", "JSON"),
