@@ -6,8 +6,9 @@
 Each configuration (ZeRO 0, 1, 2, 3, and LoRA under ZeRO-2; data indexed and streaming) is trained by `rayrm
 train` on two workers, once whole and once with kills: SIGKILL to a worker, whose run goes on within
 `max_failures`, and to the driver, whose command is typed again. Moments and victims are drawn from `--seed`.
-Afterwards every logged metric that is no clock's must be the same bits, and the row logs must show each pair
-exactly once in each epoch, in the same steps. `--other-workers N` goes on from a killed driver's last
+A kill counts where training went on from an earlier step after it. Afterwards every logged metric that is no
+clock's and the saved weights must be the same bits, and the row logs must show each pair exactly once in each
+epoch, in the same steps. `--other-workers N` goes on from a killed driver's last
 checkpoint with N workers instead: losses and gradient norms within 1e-5.
 
 With time left of `--minutes` configurations get further rounds with other moments. The last line printed is
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import random
 import shutil
@@ -35,7 +37,7 @@ from typing import Any
 import psutil
 
 from rayrm.train.checkpoint import checkpoints, step_of
-from rayrm.train.records import read_progress, read_records
+from rayrm.train.records import PROGRESS, read_progress, read_records
 from rayrm.train.row_log import read_row_log
 
 STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "lora": 2}
@@ -87,7 +89,7 @@ def prepare(home: Path) -> Path:
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+        vocab_size=len(tokenizer), hidden_size=320, intermediate_size=800, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, num_labels=1,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -159,9 +161,15 @@ class Run:
         if status:
             raise SystemExit(f"{self.output_dir} ended with status {status}:\n{self.tail()}")
 
-    def wait_for_step(self, step: int) -> bool:
-        """Until training stands at `step`, or beyond; False where it ended before."""
-        return self._wait_for(lambda: int(read_progress(self.output_dir).get("step", 0)), step, "step")
+    def wait_for_step(self, step: int, since: float) -> bool:
+        """Until training stands at `step`, or beyond, and has said so after `since`; False where it ended."""
+
+        def stands() -> int:
+            file = self.output_dir / PROGRESS
+            fresh = file.exists() and file.stat().st_mtime > since
+            return int(read_progress(self.output_dir).get("step", -1)) if fresh else -1
+
+        return self._wait_for(stands, step, "step")
 
     def wait_for_checkpoint(self) -> bool:
         """Until the run has a whole one; False where it ended before."""
@@ -198,14 +206,14 @@ class Run:
             time.sleep(0.1)
         return False
 
-    def kill_driver(self, *, and_all_it_started: bool = False) -> None:
-        """SIGKILL to the driver, whose Ray ends with it: its workers live on for seconds, and many steps.
+    def kill_driver(self) -> None:
+        """SIGKILL to the driver and to all that it started, as where a machine goes.
 
-        `and_all_it_started`: to these too, at once, as where a machine goes.
+        Its workers alone would live on for seconds, and many steps of a run as short as these.
         """
         started = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGKILL)
-        for process in started if and_all_it_started else ():
+        for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
@@ -226,17 +234,27 @@ def untimed(output_dir: Path) -> list[dict[str, Any]]:
 def differences(whole: Path, killed: Path) -> Iterator[str]:
     """What of the killed run is not as in the whole one."""
     ours, theirs = untimed(killed), untimed(whole)
-    if len(ours) != len(theirs):
+    if not NUM_STEPS < len(ours) == len(theirs):
         yield f"{len(ours)} records, {len(theirs)} in the whole run"
     for mine, other in zip(ours, theirs, strict=False):
-        if mine != other:
-            names = [name for name in other if mine.get(name) != other[name]]
-            name = names[0]
-            yield f"step {other['step']}: {name} is {mine.get(name)}, {other[name]} in the whole run"
+        names = [name for name in {**other, **mine} if mine.get(name) != other.get(name)]
+        if names:
+            found, wanted = mine.get(names[0]), other.get(names[0])
+            yield f"step {other['step']}: {names[0]} is {found}, {wanted} in the whole run"
             break
     yield from not_once(killed)
     if rows_by_step(killed) != rows_by_step(whole):
         yield "a step was made of other rows than in the whole run"
+    if weights_of(killed) != weights_of(whole):
+        yield "the saved weights are not those of the whole run"
+
+
+def weights_of(output_dir: Path) -> dict[str, str]:
+    """The hash of each file of weights that the run ended with."""
+    files = sorted(output_dir.glob("*.safetensors"))
+    if not files:
+        raise SystemExit(f"{output_dir} has saved no weights")
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def rows_by_step(output_dir: Path) -> dict[int, list[str]]:
@@ -262,20 +280,32 @@ def survive(run: Run, outcome: Outcome, worker_kills: int, driver_kills: int, dr
     """Let a run come to its end through the kills."""
     kinds = ["worker"] * worker_kills + ["driver"] * driver_kills
     draw.shuffle(kinds)
-    steps = sorted(draw.sample(range(2, NUM_STEPS - 8), len(kinds)))
+    steps = sorted(draw.sample(range(2, NUM_STEPS - 12), len(kinds)))
+    since = 0.0
     for kind, step in zip(kinds, steps, strict=True):
-        if not run.wait_for_step(step):
+        if not run.wait_for_step(step, since):
             break
         time.sleep(draw.uniform(0, 0.4))
         if kind == "worker":
-            outcome.worker_kills += run.kill_worker(draw)
-            time.sleep(1.0)  # until the run knows of it
-        elif run.process.poll() is None:
+            run.kill_worker(draw)
+        else:
             run.kill_driver()
-            outcome.driver_kills += 1
             run.start()
+        # The other worker may still have been within a step.
+        time.sleep(1.0)
+        since = time.time()
+        if not run.wait_for_step(0, since) or int(read_progress(run.output_dir)["step"]) >= NUM_STEPS:
+            break
+        if kind == "worker":
+            outcome.worker_kills += 1
+        else:
+            outcome.driver_kills += 1
         print(f"  killed a {kind} at step {step} or a little later", file=sys.stderr, flush=True)
+    else:
+        run.wait()
+        return
     run.wait()
+    outcome.problems.append(f"a {kind} was killed too late: the run had ended")
 
 
 def on_other_workers(file: Path, home: Path, outcome: Outcome, workers: int, whole: Path) -> None:
@@ -283,7 +313,7 @@ def on_other_workers(file: Path, home: Path, outcome: Outcome, workers: int, who
     run = Run(file, home / "other", words_of(outcome.configuration))
     if not run.wait_for_checkpoint():
         raise SystemExit(f"{run.output_dir} ended before it was killed:\n{run.tail()}")
-    run.kill_driver(and_all_it_started=True)
+    run.kill_driver()
     outcome.driver_kills += 1
     begun = step_of(checkpoints(run.output_dir)[-1])
     if begun > NUM_STEPS // 2:
