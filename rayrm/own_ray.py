@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rayrm.errors import ClusterError
+
 _PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # What Ray Train starts for every run and a run on an own Ray has no use for: nothing outlives its controller
 # there, and no rank asks for `ray.train.get_dataset_shard`.
@@ -34,13 +36,21 @@ def ensure_ray(address: str | None = None) -> None:
         ray.init(address=address, **quiet)
         return
     cpus = max(4, os.cpu_count() or 1)  # logical: Ray Data must not starve behind the training workers
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        _system_config={"num_workers_soft_limit": 0},  # a worker that has been idle for a second ends
-        **quiet,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            _system_config={"num_workers_soft_limit": 0},  # a worker that has been idle for a second ends
+            **quiet,
+        )
+    except Exception as error:
+        if type(error) is not Exception:  # of this class is what Ray says of a start that took too long
+            raise
+        raise ClusterError(
+            f"Ray did not start on this machine: {error} Other processes may keep it busy: type the same "
+            "command again, or start Ray by itself (`ray start --head`) and set RAY_ADDRESS=auto."
+        ) from error
 
 
 def trainer_class() -> type[Any]:

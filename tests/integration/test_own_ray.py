@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray.train.torch import TorchTrainer
 
+from rayrm.errors import ClusterError
 from rayrm.own_ray import ensure_ray, trainer_class
 from tests.integration.test_cli import write_rows
 from tests.tiny import save_tiny, tiny_rows
@@ -67,3 +70,16 @@ def test_a_run_of_its_own_has_a_worker_and_no_watchers(tmp_path: Path) -> None:
 def test_a_cluster_keeps_what_watches_over_it(ray_cluster: None) -> None:
     ensure_ray()
     assert trainer_class() is TorchTrainer
+
+
+def test_a_ray_that_does_not_start_in_time_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray waits 30 seconds, which nothing sets, and raises a bare Exception."""
+
+    def too_late(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", too_late)
+    with pytest.raises(ClusterError, match=r"timed out during startup\. .* type the same command again"):
+        ensure_ray()
