@@ -283,29 +283,27 @@ def survive(run: Run, outcome: Outcome, worker_kills: int, driver_kills: int, dr
     steps = sorted(draw.sample(range(2, NUM_STEPS - 12), len(kinds)))
     since = 0.0
     for kind, step in zip(kinds, steps, strict=True):
-        if not run.wait_for_step(step, since):
-            break
-        time.sleep(draw.uniform(0, 0.4))
-        if kind == "worker":
-            run.kill_worker(draw)
-        else:
-            run.kill_driver()
-            run.start()
-        # The other worker may still have been within a step.
-        time.sleep(1.0)
-        since = time.time()
-        if not run.wait_for_step(0, since) or int(read_progress(run.output_dir)["step"]) >= NUM_STEPS:
+        interrupted = run.wait_for_step(step, since)
+        if interrupted:
+            time.sleep(draw.uniform(0, 0.4))
+            if kind == "worker":
+                run.kill_worker(draw)
+            else:
+                run.kill_driver()
+                run.start()
+            # The other worker may still have been within a step.
+            time.sleep(1.0)
+            since = time.time()
+            interrupted = run.wait_for_step(0, since) and read_progress(run.output_dir)["step"] < NUM_STEPS
+        if not interrupted:
+            outcome.problems.append(f"a {kind} was to be killed at step {step}, and the run had ended")
             break
         if kind == "worker":
             outcome.worker_kills += 1
         else:
             outcome.driver_kills += 1
         print(f"  killed a {kind} at step {step} or a little later", file=sys.stderr, flush=True)
-    else:
-        run.wait()
-        return
     run.wait()
-    outcome.problems.append(f"a {kind} was killed too late: the run had ended")
 
 
 def on_other_workers(file: Path, home: Path, outcome: Outcome, workers: int, whole: Path) -> None:

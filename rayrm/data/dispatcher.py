@@ -11,7 +11,7 @@ windows and of Ray Data's own limit, whatever the size of the source.
 from __future__ import annotations
 
 import functools
-import itertools
+import logging
 import os
 import pickle
 import threading
@@ -45,6 +45,7 @@ _ATTEMPTS = 5
 _FIRST_PIECES = 64
 _PIECES_AT_ONCE = 1024
 PATIENCE_S = 600.0
+_log = logging.getLogger("rayrm.data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,19 +150,23 @@ class Dispatcher:
     def _read(self, run: _Run) -> None:
         from ray.exceptions import ObjectLostError
 
-        for attempt in itertools.count():
+        attempts, stood = 0, run.tail
+        while True:
             try:
                 self._cut(run)
                 return
             # What ends the reading, whatever it is, must reach the ranks: they wait for the next step.
             except Exception as error:
-                if not isinstance(error, ObjectLostError) or attempt == _ATTEMPTS:
+                # Counted since the last step that was given: nodes may come and go for weeks.
+                attempts, stood = (attempts + 1 if stood == run.tail else 1), run.tail
+                if not isinstance(error, ObjectLostError) or attempts > _ATTEMPTS:
                     with self._changed:
                         run.error = error
                         self._changed.notify_all()
                     return
-                # Blocks went with their node before they were looked at: they are read anew.
-                time.sleep(attempt)
+                # Blocks went with their node before they were looked at.
+                _log.warning("blocks of the stream were lost (%s), reading them again", type(error).__name__)
+                time.sleep(attempts - 1)
 
     def _cut(self, run: _Run) -> None:
         """Give the run its steps from where they end, epoch after epoch."""

@@ -10,6 +10,8 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +31,21 @@ FILTERED = ("too-long", EXCLUDED)
 NONFINITE = "nonfinite-loss"
 ROWS_TO_JUDGE = 1000
 _SHOWN_REASONS = 3
+
+
+def quarantine_aside(owner: object) -> Path:
+    """A file in a directory that others can't read; where it holds nothing when `owner` goes, it goes too."""
+    directory = Path(tempfile.mkdtemp(prefix="rayrm-refused-"))
+    file = directory / QUARANTINE
+    weakref.finalize(owner, _drop_where_empty, file)
+    return file
+
+
+def _drop_where_empty(file: Path) -> None:
+    with suppress(OSError):
+        if file.exists() and not file.stat().st_size:
+            file.unlink()
+        file.parent.rmdir()
 
 
 def write_quarantine(path: Path, names: Sequence[str], refusals: Sequence[Refusal]) -> None:

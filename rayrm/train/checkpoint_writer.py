@@ -7,7 +7,6 @@ collectives are the training's. Whether one failed, ranks agree in `poll`, which
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -39,11 +38,11 @@ from rayrm.train.checkpoint import (
     seal,
 )
 from rayrm.train.engine_state import ENGINE, EngineState, Slice
+from rayrm.train.hashed_file import write_hashed
 from rayrm.train.host_memory import HostMemory
 from rayrm.train.rank import Hosts
 
 logger = logging.getLogger("rayrm.train")
-_CHUNK = 16 << 20
 _NICENESS = 10
 _LOOK_AGAIN_S = 0.02
 # How long a rank that leaves by an error gives the other ranks' threads to finish their parts.
@@ -204,21 +203,12 @@ class CheckpointWriter:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _write_file(self, file: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-        digest, size = hashlib.sha256(), 0
-        with file.open("wb", buffering=0) as out:
-            for chunk in chunks:
-                view = memoryview(chunk).cast("B")
-                for at in range(0, len(view), _CHUNK):
-                    if self._abandon.is_set():
-                        raise _Abandoned
-                    rest = view[at : at + _CHUNK]
-                    digest.update(rest)
-                    size += len(rest)
-                    while rest:
-                        rest = rest[out.write(rest) :]
-            os.fsync(out.fileno())
-        return {"size": size, "sha256": digest.hexdigest()}
+    def _write_file(self, file: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+        return write_hashed(file, parts, self._raise_if_abandoned)
+
+    def _raise_if_abandoned(self) -> None:
+        if self._abandon.is_set():
+            raise _Abandoned
 
     def _list_part(self, partial: Path, written: Files) -> None:
         aside = partial / f".part-{self.rank}.json"
@@ -228,8 +218,7 @@ class CheckpointWriter:
     def _complete(self, partial: Path, best: str | None) -> None:
         parts = [partial / part_of(rank) for rank in range(self.num_ranks)]
         while not all(part.exists() for part in parts):
-            if self._abandon.is_set():
-                raise _Abandoned
+            self._raise_if_abandoned()
             time.sleep(_LOOK_AGAIN_S)
         final = self.output_dir / f"checkpoint-{self._step}"
         seal(partial, parts, final)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.data.ingest import ingest
-from rayrm.data.quarantine import replace_refusals
+from rayrm.data.quarantine import quarantine_aside, replace_refusals
 from rayrm.data.selection import EVERY_ROW, Selection, selections
 from rayrm.data.stream_steps import StreamedSteps
 from rayrm.data.streaming import StreamSource, open_stream
@@ -152,7 +151,7 @@ class RewardTrainer:
         )
         check_writable(self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
-        self._quarantine = Path(tempfile.mkdtemp(prefix="rayrm-refused-")) / "quarantine.jsonl"
+        self._quarantine = quarantine_aside(self)
         check_selection(self._data, train_dataset, eval_dataset)
         for_training, for_evaluation = selections(self._data)
         self.train_set = self._train_set(train_dataset, for_training)

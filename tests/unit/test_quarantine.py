@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
+import stat
 from collections.abc import Sequence
 
 import pytest
 
 from rayrm.data.blocks import Refusal
-from rayrm.data.quarantine import RefusalWatch
+from rayrm.data.quarantine import RefusalWatch, quarantine_aside, write_quarantine
 from rayrm.errors import DataError
 
 Block = tuple[dict[int, int], list[Refusal]]
@@ -134,3 +136,20 @@ def test_the_message_has_three_reasons_with_a_place_and_the_others_in_numbers() 
 def test_a_source_without_rows_is_an_error() -> None:
     with pytest.raises(DataError, match=r"train \(a, b\) has no rows"):
         RefusalWatch("train", ["a", "b"], 0.01).finish()
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_the_file_aside_goes_with_its_owner_unless_it_holds_rows(refused: int) -> None:
+    class Owner:
+        pass
+
+    owner = Owner()
+    file = quarantine_aside(owner)
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    write_quarantine(
+        file, ["a.jsonl"], [Refusal(0, row, "empty", "it is empty", "{}") for row in range(refused)]
+    )
+    del owner
+    assert file.exists() == file.parent.exists() == bool(refused)
+    if refused:
+        shutil.rmtree(file.parent)
