@@ -10,6 +10,9 @@ RayrmError
 ├── PublishError           (ValueError)    a model that cannot be published or opened
 ├── ScoreError             (ValueError)    an input that cannot be scored
 ├── RewardUnavailableError (RuntimeError)  the reward service gave no answer before the deadline
+│   ├── OverloadedError                    its queue is full; `retry_after_s` says when to come back
+│   └── VersionError                       the version that was asked for does not answer
+├── RollError              (RuntimeError)  a version that the service refused; the one before serves on
 ├── ClusterError           (RuntimeError)  what was asked is more than the cluster has
 ├── PreemptedError         (RuntimeError)  a run that was told to leave, saved and left
 └── MissingExtraError      (ImportError)   an optional package is not installed
@@ -71,6 +74,32 @@ class ScoreError(RayrmError, ValueError):
 
 class RewardUnavailableError(RayrmError, RuntimeError):
     """The reward service gave no answer before the deadline; no reward was made up in its place."""
+
+
+class OverloadedError(RewardUnavailableError):
+    """The service has as many requests as it may queue; `retry_after_s`: when it may have room."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[OverloadedError], tuple[str, float]]:
+        return type(self), (str(self), self.retry_after_s)
+
+
+class VersionError(RewardUnavailableError):
+    """The version that the caller pinned is not the one that answers; `served` is."""
+
+    def __init__(self, message: str, served: str) -> None:
+        super().__init__(message)
+        self.served = served
+
+    def __reduce__(self) -> tuple[type[VersionError], tuple[str, str]]:
+        return type(self), (str(self), self.served)
+
+
+class RollError(RayrmError, RuntimeError):
+    """A version that could not take over: the message holds why, and the version before serves on."""
 
 
 class ClusterError(RayrmError, RuntimeError):

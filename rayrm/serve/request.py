@@ -1,17 +1,67 @@
-"""A score request as callers write it -> `TextInput`s, checked. Shared by scorer and client; no torch."""
+"""A score request as callers write it -> `ScoreRequest`, checked; and what answers it. No torch, no Ray."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from rayrm.data.messages import Text
+from rayrm.data.packing import Ids
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import ScoreError
 
 Truncation = Literal["left", "right"]
+Scorable = TextInput | Ids
+"""A text, or its token ids as the model's own tokenizer gives them (int32 `[length]`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Texts that one caller wants scored by one model; all of them are scored by the same version.
+
+    `model`: which of the service's models or ensembles; None: its only one. `truncation`: what to do with a
+    text beyond the model's positions; None: refuse. `version`: the only one that may answer. `left_s`: how
+    long the caller still waits; what has not begun by then is not computed.
+    """
+
+    inputs: Sequence[Scorable]
+    model: str | None = None
+    truncation: Truncation | None = None
+    version: str | None = None
+    left_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds that a request spent in each phase on its replica; `total_s` on the caller's side."""
+
+    tokenize_s: float = 0.0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """`scores`, one finite float for each text in order, and the `version` that gave them all.
+
+    `model`: the name of the model or ensemble. `num_tokens`: of each text, as it was scored. `truncated`: the
+    places of texts that were cut to the model's positions. `spread`: of an ensemble, the standard deviation
+    of its members' scores for each text (None: a single model). An ensemble's `version` joins its members'.
+    """
+
+    scores: list[float]
+    version: str
+    model: str = ""
+    num_tokens: list[int] = field(default_factory=list)
+    truncated: list[int] = field(default_factory=list)
+    spread: list[float] | None = None
+    timing: Timing = field(default_factory=Timing)
 
 
 def text_inputs(
@@ -73,3 +123,21 @@ def check_truncation(truncation: str | None) -> None:
     """Raise ScoreError unless `truncation` is None, "left" or "right"."""
     if truncation is not None and truncation not in get_args(Truncation):
         raise ScoreError(f'`truncation` ({truncation!r}) must be None (refuse), "left" or "right".')
+
+
+def id_inputs(sequences: Sequence[Sequence[int] | Ids]) -> list[Ids]:
+    """Token ids as int32 arrays. Raises ScoreError naming the sequence that holds anything else, or nothing."""
+    arrays: list[Ids] = []
+    for index, ids in enumerate(sequences):
+        try:
+            array = np.asarray(ids)
+            fits = array.ndim == 1 and array.size > 0 and array.dtype.kind in "iu"
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits or array.min() < 0 or array.max() > np.iinfo(np.int32).max:
+            raise ScoreError(
+                f"`ids` {index} must be a flat list of token ids, at least one and none negative. Pass "
+                "[tokenizer(text).input_ids, ...], or int32 arrays."
+            )
+        arrays.append(np.ascontiguousarray(array, np.int32))
+    return arrays
