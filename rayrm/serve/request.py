@@ -26,7 +26,8 @@ class ScoreRequest:
 
     `model`: which of the service's models or ensembles; None: its only one. `truncation`: what to do with a
     text beyond the model's positions; None: refuse. `version`: the only one that may answer. `left_s`: how
-    long the caller still waits; what has not begun by then is not computed.
+    long the caller still waits; what has not begun by then is not computed. `partial`: a text that cannot be
+    scored is told in the answer's `errors`, and the others are scored; else it is the request's error.
     """
 
     inputs: Sequence[Scorable]
@@ -34,6 +35,7 @@ class ScoreRequest:
     truncation: Truncation | None = None
     version: str | None = None
     left_s: float | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class ScoreResult:
     `model`: the name of the model or ensemble. `num_tokens`: of each text, as it was scored. `truncated`: the
     places of texts that were cut to the model's positions. `spread`: of an ensemble, the standard deviation
     of its members' scores for each text (None: a single model). An ensemble's `version` joins its members'.
+    `errors`: where the request was `partial`, why a text has no score, by its place; its score is NaN.
     """
 
     scores: list[float]
@@ -62,6 +65,7 @@ class ScoreResult:
     truncated: list[int] = field(default_factory=list)
     spread: list[float] | None = None
     timing: Timing = field(default_factory=Timing)
+    errors: dict[int, str] = field(default_factory=dict)
 
 
 def text_inputs(
@@ -126,7 +130,7 @@ def check_truncation(truncation: str | None) -> None:
 
 
 def id_inputs(sequences: Sequence[Sequence[int] | Ids]) -> list[Ids]:
-    """Token ids as int32 arrays. Raises ScoreError naming the sequence that holds anything else, or nothing."""
+    """Token ids as int32 arrays. Raises ScoreError naming the sequence that is empty or holds others."""
     arrays: list[Ids] = []
     for index, ids in enumerate(sequences):
         try:
