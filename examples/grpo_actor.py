@@ -20,7 +20,7 @@ import ray
 from ray import serve
 
 from rayrm import RewardClient, deploy
-from rayrm.serve.deployment import connect
+from rayrm.serve.connect import connect
 
 QUESTIONS = [
     "How do I say no to a friend politely?",

@@ -16,7 +16,7 @@ from pathlib import Path
 from rayrm.errors import RayrmError
 from rayrm.rl.grpo import run_grpo
 from rayrm.serve.client import RewardClient
-from rayrm.serve.deployment import connect
+from rayrm.serve.connect import connect
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -1,4 +1,4 @@
-"""`rayrm`: train, evaluate, score, publish, serve, sweep, demo, config, data, doctor from the shell.
+"""`rayrm`: train, evaluate, score, publish, serve, sweep, demo, config, data, doctor and more, from the shell.
 
 Each command parses its words and calls one function of the package; torch and ray are imported by the command
 that needs them, so that `rayrm config` is instant. What the user can mend ends with one message and exit
@@ -18,15 +18,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayrm.errors import ConfigError, PreemptedError, PublishError, RayrmError, ScoreError
+from rayrm.errors import PreemptedError, RayrmError, ScoreError
 from rayrm.inspect_command import add_data
+from rayrm.serve_commands import (
+    MODEL,
+    add_publish,
+    add_registry,
+    add_roll,
+    add_serve,
+    add_status,
+    model_directory,
+)
 
 if TYPE_CHECKING:
     from rayrm.data.tokenize import TextInput
     from rayrm.train.sweep import Sweep
 
 _OVERRIDES = "settings such as learning_rate=2e-6 or cluster.num_workers=8, over those of the run file"
-_MODEL = "a directory (a run's, a checkpoint, registry/NAME), or a name published in --registry"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,24 +98,17 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Train the run of a run file; goes on where it was cut off.")
     _add_run(train)
     evaluate = command("evaluate", _evaluate, "Accuracy of a model on preference pairs, source by source.")
-    evaluate.add_argument("model", help=_MODEL)
+    evaluate.add_argument("model", help=MODEL)
     evaluate.add_argument("data", nargs="+", help="paths, globs or hub names")
     evaluate.add_argument("--max-pairs", type=int, help="only the first rows of each source")
     evaluate.add_argument("--max-bad-row-fraction", type=float, default=0.01, help="default: 0.01")
     evaluate.add_argument("--json", type=Path, help="also write the metrics here")
-    _add_registry(evaluate)
+    add_registry(evaluate)
     _add_score(command("score", _score, "Add a `score` to every row of a jsonl file."))
-    publish = command("publish", _publish, "Copy a trained model into a registry, as an immutable version.")
-    publish.add_argument("checkpoint", help="a run's directory, or its checkpoint-<step>")
-    publish.add_argument("--name", default="reward", help="what the model is called there (reward)")
-    publish.add_argument("--keep-adapter", action="store_true", help="do not merge a LoRA adapter")
-    _add_registry(publish)
-    serve = command("serve", _serve, "Serve a model on Ray until Ctrl-C.")
-    serve.add_argument("model", help=_MODEL)
-    serve.add_argument("settings", nargs="*", metavar="key=value", help="fields of [serve]: num_replicas=2")
-    serve.add_argument("--name", help="the service's name (reward)")
-    serve.add_argument("--address", help="the Ray cluster")
-    _add_registry(serve)
+    add_publish(command("publish", None, "Copy a trained model into a registry, as an immutable version."))
+    add_serve(command("serve", None, "Serve a model on Ray until Ctrl-C."))
+    add_roll(command("roll", None, "Let a running service serve another version, without losing a request."))
+    add_status(command("status", None, "What a running service serves, and how its replicas stand."))
     _add_sweep(command("sweep", _sweep, "Train a run file's run with several settings, and name the best."))
     demo = command("demo", _demo, "The whole way once: data, training, evaluation, serving, GRPO.")
     demo.add_argument("--out", default="demo-out", help="default: demo-out")
@@ -124,16 +125,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="*", metavar="run.toml key=value", help=f"a run file, then {_OVERRIDES}")
 
 
-def _add_registry(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--registry", default="registry", help="directory of published models (registry)")
-
-
 def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words",
         nargs="+",
         metavar="MODEL INPUT",
-        help=f"{_MODEL}, none with --served; then jsonl, jsonl.gz or parquet with prompt and completion(s), "
+        help=f"{MODEL}, none with --served; then jsonl, jsonl.gz or parquet with prompt and completion(s), "
         "or - for stdin",
     )
     parser.add_argument("--output", type=Path, help="a new file; without it: stdout")
@@ -141,7 +138,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help="the Ray cluster of that service")
     parser.add_argument("--rendered", action="store_true", help="strings went through the chat template")
     parser.add_argument("--truncation", choices=("left", "right"), help="cut texts that are too long")
-    _add_registry(parser)
+    add_registry(parser)
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +176,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    model = _model_directory(options.model, options.registry)
+    model = model_directory(options.model, options.registry)
     from rayrm.train.launch import evaluate_model
 
     with _progress_line("scoring") as show:
@@ -236,7 +233,7 @@ def _scorer(options: argparse.Namespace, model_word: str = "") -> Any:
     """Inputs -> scores: by the running service, or by the model in this process."""
     if options.served is not None:
         from rayrm.serve.client import RewardClient
-        from rayrm.serve.deployment import connect
+        from rayrm.serve.connect import connect
 
         connect(options.address, start=False)
         client = RewardClient(options.served)
@@ -245,7 +242,7 @@ def _scorer(options: argparse.Namespace, model_word: str = "") -> Any:
             return client.score_inputs(inputs, truncation=options.truncation).scores
 
         return by_service
-    directory = _model_directory(model_word, options.registry)
+    directory = model_directory(model_word, options.registry)
     from rayrm.logs import show_logs
     from rayrm.serve.scorer import RewardModel
 
@@ -256,33 +253,6 @@ def _scorer(options: argparse.Namespace, model_word: str = "") -> Any:
         return model.score_inputs(inputs, truncation=options.truncation)
 
     return in_process
-
-
-def _publish(options: argparse.Namespace) -> int:
-    from rayrm.serve.registry import publish
-
-    published = publish(
-        options.checkpoint, options.registry, options.name, merge_lora=not options.keep_adapter
-    )
-    was = "published" if published.is_new else "was already published"
-    print(f"{published.name} {published.version} {was}: {published.path}")
-    return 0
-
-
-def _serve(options: argparse.Namespace) -> int:
-    from rayrm.config import ServeConfig
-
-    named = [f"name={options.name}"] if options.name else []
-    words = [word.removeprefix("serve.").partition("=") for word in (*options.settings, *named)]
-    if bad := next((key for key, equals, _ in words if not equals), None):
-        raise ConfigError(f"setting `{bad}` must be key=value. Type for example `num_replicas=2`.")
-    fields: dict[str, Any] = {key: value for key, _, value in words}
-    settings = ServeConfig(**fields)
-    model = _model_directory(options.model, options.registry)
-    from rayrm.serve.deployment import serve_forever
-
-    serve_forever(model, settings, address=options.address)
-    return 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -331,21 +301,6 @@ def _doctor(options: argparse.Namespace) -> int:
     from rayrm.doctor import print_doctor
 
     return print_doctor(start_ray=options.ray)
-
-
-def _model_directory(word: str, registry: str) -> str:
-    """`word` itself, the current version of the published model that it is, or one in the registry."""
-    from rayrm.serve.registry import CURRENT, open_published
-
-    for place in (Path(word), Path(registry) / word):
-        if (place / CURRENT).is_file():
-            return str(open_published(place).path)
-        if place.is_dir():
-            return str(place)
-    raise PublishError(
-        f"model ({word!r}) is no directory, and nothing is published as {str(Path(registry) / word)!r}. Type "
-        "the directory of a run, a checkpoint or a published model."
-    )
 
 
 @contextmanager

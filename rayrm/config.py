@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field
 
 from rayrm.data_settings import DataConfig, SourceConfig
 from rayrm.rules import SAME, adopt_trl_names, check_reward_config, parse_optim_args, resolve_defaults
+from rayrm.serve_settings import ServeConfig
 from rayrm.settings import (
     Count,
     Decay,
@@ -312,26 +313,3 @@ class ClusterConfig:
                 "`use_gpu` (True) is about Ray workers, and `num_workers` is 0: training in this process "
                 "takes the GPU by itself. Type `cluster.num_workers=1`, or delete `use_gpu`."
             )
-
-
-@settings
-class ServeConfig:
-    """The reward service."""
-
-    name: str = "reward"
-    """The Serve application's name: what `RewardClient(name)` calls."""
-    num_replicas: Count = 1
-    """Copies of the model that answer."""
-    max_tokens_per_batch: OptionalCount = None
-    """Tokens a replica computes in one forward pass, at most: it sets memory. None: 16384 on a GPU, 4096 on a
-    CPU."""
-    num_cpus: NonNegativeFloat = 1.0
-    """CPUs Ray reserves for each replica."""
-    num_gpus: NonNegativeFloat = 0.0
-    """GPUs Ray reserves for each replica; a fraction shares one."""
-    max_queued_requests: Annotated[int, Field(ge=-1)] = -1
-    """Requests that may wait before new ones are told to come back later; -1: no limit."""
-
-    def __post_init__(self) -> None:
-        if not self.name.strip():
-            raise ValueError("`name` (''): the service needs a name. Type one, such as `reward`.")

@@ -1,63 +1,74 @@
 """[RAY] `RewardClient`: the deployed reward model as a function. Imports no torch; pickles into any actor.
 
 A call returns one finite float for each completion or raises; it never returns None. Until its deadline it
-retries what a lost replica or a full queue causes (scoring twice gives the same score): a killed replica
-costs its callers time and no request. In process, without a cluster, the same scores come from `RewardModel`.
+retries what a lost replica or a full queue causes: a killed replica costs its callers time and no request.
+In process, without a cluster, the same scores come from `RewardModel`. How calls travel: `caller.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import ray
-from ray import serve
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    GetTimeoutError,
-    RayTaskError,
-    WorkerCrashedError,
-)
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-
 from rayrm.data.messages import Text
+from rayrm.data.packing import Ids
 from rayrm.data.tokenize import TextInput
-from rayrm.errors import RayrmError, RewardUnavailableError
-from rayrm.serve.request import Truncation, check_truncation, row_inputs, text_inputs
+from rayrm.errors import RewardUnavailableError
+from rayrm.serve.caller import CallSettings, service_handle, start_call
+from rayrm.serve.request import (
+    Scorable,
+    ScoreRequest,
+    ScoreResult,
+    Truncation,
+    check_truncation,
+    id_inputs,
+    row_inputs,
+    text_inputs,
+)
+from rayrm.serve.roll import RollResult, roll, service_status
 
-logger = logging.getLogger(__name__)
-
-_LOST = (ActorDiedError, ActorUnavailableError, WorkerCrashedError, BackPressureError)
-_LATE = (GetTimeoutError, TimeoutError)
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreResult:
-    """`scores`, one float for each completion in order, and the `version` of the model that gave them."""
-
-    scores: list[float]
-    version: str
+_ROLL_WAIT_S = 600.0
 
 
 class RewardClient:
     """Calls the Serve application `name`; also TRL's reward function contract.
 
-    The connection is made on the first call. `deadline_s` is the time a call may take in all, retries
-    included.
+    Works in the driver, actors, Train workers, other deployments and other drivers: each process makes its
+    own connection on the first call. Calls of few texts that arrive together, from any thread or event loop
+    of the process, travel together.
+
+    Args:
+        name: of the application.
+        model: which of its models or ensembles; None: its only one.
+        deadline_s: the time a call may take in all, retries included.
+        pin_version: the only version that may answer; a call meets VersionError where another serves.
+        hedge_after_s: send a call that has no answer after so long to a second replica too, and take the
+            first answer. None: don't.
+        retry_overload: try again, until the deadline, where the queue is full; else OverloadedError at once.
+        coalesce: let calls of few texts travel together.
+        prefer_local: ask a replica on this process's node first.
     """
 
-    def __init__(self, name: str = "reward", *, deadline_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        name: str = "reward",
+        *,
+        model: str | None = None,
+        deadline_s: float = 120.0,
+        pin_version: str | None = None,
+        hedge_after_s: float | None = None,
+        retry_overload: bool = True,
+        coalesce: bool = True,
+        prefer_local: bool = False,
+    ) -> None:
         self.name = name
+        self.model = model
         self.deadline_s = deadline_s
-        self.__name__ = name  # TRL names the reward's metrics after it
-        self._handle: Any = None
+        self.pin_version = pin_version
+        self.__name__ = model or name  # TRL names the reward's metrics after it
+        self._settings = CallSettings(name, deadline_s, hedge_after_s, retry_overload, coalesce, prefer_local)
 
     def __call__(
         self,
@@ -82,37 +93,28 @@ class RewardClient:
         rendered: bool = False,
         truncation: Truncation | None = None,
     ) -> ScoreResult:
-        """Score each (prompt, completion); arguments as `RewardModel.score`.
+        """Score each (prompt, completion), all by one version; arguments as `RewardModel.score`.
 
         Raises:
             ScoreError: an input that cannot be scored (named).
+            VersionError: another version serves than the pinned one.
+            OverloadedError: the queue is full, without `retry_overload`.
             RewardUnavailableError: no such application, or no answer before the deadline.
         """
         inputs = text_inputs(prompts, completions, tools, chat_template_kwargs, rendered=rendered)
         return self._score(inputs, truncation)
+
+    def score_ids(
+        self, sequences: Sequence[Sequence[int] | Ids], *, truncation: Truncation | None = None
+    ) -> ScoreResult:
+        """`score` of token ids as the model's own tokenizer gives them; int32 arrays travel fastest."""
+        return self._score(id_inputs(sequences), truncation)
 
     def score_inputs(
         self, inputs: Sequence[TextInput], *, truncation: Truncation | None = None
     ) -> ScoreResult:
         """`score` of inputs that each have tools of their own; as `RewardModel.score_inputs`."""
         return self._score(list(inputs), truncation)
-
-    def _score(self, inputs: list[TextInput], truncation: Truncation | None) -> ScoreResult:
-        if _in_event_loop():
-            raise RewardUnavailableError(
-                f"RewardClient({self.name!r}) was called inside a running event loop, which it would block. "
-                "Use `await client.score_async(prompts, completions)` there."
-            )
-        check_truncation(truncation)
-        attempts = _Attempts(self.name, self.deadline_s)
-        while True:
-            try:
-                return self._attempt(inputs, truncation, attempts)
-            except RayTaskError as error:
-                raise _own_error(self.name, error) from error
-            except (*_LOST, *_LATE) as error:
-                self._handle = None
-                time.sleep(attempts.pause_after(error))
 
     async def score_async(
         self,
@@ -124,118 +126,60 @@ class RewardClient:
         rendered: bool = False,
         truncation: Truncation | None = None,
     ) -> ScoreResult:
-        """`score` for asyncio actors: leaves the event loop free; cancelling it cancels the work."""
+        """`score` for asyncio: leaves the event loop free; cancelling it cancels the work."""
         inputs = text_inputs(prompts, completions, tools, chat_template_kwargs, rendered=rendered)
-        check_truncation(truncation)
-        attempts = _Attempts(self.name, self.deadline_s)
-        while True:
-            try:
-                return await self._attempt_async(inputs, truncation, attempts)
-            except RayTaskError as error:
-                raise _own_error(self.name, error) from error
-            except (*_LOST, *_LATE) as error:
-                self._handle = None
-                await asyncio.sleep(attempts.pause_after(error))
+        return await self.ask(self._request(inputs, truncation))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A handle belongs to its process; the receiver fetches its own.
-        return {**self.__dict__, "_handle": None}
+    async def score_ids_async(
+        self, sequences: Sequence[Sequence[int] | Ids], *, truncation: Truncation | None = None
+    ) -> ScoreResult:
+        """`score_ids` for asyncio."""
+        return await self.ask(self._request(id_inputs(sequences), truncation))
+
+    async def ask(self, request: ScoreRequest) -> ScoreResult:
+        """The answer to a request as it stands, whatever this client's `model` and `pin_version`."""
+        return await asyncio.wrap_future(start_call(self._settings, request))
+
+    def roll(
+        self, version: str | Path, *, model: str | None = None, wait_s: float = _ROLL_WAIT_S
+    ) -> RollResult:
+        """Let every replica serve another version; returns when they do. No request is lost.
+
+        `version`: published beside the one that serves, or a published model's directory. It is loaded
+        beside the old one and must give the scores stored at its publication; else RollError, and the old one
+        serves on. The registry's `current` follows.
+        """
+        return roll(service_handle(self._settings), self.name, version, model or self.model, wait_s)
+
+    def rollback(self, *, model: str | None = None, wait_s: float = _ROLL_WAIT_S) -> RollResult:
+        """Roll back to the version before the latest roll."""
+        return roll(service_handle(self._settings), self.name, None, model or self.model, wait_s)
+
+    def status(self, *, wait_s: float = 30.0) -> dict[str, Any]:
+        """What is served: versions, the latest roll and its error, and how each replica stands."""
+        return service_status(service_handle(self._settings), self.name, wait_s)
 
     def __repr__(self) -> str:
-        return f"RewardClient({self.name!r}, deadline_s={self.deadline_s:g})"
+        of = f", model={self.model!r}" if self.model else ""
+        return f"RewardClient({self.name!r}{of}, deadline_s={self.deadline_s:g})"
 
-    def _attempt(
-        self, inputs: list[TextInput], truncation: Truncation | None, attempts: _Attempts
-    ) -> ScoreResult:
-        response = self._connected().score.remote(inputs, truncation)
-        try:
-            scores, version = response.result(timeout_s=attempts.left_s())
-        except (*_LATE, KeyboardInterrupt):
-            response.cancel()
-            raise
-        except (RayServeException, DeploymentUnavailableError) as error:
-            raise self._removed(error) from error
-        return ScoreResult(scores, version)
-
-    async def _attempt_async(
-        self, inputs: list[TextInput], truncation: Truncation | None, attempts: _Attempts
-    ) -> ScoreResult:
-        # Finding the application asks the controller and blocks for milliseconds: not in the event loop.
-        handle = self._handle or await asyncio.to_thread(self._connected)
-        response = handle.score.remote(inputs, truncation)
-        try:
-            scores, version = await asyncio.wait_for(response, attempts.left_s())
-        except (*_LATE, asyncio.CancelledError):
-            response.cancel()
-            raise
-        except (RayServeException, DeploymentUnavailableError) as error:
-            raise self._removed(error) from error
-        return ScoreResult(scores, version)
-
-    def _connected(self) -> Any:
-        """The application's handle, fetched once in each process."""
-        if self._handle is None:
-            if not ray.is_initialized():
-                try:
-                    ray.init(address="auto", log_to_driver=False)
-                except ConnectionError as error:
-                    raise RewardUnavailableError(
-                        f"RewardClient({self.name!r}): no Ray cluster runs on this machine. Start the "
-                        "service with `rayrm serve MODEL`, or connect first with ray.init(address=...)."
-                    ) from error
-            try:
-                self._handle = serve.get_app_handle(self.name)
-            except RayServeException as error:
-                raise self._removed(error) from error
-        return self._handle
-
-    def _removed(self, error: Exception) -> RewardUnavailableError:
-        running = sorted(serve.status().applications)
-        return RewardUnavailableError(
-            f"no application {self.name!r} runs on this cluster (running: {', '.join(running) or 'none'}). "
-            f"Start it with `rayrm serve MODEL --name {self.name}`, or pass the name of one that runs."
-            + (f" Serve said: {error}" if self.name in running else "")
-        )
-
-
-class _Attempts:
-    """The deadline of one call, and how long to pause before the next attempt."""
-
-    def __init__(self, name: str, deadline_s: float) -> None:
-        self._name = name
-        self._deadline_s = deadline_s
-        self._ends_at = time.monotonic() + deadline_s
-        self._pause_s = _FIRST_PAUSE_S
-
-    def left_s(self) -> float:
-        return max(self._ends_at - time.monotonic(), 0.0)
-
-    def pause_after(self, error: Exception) -> float:
-        """Seconds to wait before trying again; RewardUnavailableError when the deadline comes first."""
-        if self.left_s() <= self._pause_s:
-            application = serve.status().applications.get(self._name)
-            status = "absent" if application is None else application.status.value
+    def _score(self, inputs: Sequence[Scorable], truncation: Truncation | None) -> ScoreResult:
+        if _in_event_loop():
             raise RewardUnavailableError(
-                f"the reward service {self._name!r} gave no answer within {self._deadline_s:g} s "
-                "(application: "
-                f"{status}; last: {type(error).__name__}). Raise `deadline_s`, add replicas, or look at "
-                "`serve status`."
-            ) from error
-        pause_s = self._pause_s
-        logger.info("reward service %s: %s; again in %.2f s", self._name, type(error).__name__, pause_s)
-        self._pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        return pause_s
+                f"RewardClient({self.name!r}) was called inside a running event loop, which it would block. "
+                "Use `await client.score_async(prompts, completions)` there."
+            )
+        call = start_call(self._settings, self._request(inputs, truncation))
+        try:
+            result: ScoreResult = call.result()
+        except KeyboardInterrupt:
+            call.cancel()
+            raise
+        return result
 
-
-def _own_error(name: str, error: RayTaskError) -> RayrmError:
-    """What the replica raised, as the exception it was there."""
-    cause = error.cause
-    if isinstance(cause, RayrmError):
-        return cause
-    return RewardUnavailableError(
-        f"the reward service {name!r} failed: {type(cause).__name__}: {cause}. Its replica's log has the "
-        "trace."
-    )
+    def _request(self, inputs: Sequence[Scorable], truncation: Truncation | None) -> ScoreRequest:
+        check_truncation(truncation)
+        return ScoreRequest(inputs, self.model, truncation, self.pin_version)
 
 
 def _in_event_loop() -> bool:

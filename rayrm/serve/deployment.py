@@ -1,134 +1,45 @@
-"""[RAY] The reward service: a Serve application whose replicas compute a batch whenever the model is free.
+"""[RAY] The reward service: a Serve application of replicas that score, and of what answers HTTP for them.
 
-Requests queue up while the model computes; then the next batch is planned (`scheduler.py`: under the token
-budget, texts that begin alike together, across requests), computed in a thread beside the event loop, and
-every request whose last text is done is answered, with the version that scored it. A cancelled request leaves
-the queue before it is computed; a bad input fails its own request only. Everything wrong with the model's
-files is raised by `deploy` before Serve starts. Scoring without a cluster is `RewardModel`.
+Everything wrong with a model's files is raised by `deploy` before Serve starts. What a replica does is
+`replica.py`; how it is called, `client.py` and `http.py`. Scoring without a cluster is `RewardModel`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import logging
+import hashlib
+import ipaddress
 import os
+import secrets
 import signal
-import socket
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray import serve
 
-from rayrm.config import ServeConfig
-from rayrm.data.tokenize import TextInput
-from rayrm.errors import ClusterError, RewardUnavailableError, ScoreError
+from rayrm.errors import ClusterError, ConfigError, RewardUnavailableError
+from rayrm.serve.caller import REPLICAS
 from rayrm.serve.client import RewardClient
+from rayrm.serve.connect import connect
+from rayrm.serve.gateway import gateway
+from rayrm.serve.pointer import Pointer, drop_pointers, key_of, write_pointer
 from rayrm.serve.registry import CURRENT, MANIFEST, PublishedModel, content_version, open_published
-from rayrm.serve.request import Truncation
-from rayrm.serve.scheduler import QueuedText
-from rayrm.serve.scorer import RewardModel, check_finite
-
-logger = logging.getLogger(__name__)
+from rayrm.serve.replica import ReplicaPlan, RewardReplica
+from rayrm.serve.request import ModelPlace
+from rayrm.serve_settings import ServeConfig
+from rayrm.settings import nearest
 
 # A replica's queue is its own; Serve's limit (5 unless raised) would keep requests from meeting in a batch.
 _MAX_ONGOING_REQUESTS = 4096
-
-
-class RewardReplica:
-    """One copy of the model and its queue; Serve calls `score` and `check_health`."""
-
-    def __init__(self, path: str, version: str, max_tokens_per_batch: int | None) -> None:
-        self._model = RewardModel.from_pretrained(path, max_tokens_per_batch=max_tokens_per_batch)
-        # Broken weights end the start of the replica here, and not the first caller's request.
-        self._model.score_ids([np.zeros(1, np.int32)])
-        self._version = version
-        self._queue = self._model.queue()
-        self._answers: dict[int, asyncio.Future[list[float]]] = {}
-        self._num_requests = 0
-        self._arrived = asyncio.Event()
-        self._loop: asyncio.Task[None] | None = None
-        # One thread each: a tokenizer must not be entered twice, and the model computes one batch at a time.
-        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
-        self._computing = ThreadPoolExecutor(1, "compute")
-
-    async def score(
-        self, inputs: Sequence[TextInput], truncation: Truncation | None = None
-    ) -> tuple[list[float], str]:
-        """The scores of `inputs`, in order, and the version that gave them. Raises ScoreError."""
-        if not inputs:
-            return [], self._version
-        running = asyncio.get_running_loop()
-        if self._loop is None:
-            self._loop = running.create_task(self._compute_batches())
-        sequences = await running.run_in_executor(
-            self._tokenizing, partial(self._model.encode, inputs, truncation=truncation)
-        )
-        request = self._num_requests
-        self._num_requests += 1
-        answer = self._answers[request] = running.create_future()
-        self._queue.add(request, sequences)
-        self._arrived.set()
-        try:
-            return await answer, self._version
-        finally:
-            # Answered, failed or cancelled: what of it still waits is not computed.
-            self._queue.drop(request)
-            del self._answers[request]
-
-    def check_health(self) -> None:
-        """Called by Serve, which replaces the replica when this raises."""
-        if self._loop is not None and self._loop.done():
-            raise RuntimeError("the replica's batch loop has ended") from (
-                None if self._loop.cancelled() else self._loop.exception()
-            )
-
-    async def _compute_batches(self) -> None:
-        while True:
-            await self._arrived.wait()
-            texts = self._queue.take()
-            if not texts:
-                self._arrived.clear()
-                continue
-            computed = asyncio.get_running_loop().run_in_executor(
-                self._computing, self._model.compute, [text.ids for text in texts]
-            )
-            await asyncio.wait([computed])
-            failure = computed.exception()
-            if failure is None:
-                self._give(texts, computed.result())
-            else:
-                self._fail(texts, failure)
-
-    def _give(self, texts: Sequence[QueuedText], scores: Sequence[float]) -> None:
-        for request, complete in self._queue.answer(texts, scores):
-            answer = self._answers[request]
-            if answer.done():
-                continue
-            try:
-                check_finite(complete)
-            except ScoreError as error:
-                answer.set_exception(error)
-            else:
-                answer.set_result(complete)
-
-    def _fail(self, texts: Sequence[QueuedText], failure: BaseException) -> None:
-        for request in {text.request for text in texts}:
-            self._queue.drop(request)
-            answer = self._answers.get(request)
-            if answer is not None and not answer.done():
-                answer.set_exception(failure)
+Model = PublishedModel | str | Path
 
 
 def deploy(
-    model: PublishedModel | str | Path,
+    model: Model | Mapping[str, Model],
     name: str | None = None,
     *,
     config: ServeConfig | None = None,
@@ -140,42 +51,34 @@ def deploy(
 
     Args:
         model: a published model, its directory (or `registry/<name>`: the current version), or any saved
-        model. name: the application's name (default: the config's, "reward"). A second call with the same
-        name
-            replaces the model; requests in flight are answered by the old one.
+            model; several by their names in the service.
+        name: the application's name (default: the config's, "reward"). A second call with the same name
+            replaces the application; requests in flight are answered by the old one. To change a version
+            alone, `client.roll` costs nothing.
         config: a `ServeConfig`; or pass its fields as keywords (`num_replicas=2`).
         wait_s: how long to wait for the replicas to be ready.
         check_resources: refuse at once what is more than the cluster has. False on a cluster that grows.
 
     Raises:
         PublishError, ModelError: the files are missing, damaged or no reward model (nothing was started).
+        ConfigError: settings that contradict each other, or HTTP beyond loopback without a token.
         ClusterError: more resources than the cluster has, or not ready within `wait_s`.
         RewardUnavailableError: the replicas could not start; the message holds Serve's.
     """
     settings = _settings(config, name, fields)
-    path, version = _checked_model(model)
+    places = _checked_models(model, settings)
+    token = _http_token(settings)
     if not ray.is_initialized():
         connect()
     if check_resources:
         _check_resources(settings)
     is_update = settings.name in serve.status().applications
-    # The handle is the way in: no HTTP proxy is started for it.
-    serve.start(proxy_location="Disabled")
-    application = serve.deployment(
-        RewardReplica,
-        name="RewardReplica",
-        num_replicas=settings.num_replicas,
-        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
-        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
-        max_queued_requests=settings.max_queued_requests,
-        health_check_period_s=1.0,
-        # A log line for each request would be one for each step of every caller.
-        logging_config={"enable_access_log": False},
-        # The files were checked: a replica that cannot load them once will not the second time.
-        max_constructor_retry_count=1,
-        graceful_shutdown_wait_loop_s=0.5,
-    ).bind(str(path), version, settings.max_tokens_per_batch)
-    target = serve.RunTarget(application, name=settings.name, route_prefix=None)
+    _start_serve(settings)
+    key = key_of(settings.name, secrets.token_hex(8))
+    write_pointer(key, Pointer(places))
+    application = _application(settings, places, key, token)
+    prefix = None if settings.http_port is None else settings.http_route_prefix
+    target = serve.RunTarget(application, name=settings.name, route_prefix=prefix)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
         _wait_until_running(settings.name, wait_s)
@@ -183,12 +86,15 @@ def deploy(
         # What never ran is removed, so that callers are told at once and do not wait for their deadline.
         if not is_update:
             serve.delete(settings.name)
+            drop_pointers(settings.name)
         raise
-    return RewardClient(settings.name)
+    drop_pointers(settings.name, but=key)
+    only = next(iter(places)) if len(places) == 1 and not settings.ensembles else None
+    return RewardClient(settings.name, model=only)
 
 
 def serve_forever(
-    model: PublishedModel | str | Path, config: ServeConfig | None = None, *, address: str | None = None
+    model: Model | Mapping[str, Model], config: ServeConfig | None = None, *, address: str | None = None
 ) -> None:
     """Deploy, say how to call it, wait for SIGINT or SIGTERM, and remove this application alone.
 
@@ -196,25 +102,19 @@ def serve_forever(
     life.
     """
     settings = config or ServeConfig()
-    _, version = _checked_model(model)
+    places = _checked_models(model, settings)
+    _http_token(settings)
     started_here = connect(address)
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
     try:
         deploy(model, config=settings)
-        print(
-            f"serving {version} as {settings.name!r} on the Ray cluster at "
-            f"{ray.get_runtime_context().gcs_address}\n"
-            f"call it from any process of the cluster:\n"
-            f"    from rayrm import RewardClient\n"
-            f"    RewardClient({settings.name!r})(prompts=[...], completions=[...])\n"
-            "stop with Ctrl-C",
-            flush=True,
-        )
+        print(_how_to_call(settings, places), flush=True)
         while not stop.wait(timeout=0.5):
             pass
         serve.delete(settings.name)
+        drop_pointers(settings.name)
         print(f"removed {settings.name!r}", flush=True)
     finally:
         for number, handler in zip(signals, before, strict=True):
@@ -223,40 +123,39 @@ def serve_forever(
             ray.shutdown()
 
 
-def connect(address: str | None = None, *, start: bool = True) -> bool:
-    """Connect this process to Ray; True when that started a new cluster here, for the process's own life.
-
-    The cluster is `address`, else RAY_ADDRESS, else one that runs on this machine, else a new one; not
-    that with `start=False`: who calls a service must not start an empty cluster.
-    """
-    if ray.is_initialized():
-        return False
-    wanted = address or os.environ.get("RAY_ADDRESS")
-    try:
-        if wanted is not None:
-            _check_reachable(wanted)
-        ray.init(address=wanted or "auto", log_to_driver=False)
-    except OSError as error:  # ConnectionError is one
-        if wanted is not None:
-            raise ClusterError(
-                f"no Ray cluster lets us in at {wanted!r}: {error}. Start one with `ray start --head`, or "
-                "leave the address (and RAY_ADDRESS) out to start one in this process."
-            ) from error
-        if not start:
-            raise ClusterError(
-                f"no Ray cluster runs here that lets us in: {error}. Start the service with `rayrm serve "
-                "MODEL`, or give its cluster's address (`--address`, or RAY_ADDRESS)."
-            ) from error
-        ray.init(include_dashboard=False, log_to_driver=False)
-        return True
-    return wanted == "local"
-
-
-def _check_reachable(address: str) -> None:
-    """Raise OSError when nothing listens at `host:port`: Ray itself would try for some eight minutes."""
-    host, separator, port = address.rpartition(":")
-    if separator and port.isdigit() and "//" not in host:
-        socket.create_connection((host, int(port)), timeout=10).close()
+def _application(
+    settings: ServeConfig, places: Mapping[str, ModelPlace], key: str, token: str | None
+) -> serve.Application:
+    max_queued = None if settings.max_queued_requests < 0 else settings.max_queued_requests
+    plan = ReplicaPlan(
+        key, places, settings.ensembles, settings.max_tokens_per_batch, max_queued, settings.idle_offload_s
+    )
+    options: dict[str, Any] = {"num_replicas": settings.num_replicas}
+    if settings.autoscaling is not None:
+        options = {"autoscaling_config": settings.autoscaling}
+    if settings.placement_group_bundles is not None:
+        options["placement_group_bundles"] = settings.placement_group_bundles
+        options["placement_group_strategy"] = settings.placement_group_strategy
+    replicas = serve.deployment(
+        RewardReplica,
+        name=REPLICAS,
+        ray_actor_options={
+            "num_cpus": settings.num_cpus,
+            "num_gpus": settings.num_gpus,
+            **(settings.ray_actor_options or {}),
+        },
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        health_check_period_s=1.0,
+        # A log line for each request would be one for each step of every caller.
+        logging_config={"enable_access_log": False},
+        # The files were checked: a replica that cannot load them once will not the second time.
+        max_constructor_retry_count=1,
+        graceful_shutdown_wait_loop_s=0.5,
+        **options,
+    ).bind(plan)
+    if settings.http_port is None:
+        return replicas
+    return gateway(settings, replicas, None if token is None else hashlib.sha256(token.encode()).hexdigest())
 
 
 def _settings(config: ServeConfig | None, name: str | None, fields: dict[str, Any]) -> ServeConfig:
@@ -265,13 +164,79 @@ def _settings(config: ServeConfig | None, name: str | None, fields: dict[str, An
     return ServeConfig(**fields) if config is None else dataclasses.replace(config, **fields)
 
 
-def _checked_model(model: PublishedModel | str | Path) -> tuple[Path, str]:
-    """The directory to load and its version; PublishError for anything that is not a sound reward model."""
+def _checked_models(model: Model | Mapping[str, Model], settings: ServeConfig) -> dict[str, ModelPlace]:
+    """Where each model lies; PublishError for anything that is not a sound reward model."""
+    if isinstance(model, Mapping):
+        places = {name: _checked_model(one)[1] for name, one in model.items()}
+    else:
+        found, place = _checked_model(model)
+        places = {found or settings.name: place}
+    if not places:
+        raise ConfigError("`model` ({}) names no model. Pass {'name': 'directory'}, or one directory.")
+    for name, ensemble in settings.ensembles.items():
+        if name in places:
+            raise ConfigError(f"ensemble {name!r} has a model's name. Call it otherwise.")
+        for member in ensemble.members:
+            if member not in places:
+                raise ConfigError(
+                    f"ensemble {name!r} has the member {member!r}, and the service's models are "
+                    f"{', '.join(places)}.{nearest(member, places)}"
+                )
+    return places
+
+
+def _checked_model(model: Model) -> tuple[str | None, ModelPlace]:
     path = model.path if isinstance(model, PublishedModel) else Path(model)
     if (path / MANIFEST).is_file() or (path / CURRENT).is_file():
         published = open_published(path)
-        return published.path.resolve(), published.version
-    return path.resolve(), content_version(path)
+        return published.name, ModelPlace(str(published.path.resolve()), published.version)
+    return None, ModelPlace(str(path.resolve()), content_version(path))
+
+
+def _http_token(settings: ServeConfig) -> str | None:
+    """The token that callers must send; ConfigError where one is needed and not set."""
+    token = os.environ.get(settings.http_token_env) or None
+    if settings.http_port is None or token is not None:
+        return token
+    try:
+        loopback = ipaddress.ip_address(settings.http_host).is_loopback
+    except ValueError:
+        loopback = settings.http_host == "localhost"
+    if not loopback:
+        raise ConfigError(
+            f"`http_host` ({settings.http_host!r}) answers callers from other machines, and no token is set. "
+            f'Type export {settings.http_token_env}="$(openssl rand -hex 32)" first, and give callers the '
+            'same; or `http_host="127.0.0.1"`.'
+        )
+    return None
+
+
+def _start_serve(settings: ServeConfig) -> None:
+    """Start Serve where it does not run; ConfigError where it runs and answers HTTP elsewhere."""
+    if settings.http_port is None:
+        # The handle is the way in: no HTTP proxy is started for it.
+        serve.start(proxy_location="Disabled")
+        return
+    serve.start(
+        proxy_location="HeadOnly", http_options={"host": settings.http_host, "port": settings.http_port}
+    )
+
+
+def _how_to_call(settings: ServeConfig, places: Mapping[str, ModelPlace]) -> str:
+    served = ", ".join(f"{name} {place.version}" for name, place in places.items())
+    several = len(places) > 1 or bool(settings.ensembles)
+    which = f", model={next(iter(places))!r}" if several else ""
+    lines = [
+        f"serving {served} as {settings.name!r} on the Ray cluster at "
+        f"{ray.get_runtime_context().gcs_address}",
+        "call it from any process of the cluster:",
+        "    from rayrm import RewardClient",
+        f"    RewardClient({settings.name!r}{which})(prompts=[...], completions=[...])",
+    ]
+    if settings.http_port is not None:
+        root = f"http://{settings.http_host}:{settings.http_port}{settings.http_route_prefix.rstrip('/')}"
+        lines += [f"or over HTTP: {root}/v1/score (its page: {root}/docs)"]
+    return "\n".join([*lines, "stop with Ctrl-C"])
 
 
 def _check_resources(settings: ServeConfig) -> None:
@@ -284,9 +249,8 @@ def _check_resources(settings: ServeConfig) -> None:
         if needed > has.get(kind, 0):
             raise ClusterError(
                 f"{settings.num_replicas} replicas with `{setting}` ({each:g}) need {needed:g} {kind}s, the "
-                "cluster "
-                f"has {has.get(kind, 0):g}. Lower `num_replicas` or `{setting}`; on a cluster that grows on "
-                "demand pass check_resources=False."
+                f"cluster has {has.get(kind, 0):g}. Lower `num_replicas` or `{setting}`; on a cluster that "
+                "grows on demand pass check_resources=False."
             )
 
 

@@ -21,6 +21,14 @@ Scorable = TextInput | Ids
 
 
 @dataclass(frozen=True, slots=True)
+class ModelPlace:
+    """Where a version of a model lies: what a replica is told to load."""
+
+    path: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreRequest:
     """Texts that one caller wants scored by one model; all of them are scored by the same version.
 

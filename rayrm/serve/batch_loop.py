@@ -1,0 +1,270 @@
+"""The replica's loop: whenever the model is free, the next batch is planned, computed and answered.
+
+    requests -> tokenized (a thread) -> queue of the version they met -> batch (a thread) -> answers
+
+Nothing computes in the event loop. Several models share the computing thread and take turns; a version that
+was replaced goes first, until its last request is answered. No Ray here: a replica is `deployment.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from rayrm.errors import OverloadedError, RewardUnavailableError, ScoreError, VersionError
+from rayrm.serve.ensemble import Ensemble, combine
+from rayrm.serve.idle import IdleOffload
+from rayrm.serve.loaded import LoadedModel
+from rayrm.serve.request import ScoreRequest, ScoreResult
+from rayrm.settings import nearest
+
+logger = logging.getLogger("rayrm.serve")
+_RATE_S = 30.0
+"""How far back the rate is measured by which a caller is told when to come back."""
+
+
+@dataclass(slots=True)
+class BatchReport:
+    """What a batch was, for the metrics."""
+
+    model: LoadedModel
+    num_texts: int
+    num_tokens: int
+    num_computed: int
+    seconds: float
+    results: list[ScoreResult]
+
+
+@dataclass(slots=True, eq=False)
+class BatchLoop:
+    """The models that a replica serves, by name, and the loop over their queues.
+
+    `max_queued`: requests that may wait before new ones are refused; None: no limit. `told` is given a
+    report of each batch.
+    """
+
+    models: dict[str, LoadedModel]
+    ensembles: Mapping[str, Ensemble] = field(default_factory=dict)
+    max_queued: int | None = None
+    idle_s: float | None = None
+    told: Callable[[BatchReport], None] = lambda report: None
+    _leaving: list[LoadedModel] = field(default_factory=list)
+    _turns: deque[str] = field(default_factory=deque)
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _task: asyncio.Task[None] | None = None
+    _done: deque[float] = field(default_factory=deque)
+    # One thread each: a tokenizer must not be entered twice, and the device computes one batch at a time.
+    _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenize"))
+    _computing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "compute"))
+
+    async def score(self, request: ScoreRequest) -> ScoreResult:
+        """The answer to a request: of one version, or of one of each member of an ensemble.
+
+        Raises ScoreError, VersionError, OverloadedError; RewardUnavailableError where it expired.
+        """
+        self._start()
+        name = self._name_of(request.model)
+        self._check_room()
+        if name not in self.ensembles:
+            return await self._score_by(self._bound(name, request.version), request)
+        # All are bound before any is waited for: a roll between them would mix what was not tried together.
+        ensemble = self.ensembles[name]
+        members = [self.models[member] for member in ensemble.members]
+        version = "+".join(member.place.version for member in members)
+        if request.version not in (None, version):
+            raise _other_version(name, request.version, version)
+        found = await _all(asyncio.ensure_future(self._score_by(one, request)) for one in members)
+        scores, spread = combine(ensemble, [result.scores for result in found])
+        timing = replace(found[0].timing, compute_s=sum(result.timing.compute_s for result in found))
+        return replace(found[0], scores=scores, spread=spread, version=version, model=name, timing=timing)
+
+    def swap(self, model: LoadedModel) -> None:
+        """From now on new requests meet `model`; those that met the one before are answered by it."""
+        before = self.models.get(model.name)
+        self.models[model.name] = model
+        if before is not None and before.num_bound:
+            self._leaving.append(before)
+        self._arrived.set()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not answered yet."""
+        return sum(model.num_bound for model in self._all_models())
+
+    @property
+    def waiting_tokens(self) -> int:
+        return sum(model.queue.waiting_tokens for model in self._all_models())
+
+    def leaving(self) -> list[str]:
+        """The versions that were replaced and still answer."""
+        return [model.place.version for model in self._leaving]
+
+    def failure(self) -> BaseException | None:
+        """Why the loop ended, where it did."""
+        if self._task is None or not self._task.done():
+            return None
+        return asyncio.CancelledError() if self._task.cancelled() else self._task.exception()
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._computing.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._compute_batches())
+
+    def _all_models(self) -> list[LoadedModel]:
+        return [*self._leaving, *self.models.values()]
+
+    def _name_of(self, name: str | None) -> str:
+        names = [*self.models, *self.ensembles]
+        if name is None and len(names) == 1:
+            return names[0]
+        if name is None or name not in names:
+            said = "none is named" if name is None else f"`model` ({name!r}) is none of them"
+            raise ScoreError(
+                f"{said}: the service has {', '.join(names)}. Pass model={names[0]!r}."
+                + nearest(name or "", names)
+            )
+        return name
+
+    def _bound(self, name: str, version: str | None) -> LoadedModel:
+        """The version that a new request meets: the current one, or the pinned one if it is here."""
+        current = self.models[name]
+        if version in (None, current.place.version):
+            return current
+        for model in self._leaving:
+            if model.name == name and model.place.version == version:
+                return model
+        raise _other_version(name, version, current.place.version)
+
+    def _check_room(self) -> None:
+        if self.max_queued is not None and self.num_waiting >= self.max_queued:
+            retry_after_s = self._wait_s()
+            raise OverloadedError(
+                f"the reward service has {self.num_waiting} requests waiting, and `max_queued_requests` is "
+                f"{self.max_queued}. Come back in {retry_after_s:.1f} s, add replicas, or raise the limit.",
+                retry_after_s,
+            )
+
+    def _wait_s(self) -> float:
+        """How long the waiting requests take, by the rate of late; a second where none is known."""
+        if len(self._done) < 2:
+            return 1.0
+        rate = len(self._done) / max(time.monotonic() - self._done[0], 1e-3)
+        return min(max(self.num_waiting / rate / 2, 0.1), 60.0)
+
+    async def _score_by(self, model: LoadedModel, request: ScoreRequest) -> ScoreResult:
+        began = time.monotonic()
+        with self._bound_to(model):
+            running = asyncio.get_running_loop()
+            encoded = await running.run_in_executor(self._tokenizing, model.encode, request)
+            now = time.monotonic()
+            expires_at = None if request.left_s is None else began + request.left_s
+            number, entry = model.add(encoded, now - began, expires_at)
+            self._arrived.set()
+            try:
+                return await entry.answer
+            finally:
+                model.remove(number)
+
+    @contextmanager
+    def _bound_to(self, model: LoadedModel):  # type: ignore[no-untyped-def]
+        model.num_bound += 1
+        try:
+            yield
+        finally:
+            model.num_bound -= 1
+            if not model.num_bound and model in self._leaving:
+                self._leaving.remove(model)
+
+    async def _compute_batches(self) -> None:
+        running = asyncio.get_running_loop()
+        idle = IdleOffload(self.idle_s)
+        while True:
+            model = self._next()
+            if model is None:
+                self._arrived.clear()
+                await self._rest(idle)
+                continue
+            texts = model.queue.take()
+            model.began(texts)
+            began = time.monotonic()
+            computed = running.run_in_executor(self._computing, model.compute, texts)
+            await asyncio.wait([computed])
+            seconds = time.monotonic() - began
+            idle.worked(time.monotonic())
+            failure = computed.exception()
+            if failure is not None:
+                model.fail(texts, failure)
+                continue
+            results = model.give(texts, computed.result(), seconds)
+            self._note(len(results))
+            num_tokens = sum(len(text.ids) for text in texts)
+            num_computed = model.queue.cost_of(texts)
+            self.told(BatchReport(model, len(texts), num_tokens, num_computed, seconds, results))
+
+    def _next(self) -> LoadedModel | None:
+        """The model whose turn it is, of those with texts that wait."""
+        for model in self._all_models():
+            for number in model.queue.expire(time.monotonic()):
+                entry = model.waiting.get(number)
+                if entry is not None and not entry.answer.done():
+                    entry.answer.set_exception(
+                        RewardUnavailableError("the request waited longer than its caller, and was dropped")
+                    )
+        for model in self._leaving:
+            if len(model.queue):
+                return model
+        for name in self.models.keys() - set(self._turns):
+            self._turns.append(name)
+        for _ in range(len(self._turns)):
+            name = self._turns[0]
+            self._turns.rotate(-1)
+            if len(self.models[name].queue):
+                return self.models[name]
+        return None
+
+    async def _rest(self, idle: IdleOffload) -> None:
+        """Until something arrives; the weights leave the device when that takes long."""
+        wait_s = idle.wait_s(time.monotonic())
+        try:
+            await asyncio.wait_for(self._arrived.wait(), wait_s)
+        except TimeoutError:
+            idle.offloading()
+            for model in self.models.values():
+                await asyncio.get_running_loop().run_in_executor(self._computing, model.model.offload)
+            idle.offloaded()
+
+    def _note(self, num_answered: int) -> None:
+        now = time.monotonic()
+        self._done.extend([now] * num_answered)
+        while self._done and self._done[0] < now - _RATE_S:
+            self._done.popleft()
+
+
+def _other_version(name: str, wanted: str | None, served: str) -> VersionError:
+    return VersionError(
+        f"version {wanted!r} of {name!r} is pinned, and {served!r} is served here. Pin that one, leave "
+        f"`version` out, or roll back to {wanted!r}.",
+        served,
+    )
+
+
+async def _all(tasks: Iterable[asyncio.Task[ScoreResult]]) -> list[ScoreResult]:
+    """All results; where one fails, or the caller leaves, the others are cancelled."""
+    running = list(tasks)
+    try:
+        return await asyncio.gather(*running)
+    finally:
+        for task in running:
+            task.cancel()

@@ -1,0 +1,307 @@
+"""[RAY] How a process calls a service: one event loop in a thread, in which calls that arrive together travel
+together, and each is tried again until its deadline.
+
+Callers in any thread or event loop of the process meet here, so that per-sample callers (16 threads that each
+want one score) become few requests of many texts. A call that Serve lost with a replica, or that found a full
+queue, is sent again: scoring twice gives the same score.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+from rayrm.errors import OverloadedError, RayrmError, RewardUnavailableError, VersionError
+from rayrm.serve.request import ScoreRequest, ScoreResult
+
+logger = logging.getLogger(__name__)
+
+REPLICAS = "RewardReplica"
+_LOST = (RayActorError, WorkerCrashedError, BackPressureError, OverloadedError)
+_LATE = (GetTimeoutError, TimeoutError)
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
+_PATIENCE_FOR_VERSION_S = 3.0
+"""While a service rolls, replicas differ: so long another one is asked for the version that is pinned."""
+_TOGETHER_S = 0.002
+"""A call waits so long for others. A request costs the service some ten milliseconds, whatever it holds."""
+_ALONE = 32
+"""Texts: a call with so many waits for no other."""
+_MOST_TEXTS = 256
+"""Of calls that travel together: they are answered together too."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallSettings:
+    """How calls are made. `hedge_after_s`: a second attempt beside the first, after so long; None: none.
+
+    `retry_overload`: a full queue is tried again until the deadline, else it is an error at once.
+    """
+
+    name: str
+    deadline_s: float = 120.0
+    hedge_after_s: float | None = None
+    retry_overload: bool = True
+    coalesce: bool = True
+    prefer_local: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    request: ScoreRequest
+    ends_at: float
+    answer: asyncio.Future[ScoreResult]
+
+
+@dataclass(eq=False)
+class Caller:
+    """The calls of this process to one service; all but `start_call` runs in the background loop."""
+
+    settings: CallSettings
+    _handle: Any = None
+    _worker: str = ""
+    _gathered: list[_Call] = field(default_factory=list)
+    _sending: set[asyncio.Task[None]] = field(default_factory=set)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def call(self, request: ScoreRequest) -> ScoreResult:
+        """The answer, before the deadline. Raises what the replica refused, or RewardUnavailableError."""
+        began = time.monotonic()
+        attempts = _Attempts(self.settings.name, began, self.settings.deadline_s)
+        while True:
+            try:
+                result = await self._attempt(request, attempts)
+            except RayTaskError as error:
+                raise _own_error(self.settings.name, error) from error
+            except OverloadedError as error:
+                if not self.settings.retry_overload:
+                    raise
+                await asyncio.sleep(await attempts.pause_after(error))
+            except VersionError as error:
+                if time.monotonic() - began > _PATIENCE_FOR_VERSION_S:
+                    raise
+                await asyncio.sleep(await attempts.pause_after(error))
+            except (*_LOST, *_LATE) as error:
+                if not isinstance(error, BackPressureError):
+                    self._handle = None
+                await asyncio.sleep(await attempts.pause_after(error))
+            else:
+                timing = replace(result.timing, total_s=time.monotonic() - began)
+                return replace(result, timing=timing)
+
+    async def handle(self) -> Any:
+        """The service's handle, fetched once in each process."""
+        async with self._lock:
+            # A process that left its cluster and joined another has another id there.
+            joined = ray.get_runtime_context().get_worker_id() if ray.is_initialized() else ""
+            if self._handle is None or joined != self._worker:
+                # Asks the controller, and blocks for milliseconds.
+                self._handle = await asyncio.to_thread(self._connected)
+                self._worker = ray.get_runtime_context().get_worker_id()
+        return self._handle
+
+    async def _attempt(self, request: ScoreRequest, attempts: _Attempts) -> ScoreResult:
+        first = asyncio.ensure_future(self._sent(request, attempts.ends_at))
+        if self.settings.hedge_after_s is None:
+            return await first
+        done, _ = await asyncio.wait([first], timeout=self.settings.hedge_after_s)
+        if done:
+            return first.result()
+        running = {first, asyncio.ensure_future(self._sent(request, attempts.ends_at))}
+        try:
+            while True:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                good = [task for task in done if task.exception() is None]
+                if good or not running:
+                    return (good or list(done))[0].result()
+        finally:
+            for task in running:
+                task.cancel()
+
+    async def _sent(self, request: ScoreRequest, ends_at: float) -> ScoreResult:
+        left_s = ends_at - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        call = _Call(request, ends_at, asyncio.get_running_loop().create_future())
+        if not self.settings.coalesce or len(request.inputs) >= _ALONE:
+            self._send([call])
+        else:
+            self._gathered.append(call)
+            if len(self._gathered) == 1:
+                asyncio.get_running_loop().call_later(_TOGETHER_S, self._send_gathered)
+            elif sum(len(one.request.inputs) for one in self._gathered) >= _MOST_TEXTS:
+                self._send_gathered()
+        return await asyncio.wait_for(call.answer, left_s)
+
+    def _send_gathered(self) -> None:
+        calls, self._gathered = self._gathered, []
+        if calls:
+            self._send(calls)
+
+    def _send(self, calls: list[_Call]) -> None:
+        task = asyncio.get_running_loop().create_task(self._exchange(calls))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _exchange(self, calls: list[_Call]) -> None:
+        """Send calls as one request, and give each its answer; cancelled when no caller is left."""
+        try:
+            handle = await self.handle()
+            now = time.monotonic()
+            requests = [replace(call.request, left_s=max(call.ends_at - now, 0.0)) for call in calls]
+            response = handle.score.remote(requests)
+            try:
+                answers = await _while_wanted(response, calls)
+            except asyncio.CancelledError:
+                response.cancel()
+                return
+        except Exception as error:
+            for call in calls:
+                if not call.answer.done():
+                    call.answer.set_exception(self._told(error))
+            return
+        for call, answer in zip(calls, answers, strict=True):
+            if call.answer.done():
+                continue
+            if isinstance(answer, ScoreResult):
+                call.answer.set_result(answer)
+            else:
+                call.answer.set_exception(answer)
+
+    def _told(self, error: Exception) -> Exception:
+        if isinstance(error, RayServeException | DeploymentUnavailableError) and not isinstance(
+            error, BackPressureError
+        ):
+            return self._removed(error)
+        return error
+
+    def _connected(self) -> Any:
+        name = self.settings.name
+        if not ray.is_initialized():
+            try:
+                ray.init(address="auto", log_to_driver=False)
+            except ConnectionError as error:
+                raise RewardUnavailableError(
+                    f"RewardClient({name!r}): no Ray cluster runs on this machine. Start the service with "
+                    "`rayrm serve MODEL`, or connect first with ray.init(address=...)."
+                ) from error
+        try:
+            serve.get_app_handle(name)  # of an application that is not there a deployment's would wait
+        except RayServeException as error:
+            raise self._removed(error) from error
+        handle = serve.get_deployment_handle(REPLICAS, name)
+        if self.settings.prefer_local:
+            handle._init(_prefer_local_routing=True)
+        return handle
+
+    def _removed(self, error: Exception) -> RewardUnavailableError:
+        name, running = self.settings.name, sorted(serve.status().applications)
+        return RewardUnavailableError(
+            f"no application {name!r} runs on this cluster (running: {', '.join(running) or 'none'}). "
+            f"Start it with `rayrm serve MODEL --name {name}`, or pass the name of one that runs."
+            + (f" Serve said: {error}" if name in running else "")
+        )
+
+
+async def _while_wanted(response: Any, calls: Sequence[_Call]) -> list[Any]:
+    """The response, unless no call waits for it any more: CancelledError then."""
+    answered = asyncio.ensure_future(_result_of(response))
+    gone = asyncio.gather(*(asyncio.shield(call.answer) for call in calls), return_exceptions=True)
+    done, _ = await asyncio.wait([answered, gone], return_when=asyncio.FIRST_COMPLETED)
+    if answered not in done:
+        answered.cancel()
+        raise asyncio.CancelledError
+    gone.cancel()
+    answers: list[Any] = answered.result()
+    return answers
+
+
+async def _result_of(response: Any) -> Any:
+    return await response
+
+
+class _Attempts:
+    """The deadline of one call, and how long to pause before the next attempt."""
+
+    def __init__(self, name: str, began: float, deadline_s: float) -> None:
+        self._name = name
+        self._deadline_s = deadline_s
+        self.ends_at = began + deadline_s
+        self._pause_s = _FIRST_PAUSE_S
+
+    async def pause_after(self, error: Exception) -> float:
+        """Seconds to wait before trying again; RewardUnavailableError when the deadline comes first."""
+        pause_s = self._pause_s
+        if isinstance(error, OverloadedError):
+            pause_s = min(max(pause_s, error.retry_after_s), _LONGEST_PAUSE_S)
+        if self.ends_at - time.monotonic() <= pause_s:
+            applications = (await asyncio.to_thread(serve.status)).applications
+            status = applications[self._name].status.value if self._name in applications else "absent"
+            raise RewardUnavailableError(
+                f"the reward service {self._name!r} gave no answer within {self._deadline_s:g} s "
+                f"(application: {status}; last: {type(error).__name__}). Raise `deadline_s`, add replicas, "
+                "or look at `serve status`."
+            ) from error
+        logger.info("reward service %s: %s; again in %.2f s", self._name, type(error).__name__, pause_s)
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        return pause_s
+
+
+def _own_error(name: str, error: RayTaskError) -> RayrmError:
+    """What the replica raised, as the exception it was there."""
+    cause = error.cause
+    if isinstance(cause, RayrmError):
+        return cause
+    return RewardUnavailableError(
+        f"the reward service {name!r} failed: {type(cause).__name__}: {cause}. Its replica's log has the "
+        "trace."
+    )
+
+
+class _Background:
+    """The event loop of a process's callers, in a thread; another process (a fork) starts its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._callers: dict[CallSettings, Caller] = {}
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None or self._pid != os.getpid():
+                self._pid, self._loop, self._callers = os.getpid(), asyncio.new_event_loop(), {}
+                threading.Thread(target=self._loop.run_forever, daemon=True, name="rayrm-calls").start()
+            return self._loop
+
+    def caller(self, settings: CallSettings) -> Caller:
+        with self._lock:
+            if settings not in self._callers:
+                self._callers[settings] = Caller(settings)
+            return self._callers[settings]
+
+
+_background = _Background()
+
+
+def start_call(settings: CallSettings, request: ScoreRequest) -> Any:
+    """Begin a call; a `concurrent.futures.Future` of its ScoreResult, which can be cancelled."""
+    loop = _background.loop()
+    return asyncio.run_coroutine_threadsafe(_background.caller(settings).call(request), loop)
+
+
+def service_handle(settings: CallSettings) -> Any:
+    """The service's Serve handle in this process."""
+    loop = _background.loop()
+    return asyncio.run_coroutine_threadsafe(_background.caller(settings).handle(), loop).result()

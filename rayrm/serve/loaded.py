@@ -1,0 +1,140 @@
+"""One version of a model in a replica's memory: loaded from its files, checked, with a queue of its own.
+
+A request belongs to the version that it met. So a version that was replaced stays until its last request is
+answered, and no request is scored by two versions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayrm.errors import ScoreError
+from rayrm.serve.drift import ScoreWindow, read_distribution
+from rayrm.serve.probe import check_probe
+from rayrm.serve.registry import MANIFEST
+from rayrm.serve.request import ModelPlace, ScoreRequest, ScoreResult, Timing
+from rayrm.serve.saved import read_json
+from rayrm.serve.scheduler import QueuedText, ScoreQueue
+from rayrm.serve.scorer import Encoded, RewardModel, check_finite
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A request that is in the queue, or of which texts are being computed."""
+
+    encoded: Encoded
+    answer: asyncio.Future[ScoreResult]
+    added_at: float
+    tokenize_s: float
+    begun_at: float | None = None
+    compute_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class LoadedModel:
+    """A version of model `name`, and the requests that met it. `num_bound`: those not answered yet."""
+
+    name: str
+    place: ModelPlace
+    model: RewardModel
+    queue: ScoreQueue
+    window: ScoreWindow | None = None
+    waiting: dict[int, Waiting] = field(default_factory=dict)
+    num_bound: int = 0
+    loaded_at: float = field(default_factory=time.time)
+    _num_requests: int = 0
+
+    @classmethod
+    def load(cls, name: str, place: ModelPlace, max_tokens_per_batch: int | None) -> LoadedModel:
+        """Load it, compare its files with their checksums, and its scores with those of its publication.
+
+        Raises PublishError, ModelError or ScoreError, naming what is wrong.
+        """
+        model = RewardModel.from_pretrained(place.path, max_tokens_per_batch=max_tokens_per_batch)
+        manifest: dict[str, Any] = {}
+        if (Path(place.path) / MANIFEST).is_file():
+            manifest = read_json(Path(place.path) / MANIFEST)
+            check_probe(model, manifest)
+        # Of a model without a probe too: broken weights end the loading, and not the first caller's request.
+        check_finite(model.score_ids([np.zeros(1, np.int32)]))
+        stored = read_distribution(manifest)
+        return cls(name, place, model, model.queue(), ScoreWindow(stored) if stored else None)
+
+    def encode(self, request: ScoreRequest) -> Encoded:
+        return self.model.encode_request(request)
+
+    def add(self, encoded: Encoded, tokenize_s: float, expires_at: float | None) -> tuple[int, Waiting]:
+        """Queue what of a request can be scored; within an event loop."""
+        number = self._num_requests
+        self._num_requests += 1
+        answer: asyncio.Future[ScoreResult] = asyncio.get_running_loop().create_future()
+        entry = self.waiting[number] = Waiting(encoded, answer, time.monotonic(), tokenize_s)
+        if encoded.sequences:
+            self.queue.add(number, encoded.sequences, expires_at=expires_at)
+        else:
+            answer.set_result(self._result(entry, []))
+        return number, entry
+
+    def remove(self, number: int) -> None:
+        """Answered, failed or cancelled: what of it still waits is not computed."""
+        self.queue.drop(number)
+        self.waiting.pop(number, None)
+
+    def compute(self, texts: Sequence[QueuedText]) -> list[float]:
+        """In the computing thread: weights that were moved away come back first."""
+        self.model.restore()
+        return self.model.compute([text.ids for text in texts])
+
+    def began(self, texts: Sequence[QueuedText]) -> None:
+        for number in {text.request for text in texts}:
+            entry = self.waiting.get(number)
+            if entry is not None and entry.begun_at is None:
+                entry.begun_at = time.monotonic()
+
+    def give(self, texts: Sequence[QueuedText], scores: Sequence[float], seconds: float) -> list[ScoreResult]:
+        """Answer the requests whose last text this was; returns their results."""
+        for number in {text.request for text in texts}:
+            if number in self.waiting:
+                self.waiting[number].compute_s += seconds
+        given = []
+        for number, complete in self.queue.answer(texts, scores):
+            entry = self.waiting.get(number)
+            if entry is None or entry.answer.done():
+                continue
+            try:
+                check_finite(complete)
+            except ScoreError as error:
+                entry.answer.set_exception(error)
+            else:
+                result = self._result(entry, complete)
+                entry.answer.set_result(result)
+                given.append(result)
+        return given
+
+    def fail(self, texts: Sequence[QueuedText], failure: BaseException) -> None:
+        """A batch failed: so do the requests that have texts in it, and no other."""
+        for number in {text.request for text in texts}:
+            entry = self.waiting.get(number)
+            self.queue.drop(number)
+            if entry is not None and not entry.answer.done():
+                entry.answer.set_exception(failure)
+
+    def _result(self, entry: Waiting, scores: list[float]) -> ScoreResult:
+        encoded, now = entry.encoded, time.monotonic()
+        begun = entry.begun_at if entry.begun_at is not None else now
+        placed, num_tokens = [float("nan")] * encoded.count, [0] * encoded.count
+        for place, score, ids in zip(encoded.places, scores, encoded.sequences, strict=True):
+            placed[place], num_tokens[place] = score, len(ids)
+        timing = Timing(
+            entry.tokenize_s, begun - entry.added_at, entry.compute_s, entry.tokenize_s + now - entry.added_at
+        )
+        return ScoreResult(
+            placed, self.place.version, self.name, num_tokens, encoded.truncated, None, timing, encoded.errors
+        )

@@ -1,0 +1,99 @@
+"""[RAY] What a replica counts, for Prometheus: Ray exports it on each node's metrics port, as `ray_rayrm_*`.
+
+The dashboard that draws them is `grafana.json`, beside this file. Serve adds its own by application,
+deployment and replica (`ray_serve_*`), and tags these alike.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ray.serve import metrics
+
+from rayrm.serve.batch_loop import BatchLoop, BatchReport
+from rayrm.serve.loaded import LoadedModel
+
+logger = logging.getLogger("rayrm.serve")
+_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
+_SCORES = [-20, -10, -7, -5, -4, -3, -2, -1.5, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 7, 10, 20]
+_TOKENS = [2**power for power in range(5, 18)]
+
+
+class ReplicaMetrics:
+    """Named after what they count; a histogram's unit is in its name. `phase`: tokenize, queue, compute."""
+
+    def __init__(self) -> None:
+        self._requests = metrics.Counter("rayrm_requests", "Requests answered", tag_keys=("model", "version"))
+        self._texts = metrics.Counter("rayrm_texts", "Texts scored", tag_keys=("model", "version"))
+        self._errors = metrics.Counter("rayrm_errors", "Requests refused or failed", tag_keys=("kind",))
+        self._phase = metrics.Histogram(
+            "rayrm_phase_seconds", "Time of a request by phase", boundaries=_SECONDS, tag_keys=("phase",)
+        )
+        self._batch_tokens = metrics.Histogram(
+            "rayrm_batch_tokens", "Tokens computed in a batch", boundaries=_TOKENS, tag_keys=("model",)
+        )
+        self._batch_seconds = metrics.Histogram(
+            "rayrm_batch_seconds", "Time of a batch", boundaries=_SECONDS, tag_keys=("model",)
+        )
+        self._tokens = metrics.Counter("rayrm_tokens", "Tokens of the texts scored", tag_keys=("model",))
+        self._saved = metrics.Counter(
+            "rayrm_tokens_saved", "Tokens not computed, as texts begin alike", tag_keys=("model",)
+        )
+        self._scores = metrics.Histogram(
+            "rayrm_scores", "Scores given", boundaries=_SCORES, tag_keys=("model", "version")
+        )
+        self._waiting = metrics.Gauge("rayrm_waiting_requests", "Requests not answered yet")
+        self._waiting_tokens = metrics.Gauge("rayrm_waiting_tokens", "Tokens of the texts that wait")
+        self._version = metrics.Gauge(
+            "rayrm_version_info", "1 for the version that serves", tag_keys=("model", "version")
+        )
+        self._drift = metrics.Gauge(
+            "rayrm_score_drift",
+            "The latest window's mean, in standard deviations from publication's (shift), and the ratio of "
+            "their standard deviations (spread)",
+            tag_keys=("model", "version", "of"),
+        )
+        self._shown: dict[str, str] = {}
+
+    def batch(self, report: BatchReport) -> None:
+        """Count a batch, and the requests that it was the last of."""
+        name, version = report.model.name, report.model.place.version
+        tags = {"model": name, "version": version}
+        self._texts.inc(report.num_texts, tags)
+        self._tokens.inc(report.num_tokens, {"model": name})
+        if report.num_tokens > report.num_computed:
+            self._saved.inc(report.num_tokens - report.num_computed, {"model": name})
+        self._batch_tokens.observe(report.num_computed, {"model": name})
+        self._batch_seconds.observe(report.seconds, {"model": name})
+        for result in report.results:
+            self._requests.inc(1, tags)
+            for phase in ("tokenize", "queue", "compute"):
+                self._phase.observe(getattr(result.timing, f"{phase}_s"), {"phase": phase})
+            for score in result.scores:
+                self._scores.observe(score, tags)
+            self._watch(report.model, result.scores)
+
+    def error(self, error: BaseException) -> None:
+        self._errors.inc(1, {"kind": type(error).__name__})
+
+    def queue(self, loop: BatchLoop) -> None:
+        self._waiting.set(loop.num_waiting)
+        self._waiting_tokens.set(loop.waiting_tokens)
+
+    def version(self, model: LoadedModel) -> None:
+        """The model serves from now on."""
+        before = self._shown.get(model.name)
+        if before is not None and before != model.place.version:
+            self._version.set(0, {"model": model.name, "version": before})
+        self._version.set(1, {"model": model.name, "version": model.place.version})
+        self._shown[model.name] = model.place.version
+
+    def _watch(self, model: LoadedModel, scores: list[float]) -> None:
+        if model.window is None:
+            return
+        for reading in model.window.add(scores):
+            tags = {"model": model.name, "version": model.place.version}
+            self._drift.set(reading.shift, {**tags, "of": "shift"})
+            self._drift.set(reading.ratio, {**tags, "of": "spread"})
+            if said := model.window.warning(reading):
+                logger.warning("%s %s: %s", model.name, model.place.version, said)

@@ -1,0 +1,75 @@
+"""[RAY] Which version of each model a service serves: a record in Ray's own store, beside the application.
+
+It lives as long as the application (Serve keeps what it has to restore in the same store): a replica that
+starts, or starts again, reads it, whoever made the last roll and wherever that process is now.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.experimental import internal_kv
+
+from rayrm.serve.request import ModelPlace
+
+_NAMESPACE = b"rayrm"
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """`current`: the place of each model's version. `before`: what a roll replaced, for the way back.
+
+    `last_roll`: of each model the version, when (seconds since 1970), and the error where it was refused.
+    """
+
+    current: dict[str, ModelPlace]
+    before: dict[str, ModelPlace] = field(default_factory=dict)
+    last_roll: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def rolled(self, name: str, place: ModelPlace, at: float) -> Pointer:
+        """After a roll of `name` to `place`."""
+        return Pointer(
+            {**self.current, name: place},
+            {**self.before, name: self.current[name]},
+            {**self.last_roll, name: {"version": place.version, "at": at, "error": None}},
+        )
+
+    def refused(self, name: str, place: ModelPlace, at: float, error: str) -> Pointer:
+        """After a roll that changed nothing."""
+        roll = {"version": place.version, "at": at, "error": error}
+        return dataclasses.replace(self, last_roll={**self.last_roll, name: roll})
+
+
+def write_pointer(key: str, pointer: Pointer) -> None:
+    """Replace the record; whole or not at all."""
+    text = json.dumps(dataclasses.asdict(pointer))
+    internal_kv._internal_kv_put(key.encode(), text.encode(), overwrite=True, namespace=_NAMESPACE)
+
+
+def read_pointer(key: str) -> Pointer | None:
+    """None where the application was removed, or replaced by another of its name."""
+    found = internal_kv._internal_kv_get(key.encode(), namespace=_NAMESPACE)
+    if found is None:
+        return None
+    fields = json.loads(found)
+    places = {
+        name: {model: ModelPlace(**place) for model, place in fields[name].items()}
+        for name in ("current", "before")
+    }
+    return Pointer(places["current"], places["before"], fields["last_roll"])
+
+
+def drop_pointers(application: str, *, but: str | None = None) -> None:
+    """Forget those of an application that is gone, or was deployed anew under the key `but`."""
+    prefix = key_of(application, "").encode()
+    for key in internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE):
+        if key.decode() != but:
+            internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+
+
+def key_of(application: str, deployed: str) -> str:
+    """Each deployment has its own: replicas of the one before, which leave, don't follow it."""
+    return f"serving/{application}/{deployed}"

@@ -1,0 +1,155 @@
+"""[RAY] A replica of the reward service: a `BatchLoop` in an actor of Serve's, and how it changes versions.
+
+A roll has three acts. Every replica stages the new version: loads it beside the old one, compares checksums
+and the scores stored at its publication. Where one refuses, all drop it and nothing has changed. Then the
+pointer is written (`pointer.py`), and the replicas swap. One that missed an act (it was starting, or was
+killed) follows the pointer by itself, within a health check.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayrm.errors import RayrmError
+from rayrm.serve.batch_loop import BatchLoop
+from rayrm.serve.ensemble import Ensemble
+from rayrm.serve.loaded import LoadedModel
+from rayrm.serve.pointer import Pointer, read_pointer
+from rayrm.serve.request import ModelPlace, ScoreRequest, ScoreResult
+
+logger = logging.getLogger("rayrm.serve")
+_STAGED_S = 900.0
+"""A staged version that nobody swaps in goes after this: who rolled is gone."""
+_TRY_AGAIN_S = 30.0
+"""A version that the pointer names and that can't be loaded here is tried again after this."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPlan:
+    """What a replica is started with; the pointer under `key` says which versions it loads."""
+
+    key: str
+    models: Mapping[str, ModelPlace]
+    ensembles: Mapping[str, Ensemble] = field(default_factory=dict)
+    max_tokens_per_batch: int | None = None
+    max_queued: int | None = None
+    idle_offload_s: float | None = None
+
+
+class RewardReplica:
+    """One copy of the models and their queues; Serve calls the methods."""
+
+    def __init__(self, plan: ReplicaPlan) -> None:
+        from rayrm.serve.metrics import ReplicaMetrics
+
+        self._plan = plan
+        pointer = read_pointer(plan.key)
+        places = dict(plan.models) if pointer is None else {**plan.models, **pointer.current}
+        self._metrics = ReplicaMetrics()
+        self._loop = BatchLoop(
+            {name: self._load(name, place) for name, place in places.items()},
+            plan.ensembles,
+            plan.max_queued,
+            plan.idle_offload_s,
+            self._metrics.batch,
+        )
+        for model in self._loop.models.values():
+            self._metrics.version(model)
+        self._staged: dict[tuple[str, str], LoadedModel] = {}
+        self._loading = ThreadPoolExecutor(1, "load")
+        self._following: asyncio.Task[None] | None = None
+        self._refused: dict[tuple[str, str], tuple[float, str]] = {}
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult | RayrmError]:
+        """The answer to each request, or what it is refused for; a bad one fails itself alone."""
+        answers = await asyncio.gather(
+            *(self._loop.score(request) for request in requests), return_exceptions=True
+        )
+        found: list[ScoreResult | RayrmError] = []
+        for answer in answers:
+            if isinstance(answer, ScoreResult | RayrmError):
+                if isinstance(answer, RayrmError):
+                    self._metrics.error(answer)
+                found.append(answer)
+            else:
+                self._metrics.error(answer)
+                raise answer
+        return found
+
+    async def stage(self, name: str, place: ModelPlace) -> None:
+        """Load a version beside the one that serves, and check it. Raises what is wrong with it."""
+        if place != self._loop.models[name].place and (name, place.version) not in self._staged:
+            loaded = await asyncio.get_running_loop().run_in_executor(self._loading, self._load, name, place)
+            self._staged[name, place.version] = loaded
+
+    async def unstage(self, name: str, place: ModelPlace) -> None:
+        """The roll was given up."""
+        self._staged.pop((name, place.version), None)
+
+    async def follow(self) -> None:
+        """Serve what the pointer says; a version that was not staged is loaded first."""
+        pointer = await asyncio.to_thread(read_pointer, self._plan.key)
+        for name, place in ({} if pointer is None else pointer.current).items():
+            if name in self._loop.models and place != self._loop.models[name].place:
+                await self.stage(name, place)
+                model = self._staged.pop((name, place.version))
+                self._loop.swap(model)
+                self._metrics.version(model)
+                logger.info("%s: version %s serves", name, place.version)
+
+    async def status(self) -> dict[str, Any]:
+        """What this replica serves and how it stands."""
+        return {
+            "key": self._plan.key,
+            "models": {name: model.place.version for name, model in self._loop.models.items()},
+            "ensembles": {name: list(one.members) for name, one in self._plan.ensembles.items()},
+            "staged": [version for _, version in self._staged],
+            "leaving": self._loop.leaving(),
+            "num_waiting": self._loop.num_waiting,
+            "waiting_tokens": self._loop.waiting_tokens,
+            "refused": {f"{name} {version}": said for (name, version), (_, said) in self._refused.items()},
+        }
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces the replica when this raises."""
+        if (failure := self._loop.failure()) is not None:
+            raise RuntimeError("the replica's batch loop has ended") from failure
+        self._metrics.queue(self._loop)
+        now = time.time()
+        for key, model in list(self._staged.items()):
+            if now - model.loaded_at > _STAGED_S:
+                del self._staged[key]
+        if self._following is None or self._following.done():
+            self._following = asyncio.create_task(self._follow_if_behind())
+
+    async def _follow_if_behind(self) -> None:
+        pointer = await asyncio.to_thread(read_pointer, self._plan.key)
+        behind = {
+            (name, place.version)
+            for name, place in ({} if pointer is None else pointer.current).items()
+            if name in self._loop.models and place != self._loop.models[name].place
+        }
+        waits = {key for key in behind if time.time() - self._refused.get(key, (0.0, ""))[0] < _TRY_AGAIN_S}
+        if not behind - waits:
+            return
+        try:
+            await self.follow()
+            self._refused.clear()
+        except Exception as error:
+            # The old version serves on: a replica that answers is better than one that is replaced for ever.
+            logger.warning("the version that was rolled to can't be loaded here: %s", error)
+            self._refused.update(dict.fromkeys(behind, (time.time(), str(error))))
+
+    def _load(self, name: str, place: ModelPlace) -> LoadedModel:
+        return LoadedModel.load(name, place, self._plan.max_tokens_per_batch)
+
+
+def pointer_of(models: Mapping[str, ModelPlace]) -> Pointer:
+    """The first pointer of a deployment."""
+    return Pointer(dict(models))

@@ -1,0 +1,156 @@
+"""`rayrm publish`, `serve`, `roll` and `status`: a trained model's way to its callers, from the shell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rayrm.errors import ConfigError, PublishError
+
+MODEL = "a directory (a run's, a checkpoint, registry/NAME), or a name published in --registry"
+
+
+def add_publish(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_publish)
+    parser.add_argument("checkpoint", help="a run's directory, or its checkpoint-<step>")
+    parser.add_argument("--name", default="reward", help="what the model is called there (reward)")
+    parser.add_argument("--keep-adapter", action="store_true", help="do not merge a LoRA adapter")
+    parser.add_argument(
+        "--probe",
+        metavar="FILE",
+        help="rows (prompt, completion) whose scores are stored: a service compares, and watches for drift",
+    )
+    parser.add_argument("--roll", metavar="SERVICE", help="then let this running service serve the version")
+    parser.add_argument("--address", help="the Ray cluster of --roll")
+    add_registry(parser)
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_serve)
+    parser.add_argument("model", help=f"{MODEL}; several as `one=DIR,two=DIR`")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="fields of [serve]: num_replicas=2")
+    parser.add_argument("--name", help="the service's name (reward)")
+    parser.add_argument("--address", help="the Ray cluster")
+    add_registry(parser)
+
+
+def add_roll(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_roll)
+    parser.add_argument("service", help="the running service's name")
+    parser.add_argument(
+        "version", nargs="?", help="published beside the one that serves, or a published model's directory"
+    )
+    parser.add_argument("--back", action="store_true", help="to the version before the latest roll")
+    parser.add_argument("--model", help="which of the service's models")
+    parser.add_argument("--address", help="the Ray cluster")
+
+
+def add_status(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_status)
+    parser.add_argument("service", help="the running service's name")
+    parser.add_argument("--address", help="the Ray cluster")
+
+
+def add_registry(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--registry", default="registry", help="directory of published models (registry)")
+
+
+def model_directory(word: str, registry: str) -> str:
+    """`word` itself, the current version of the published model that it is, or one in the registry."""
+    from rayrm.serve.registry import CURRENT, open_published
+
+    for place in (Path(word), Path(registry) / word):
+        if (place / CURRENT).is_file():
+            return str(open_published(place).path)
+        if place.is_dir():
+            return str(place)
+    raise PublishError(
+        f"model ({word!r}) is no directory, and nothing is published as {str(Path(registry) / word)!r}. Type "
+        "the directory of a run, a checkpoint or a published model."
+    )
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from rayrm.serve.registry import publish
+
+    published = publish(
+        options.checkpoint,
+        options.registry,
+        options.name,
+        merge_lora=not options.keep_adapter,
+        # A service that refuses the version keeps its own, and the registry's current one with it.
+        make_current=options.roll is None,
+        probe=options.probe,
+    )
+    was = "published" if published.is_new else "was already published"
+    print(f"{published.name} {published.version} {was}: {published.path}")
+    if options.roll is not None:
+        client = _client(options.roll, options.address)
+        _print_roll(options.roll, client.roll(published.path))
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from rayrm.config import ServeConfig
+
+    named = [f"name={options.name}"] if options.name else []
+    words = [word.removeprefix("serve.").partition("=") for word in (*options.settings, *named)]
+    if bad := next((key for key, equals, _ in words if not equals), None):
+        raise ConfigError(f"setting `{bad}` must be key=value. Type for example `num_replicas=2`.")
+    fields: dict[str, Any] = {key: value for key, _, value in words}
+    settings = ServeConfig(**fields)
+    model = _models(options.model, options.registry)
+    from rayrm.serve.deployment import serve_forever
+
+    serve_forever(model, settings, address=options.address)
+    return 0
+
+
+def _models(word: str, registry: str) -> str | dict[str, str]:
+    """One model, or several as `one=DIR,two=DIR`."""
+    if "=" not in word or Path(word).is_dir():
+        return model_directory(word, registry)
+    found: dict[str, str] = {}
+    for pair in word.split(","):
+        name, equals, place = pair.partition("=")
+        if not equals or not name or name in found:
+            raise ConfigError(f"model ({word!r}) must name each model once. Type: one=DIR,two=DIR")
+        found[name] = model_directory(place, registry)
+    return found
+
+
+def _roll(options: argparse.Namespace) -> int:
+    if (options.version is None) == (not options.back):
+        raise ConfigError("a roll goes to VERSION, or with --back to the version before. Type one of them.")
+    client = _client(options.service, options.address)
+    if options.back:
+        result = client.rollback(model=options.model)
+    else:
+        result = client.roll(options.version, model=options.model)
+    _print_roll(options.service, result)
+    return 0
+
+
+def _print_roll(service: str, result: Any) -> None:
+    if result.version == result.before:
+        print(f"{service} serves {result.model} {result.version} already")
+        return
+    print(
+        f"{service} serves {result.model} {result.version} on {result.num_replicas} replica(s) after "
+        f"{result.seconds:.1f} s; before: {result.before} (rayrm roll {service} --back)"
+    )
+
+
+def _status(options: argparse.Namespace) -> int:
+    print(json.dumps(_client(options.service, options.address).status(), indent=2))
+    return 0
+
+
+def _client(service: str, address: str | None) -> Any:
+    from rayrm.serve.client import RewardClient
+    from rayrm.serve.connect import connect
+
+    connect(address, start=False)
+    return RewardClient(service)
