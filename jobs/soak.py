@@ -63,7 +63,7 @@ class Outcome:
     other_workers_delta: float | None = None
 
 
-def prepare(home: Path) -> Path:
+def prepare(home: Path, seed: int = 0) -> Path:
     """A small model with random weights, and shards of the demo's preferences; returns the run file."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -87,7 +87,7 @@ def prepare(home: Path) -> Path:
     backend.train_from_iterator((json.dumps(row) for row in rows), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=320, intermediate_size=800, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, num_labels=1,

@@ -1,4 +1,4 @@
-"""`rayrm`: train, evaluate, score, publish, serve, sweep, demo, config, data, doctor and more, from the shell.
+"""`rayrm`: train, evaluate, score, publish, serve, sweep, demo, config, data, doctor, from the shell.
 
 Each command parses its words and calls one function of the package; torch and ray are imported by the command
 that needs them, so that `rayrm config` is instant. What the user can mend ends with one message and exit
