@@ -205,8 +205,8 @@ class RewardModel:
         """
         if self._is_offloaded or self._device.type == "cpu":
             return
+        self._is_offloaded = True  # also where a move fails halfway: `restore` then moves what had left
         self._scorer.to("cpu")
-        self._is_offloaded = True
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
                 torch.cuda.empty_cache()
