@@ -134,12 +134,22 @@ def _check_names(owner: type, given: Any) -> Any:
 @dataclass_transform(field_specifiers=(dataclasses.field, Field))
 def settings(cls: type[_T]) -> type[_T]:
     """Make `cls` a checked dataclass; see the module's docstring."""
+    return _checked(cls, frozen=False)
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field, Field), frozen_default=True)
+def frozen_settings(cls: type[_T]) -> type[_T]:
+    """As `settings`, and its fields cannot be set afterwards."""
+    return _checked(cls, frozen=True)
+
+
+def _checked(cls: type[_T], *, frozen: bool) -> type[_T]:
     name_check: Any = classmethod(_check_names)
     cls._check_names = model_validator(mode="before")(name_check)  # type: ignore[attr-defined]
     config = ConfigDict(
         extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, arbitrary_types_allowed=True
     )
-    made = pydantic_dataclass(config=config)(cls)
+    made = pydantic_dataclass(config=config, frozen=frozen)(cls)
     unchecked_init = made.__init__
 
     @functools.wraps(unchecked_init)

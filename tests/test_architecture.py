@@ -85,6 +85,9 @@ NO_TORCH_ON_IMPORT = [
     "data.selection",
     "data.tokenize",
     "serve.client",
+    "serve.drift",
+    "serve.ensemble",
+    "serve.idle",
     "serve.scheduler",
 ]
 """Importing these, with all that they import, must not load torch."""

@@ -24,7 +24,15 @@ from rayrm.data.preference import PreferenceRow, form_of
 from rayrm.data.rendering import TextForm, TextInput, render
 from rayrm.errors import ConfigError, RowError, ScoreError
 
-__all__ = ["TextForm", "TextInput", "TokenizedRow", "encode", "prepare_tokenizer", "tokenize_rows"]
+__all__ = [
+    "TextForm",
+    "TextInput",
+    "TokenizedRow",
+    "encode",
+    "encode_each",
+    "prepare_tokenizer",
+    "tokenize_rows",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,13 @@ def encode(tokenizer: Any, text_form: TextForm, inputs: Sequence[TextInput]) -> 
     """
     texts = render(tokenizer, text_form, inputs)
     return _ids_of(tokenizer, text_form, [_text(entry) for entry in texts])
+
+
+def encode_each(tokenizer: Any, text_form: TextForm, inputs: Sequence[TextInput]) -> list[Ids | ScoreError]:
+    """As `encode`, but an input that this form cannot take has its error in its place, and the others ids."""
+    texts = render(tokenizer, text_form, inputs)
+    ids = iter(_ids_of(tokenizer, text_form, [text for text in texts if isinstance(text, str)]))
+    return [next(ids) if isinstance(text, str) else text for text in texts]
 
 
 def tokenize_rows(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -123,12 +125,132 @@ def test_with_a_reach_a_batch_keeps_to_the_budget_too(requests, budget, reach) -
         assert len(batch) == 1 or cost.fill(batch, budget) == len(batch)
 
 
-@given(REQUESTS, st.integers(1, 40), LAYOUTS)
-def test_the_oldest_waiting_text_is_in_the_next_batch(requests, budget, layout) -> None:
-    waiting = [(r, i) for r, texts in enumerate(requests) for i in range(len(texts))]
-    for batch in drained(filled(requests, budget, layout)):
-        assert (batch[0].request, batch[0].index) == waiting[0]
-        waiting = [place for place in waiting if place not in {(t.request, t.index) for t in batch}]
+@dataclass
+class Step:
+    """A batch, what waited when it was planned and came to the batch or not (by request), and the line, first
+    to last, as it was before each text of the batch was taken; `charges`: what each added to the cost."""
+
+    batch: list[QueuedText]
+    waiting: dict[int, list[int]]
+    lines: list[list[int]]
+    charges: list[int]
+
+
+def replayed(
+    requests: list[list[list[int]]],
+    budget: int,
+    layout: Layout,
+    turn: int,
+    arrivals: list[int] | None = None,
+) -> list[Step]:
+    """Drain a queue and follow the line by its definition. Request r arrives before batch `arrivals[r]`, or
+    when nothing else waits; all at once unless given."""
+    steps: list[Step] = []
+    line: list[int] = []
+    waiting: dict[int, list[int]] = {}
+    given = [0] * len(requests)
+    to_come = sorted(range(len(requests)), key=lambda r: arrivals[r] if arrivals else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "_TURN", turn)
+        queue = ScoreQueue(budget, layout)
+        while to_come or line:
+            while to_come and (not line or not arrivals or arrivals[to_come[0]] <= len(steps)):
+                request = to_come.pop(0)
+                queue.add(request, [ids_of(tokens) for tokens in requests[request]])
+                line.append(request)
+                waiting[request] = list(range(len(requests[request])))
+            step = Step(queue.take(), {r: list(left) for r, left in waiting.items()}, [], [])
+            steps.append(step)
+            for number, text in enumerate(step.batch):
+                before = cost_of([t.ids for t in step.batch[:number]], layout) if number else 0
+                charge = cost_of([t.ids for t in step.batch[: number + 1]], layout) - before
+                step.lines.append(list(line))
+                step.charges.append(charge)
+                waiting[text.request].remove(text.index)
+                given[text.request] += charge
+                if not waiting[text.request]:
+                    line.remove(text.request)
+                elif given[text.request] >= turn * budget:
+                    line.append(line.pop(line.index(text.request)))
+                    given[text.request] = 0
+    assert queue.take() == []
+    return steps
+
+
+TURNS = st.integers(1, 4)
+ARRIVALS = st.lists(st.integers(0, 8), min_size=6, max_size=6)
+
+
+@given(REQUESTS, st.integers(1, 40), LAYOUTS, TURNS, ARRIVALS)
+def test_a_batch_begins_with_the_oldest_text_of_the_first_request_in_line(
+    requests, budget, layout, turn, arrivals
+) -> None:
+    for step in replayed(requests, budget, layout, turn, arrivals):
+        first = step.lines[0][0]
+        assert (step.batch[0].request, step.batch[0].index) == (first, step.waiting[first][0])
+
+
+@given(REQUESTS, st.integers(1, 40), LAYOUTS, TURNS, ARRIVALS)
+def test_a_request_waits_for_one_turn_of_each_before_it_at_most(
+    requests, budget, layout, turn, arrivals
+) -> None:
+    steps = replayed(requests, budget, layout, turn, arrivals)
+    most = turn * budget + max(budget, *(sum(step.charges) for step in steps))
+    for request in range(len(requests)):
+        before: list[int] | None = None  # since its last text, or since it came
+        passed: Counter[int] = Counter()
+        for step in steps:
+            for text, line, charge in zip(step.batch, step.lines, step.charges, strict=True):
+                if before is None and request in line:
+                    before = line[: line.index(request)]
+                if text.request == request:
+                    before, passed = None, Counter()
+                elif before is not None and text.request in before:
+                    passed[text.request] += charge
+                    assert passed[text.request] <= most
+
+
+@given(st.lists(st.lists(TEXT, min_size=1, max_size=3), min_size=1, max_size=6), ARRIVALS, LAYOUTS)
+def test_requests_within_a_turn_are_first_come_first_served(requests, arrivals, layout) -> None:
+    # Three texts of 12 tokens: a rectangle grows by 36 + 24 at most when such a text joins.
+    for step in replayed(requests, 36, layout, 4, arrivals):
+        assert step.lines[0] == sorted(step.lines[0], key=lambda r: (arrivals[r], r))
+
+
+def test_a_huge_request_puts_a_small_one_off_for_five_batches_at_most() -> None:
+    rng = np.random.default_rng(0)
+    queue = ScoreQueue(100)
+    queue.add(0, [rng.integers(0, 1000, 10).astype(np.int32) for _ in range(1000)])
+    for _ in range(2):
+        queue.take()
+    queue.add(1, [rng.integers(0, 1000, 10).astype(np.int32) for _ in range(5)])
+    behind = [{text.request for text in queue.take()} for _ in range(4)]
+    assert behind[:1] == [{0}]
+    assert {0, 1} in behind
+    queue.add(2, [rng.integers(0, 1000, 10).astype(np.int32)])
+    while batch := queue.take():
+        answered = [request for request, _ in queue.answer(batch, [0.0] * len(batch))]
+        if 2 in answered:
+            break
+    assert len(queue) > 800
+
+
+def test_a_small_request_that_begins_as_a_huge_one_is_served_whole_when_it_is_first() -> None:
+    """One system prompt for all: in token order the huge one's texts stand between those of the small one."""
+    queue = ScoreQueue(200)
+    queue.add(0, [ids_of([*[7] * 100, n, 1]) for n in range(0, 2000, 2)])
+    queue.add(1, [ids_of([*[7] * 100, n, 1]) for n in range(1, 2000, 200)])
+    firsts = [batch for batch in itertools.islice(iter(queue.take, []), 20) if batch[0].request == 1]
+    assert [text.request for text in firsts[0][:10]] == [1] * 10
+    assert len(firsts) == 1
+
+
+@given(REQUESTS, st.integers(1, 40), LAYOUTS, TURNS)
+def test_turns_lose_no_text_and_keep_to_the_budget(requests, budget, layout, turn) -> None:
+    steps = replayed(requests, budget, layout, turn)
+    taken = [(text.request, text.index) for step in steps for text in step.batch]
+    assert sorted(taken) == [(r, i) for r, texts in enumerate(requests) for i in range(len(texts))]
+    assert all(len(step.batch) == 1 or sum(step.charges) <= budget for step in steps)
 
 
 def batches_and_waiting(
@@ -142,14 +264,22 @@ def batches_and_waiting(
     ]
 
 
-@given(REQUESTS, st.integers(1, 40), LAYOUTS)
-def test_a_text_overtakes_older_ones_only_to_join_one_that_it_begins_like(requests, budget, layout) -> None:
-    for batch, left in batches_and_waiting(requests, budget, layout):
-        for text in batch:
-            if left and place_of(left[0]) < place_of(text):
+@given(REQUESTS, st.integers(1, 40), LAYOUTS, TURNS, ARRIVALS)
+def test_a_text_overtakes_others_in_line_only_to_join_one_that_it_begins_like(
+    requests, budget, layout, turn, arrivals
+) -> None:
+    for step in replayed(requests, budget, layout, turn, arrivals):
+        here = {(text.request, text.index) for text in step.batch}
+        for number, (text, line) in enumerate(zip(step.batch, step.lines, strict=True)):
+            before = line[: line.index(text.request)]
+            overtaken = [(r, i) for r in before for i in step.waiting[r] if (r, i) not in here]
+            overtaken += [
+                (text.request, i) for i in step.waiting[text.request]
+                if i < text.index and (text.request, i) not in here
+            ]  # fmt: skip
+            if overtaken:
                 assert layout == "shared"
-                older = [other for other in batch if place_of(other) < place_of(text)]
-                assert any(begins_like(text, other) for other in older)
+                assert any(begins_like(text, other) for other in step.batch[:number])
 
 
 @given(REQUESTS, st.integers(1, 40))
@@ -229,3 +359,53 @@ def test_a_text_above_the_budget_travels_alone(layout: Layout) -> None:
     queue = ScoreQueue(4, layout)
     queue.add(0, [ids_of([1]), ids_of([2] * 9), ids_of([3])])
     assert [[t.index for t in batch] for batch in drained(queue)] == [[0], [1], [2]]
+
+
+@given(REQUESTS, st.integers(1, 40), LAYOUTS, st.data())
+def test_waiting_tokens_are_those_of_what_waits(requests, budget, layout, data) -> None:
+    queue = filled(requests, budget, layout)
+    waiting = {(r, i): len(text) for r, texts in enumerate(requests) for i, text in enumerate(texts)}
+    while len(queue):
+        assert queue.waiting_tokens == sum(waiting.values())
+        if data.draw(st.booleans()):
+            dropped = data.draw(st.integers(0, len(requests) - 1))
+            queue.drop(dropped)
+            waiting = {place: length for place, length in waiting.items() if place[0] != dropped}
+        else:
+            for text in queue.take():
+                del waiting[text.request, text.index]
+        assert len(queue) == len(waiting)
+    assert queue.waiting_tokens == 0
+
+
+@given(REQUESTS, st.integers(1, 40), LAYOUTS, st.lists(st.integers(0, 9) | st.none(), min_size=6, max_size=6))
+def test_a_request_expires_when_its_time_is_past_and_nothing_of_it_was_taken(
+    requests, budget, layout, times
+) -> None:
+    queue = ScoreQueue(budget, layout)
+    for number, request in enumerate(requests):
+        queue.add(number, [ids_of(tokens) for tokens in request], expires_at=times[number])
+    begun = {text.request for text in queue.take()}
+    past = {r for r in range(len(requests)) if r not in begun and times[r] is not None and times[r] <= 5}
+    expired = queue.expire(5)
+    assert len(expired) == len(set(expired))
+    assert set(expired) == past
+    assert queue.expire(5) == []
+    assert queue.num_requests == len(requests) - len(past)
+    computed = begun | {text.request for batch in drained(queue) for text in batch}
+    assert computed == set(range(len(requests))) - past
+    # Time goes on, and whatever was taken in the meantime is no longer given up.
+    assert queue.expire(100) == []
+
+
+@pytest.mark.parametrize("count", [3, 600])
+def test_what_is_added_and_dropped_at_once_or_one_by_one_leaves_the_others_alike(count: int) -> None:
+    queue = ScoreQueue(10**6)
+    queue.add(0, [ids_of([5, 5, n]) for n in range(10)])
+    queue.add(1, [ids_of([5, 5, n]) for n in range(count)])
+    queue.add(2, [ids_of([9, n]) for n in range(10)])
+    queue.drop(1)
+    assert queue.waiting_tokens == 50
+    assert [(text.request, text.index) for text in queue.take()] == [
+        (r, i) for r in (0, 2) for i in range(10)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from transformers import (
     Phi3Config,
 )
 
+from rayrm.data import tokenize
 from rayrm.data.tokenize import TextInput, encode
 from rayrm.errors import PublishError, ScoreError
 from rayrm.model.reward_model import LoadedModel
+from rayrm.serve import scorer
 from rayrm.serve.registry import publish
-from rayrm.serve.request import row_inputs
+from rayrm.serve.request import ScoreRequest, row_inputs
 from rayrm.serve.scorer import RewardModel
 from tests.tiny import WORDS, save_tiny, tiny_tokenizer
 
@@ -253,9 +256,112 @@ def test_an_input_that_cannot_be_scored_is_named(standard: Path, chat: Path) -> 
         model.score(["a", ask], ["b", answer])
     with pytest.raises(ScoreError, match="input 0 of 1: plain strings"):
         RewardModel.from_pretrained(chat).score(["a"], ["b"])
-    for ids in ([], [400], [-1]):
+    for ids in (np.zeros(0, np.int32), np.asarray([400]), np.asarray([-1]), np.ones((2, 2), int), np.ones(2)):
         with pytest.raises(ScoreError, match="sequence 0"):
-            model.score_ids([np.asarray(ids, np.int32)])
+            model.score_ids([ids])
+
+
+def test_texts_and_ids_of_one_request_are_encoded_alike_and_what_was_cut_is_told(standard: Path) -> None:
+    model = RewardModel.from_pretrained(standard)
+    text, long = TextInput("the cat", " sits"), TextInput("cat " * 600, " sits")
+    ids, long_ids = encode(model.tokenizer, "standard", [text, long])
+    for side, kept in (("left", long_ids[-512:]), ("right", long_ids[:512])):
+        found = model.encode_request(ScoreRequest([ids, long, text, long_ids], truncation=side))
+        assert (found.truncated, found.errors) == ([1, 3], {})
+        assert list(found.sequences) == [0, 1, 2, 3]
+        for place, expected in enumerate([ids, kept, ids, kept]):
+            assert found.sequences[place].dtype == np.int32
+            assert found.sequences[place].tolist() == expected.tolist()
+    assert model.score_inputs([ids, text]) == pytest.approx([model.score_ids([ids])[0]] * 2, abs=NEIGHBOURS)
+
+
+def test_a_partial_request_tells_what_is_wrong_with_a_text_and_encodes_the_others(standard: Path) -> None:
+    model = RewardModel.from_pretrained(standard)
+    ask, answer = messages("a", "b")
+    none, foreign, long = np.zeros(0, np.int32), np.asarray([3, 400], np.int32), TextInput("cat " * 600, "")
+    inputs = [TextInput("a", " b"), TextInput(ask, answer), foreign, long, none, np.asarray([7, 8], np.int32)]
+    reasons = {
+        1: "input 1 of 6: message lists given to a model trained on plain text",
+        2: r"input 2 of 6 \(2 ids\) must be flat and hold at least one id, all in \[0, 400\)",
+        3: "input 3 has .* tokens, the model's position limit is 512",
+        4: "input 4 is empty",
+    }
+    found = model.encode_request(ScoreRequest(inputs, partial=True))
+    assert list(found.sequences) == [0, 5]
+    assert found.sequences[0].tolist() == encode(model.tokenizer, "standard", inputs[:1])[0].tolist()
+    assert found.sequences[5].tolist() == [7, 8]
+    assert found.truncated == []
+    assert list(found.errors) == list(reasons)
+    for place, reason in reasons.items():
+        assert re.match(reason, found.errors[place])
+        with pytest.raises(ScoreError, match=reason):
+            model.encode_request(ScoreRequest([inputs[0]] * place + inputs[place:]))
+
+
+def test_good_texts_are_tokenized_in_one_call_beside_bad_ones(
+    standard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = RewardModel.from_pretrained(standard)
+    calls: list[int] = []
+    token_ids = tokenize.token_ids
+    monkeypatch.setattr(
+        tokenize,
+        "token_ids",
+        lambda t, texts, **how: (calls.append(len(texts)), token_ids(t, texts, **how))[1],
+    )
+    bad = TextInput(*messages("a", "b"))
+    inputs = [*(TextInput(p, c) for p, c in zip(*some_texts(40), strict=True)), bad]
+    assert len(model.encode_request(ScoreRequest(inputs, partial=True)).sequences) == 40
+    assert calls == [40]
+
+
+def test_offloading_a_model_on_a_cpu_moves_nothing(standard: Path) -> None:
+    model = RewardModel.from_pretrained(standard, device="cpu")
+    before = model.score(*some_texts(4))
+    addresses = [parameter.data_ptr() for parameter in model._scorer.parameters()]
+    model.offload()
+    assert [parameter.data_ptr() for parameter in model._scorer.parameters()] == addresses
+    model.restore()
+    assert model.score(*some_texts(4)) == before
+
+
+def test_weights_go_to_the_cpu_once_and_come_back_before_they_compute(
+    standard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine without another device: where they are sent is noted, and nothing moves."""
+    model = RewardModel.from_pretrained(standard, device="cpu")
+    moved: list[str] = []
+    monkeypatch.setattr(model._scorer, "to", lambda device: moved.append(str(device)))
+    model._device = torch.device("meta")
+    model.restore()
+    model.offload()
+    model.offload()
+    assert moved == ["cpu"]
+    monkeypatch.setattr(scorer, "to_device", lambda *_: pytest.fail("computed") if len(moved) < 2 else None)
+    monkeypatch.setattr(model._scorer, "forward", lambda _: torch.ones(1))
+    assert model.compute([np.asarray([7, 8], np.int32)]) == [1.0]
+    assert moved == ["cpu", "meta"]
+    model.restore()
+    assert moved == ["cpu", "meta"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_offloaded_model_frees_the_gpu_and_scores_the_same_when_it_is_back(
+    standard: Path, dtype: str
+) -> None:
+    model = RewardModel.from_pretrained(standard, device="cuda", dtype=dtype)
+    before = model.score(*some_texts(8))
+    held = torch.cuda.memory_allocated()
+    weights = sum(p.numel() * p.element_size() for p in model._scorer.parameters())
+    model.offload()
+    assert {parameter.device.type for parameter in model._scorer.parameters()} == {"cpu"}
+    assert held - torch.cuda.memory_allocated() >= weights
+    model.restore()
+    assert {parameter.device.type for parameter in model._scorer.parameters()} == {"cuda"}
+    assert model.score(*some_texts(8)) == before
+    model.offload()
+    assert model.score(*some_texts(8)) == before
 
 
 def test_the_columns_that_the_template_reads_travel_with_their_rows() -> None:
