@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayrm.config import DataConfig, RewardConfig, SourceConfig
-    from rayrm.serve.client import RewardClient, ScoreResult
+    from rayrm.serve.client import RewardClient
+    from rayrm.serve.request import ScoreResult
     from rayrm.serve.deployment import deploy
     from rayrm.serve.registry import PublishedModel, publish
     from rayrm.serve.scorer import RewardModel
@@ -38,7 +39,7 @@ _HOME = {
     "RewardConfig": "rayrm.config",
     "RewardModel": "rayrm.serve.scorer",
     "RewardTrainer": "rayrm.train.trainer",
-    "ScoreResult": "rayrm.serve.client",
+    "ScoreResult": "rayrm.serve.request",
     "SourceConfig": "rayrm.config",
     "deploy": "rayrm.serve.deployment",
     "publish": "rayrm.serve.registry",

@@ -13,28 +13,35 @@ from rayrm.settings import (
     OptionalCount,
     OptionalNonNegativeFloat,
     OptionalTable,
+    frozen_settings,
     none_word,
     settings,
 )
 
 
-@settings
+@frozen_settings
 class Ensemble:
-    """Several models of a service that answer as one."""
+    """Which models are asked and what becomes of their scores. ConfigError for what cannot be meant."""
 
-    members: list[str]
-    """Names of the service's models, two or more."""
+    members: Annotated[list[str], Field(min_length=2)]
+    """Names of models that the same service holds, at least two."""
     reduce: Literal["mean", "min", "mean-std"] = "mean"
-    """What becomes of their scores: the mean, the least, or the mean less `k` standard deviations
-    (arXiv:2312.09244)."""
+    """`mean`; `min`, the most pessimistic member; `mean-std`, the mean less `k` standard deviations."""
     k: NonNegativeFloat = 1.0
-    """Of "mean-std"."""
+    """How many standard deviations `mean-std` takes off."""
 
     def __post_init__(self) -> None:
-        if len(self.members) < 2 or len(set(self.members)) < len(self.members):
+        if blank := [name for name in self.members if not name.strip()]:
+            raise ValueError(f"`members` ({self.members}): {blank[0]!r} is no name. Type a served model's.")
+        if twice := sorted({name for name in self.members if self.members.count(name) > 1}):
             raise ValueError(
-                f"`members` ({', '.join(self.members)}): an ensemble has two members or more, each once. "
-                "Name others, or call the model by its own name."
+                f"`members` ({self.members}): {twice[0]!r} stands there twice, and a model agrees with "
+                "itself. Name each model once."
+            )
+        if self.k != 1.0 and self.reduce != "mean-std":
+            raise ValueError(
+                f'`k` ({self.k:g}) is for `reduce` "mean-std", and `reduce` is "{self.reduce}". Delete `k`, '
+                'or type `reduce="mean-std"`.'
             )
 
 

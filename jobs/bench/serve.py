@@ -282,7 +282,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         directory = saved(arguments, tokenizer, form, Path(scratch) / "model")
         ray.init(
-            num_cpus=max(arguments.threads, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False
+            address="local",
+            num_cpus=max(arguments.threads, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
         )
         stack.callback(ray.shutdown)
         port = free_port()

@@ -18,10 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from rayrm.errors import OverloadedError, RewardUnavailableError, ScoreError, VersionError
-from rayrm.serve.ensemble import Ensemble, combine
+from rayrm.serve.ensemble import combine
 from rayrm.serve.idle import IdleOffload
 from rayrm.serve.loaded import LoadedModel
 from rayrm.serve.request import ScoreRequest, ScoreResult
+from rayrm.serve.scheduler import BatchCost, QueuedText
+from rayrm.serve_settings import Ensemble
 from rayrm.settings import nearest
 
 logger = logging.getLogger("rayrm.serve")
@@ -34,11 +36,21 @@ class BatchReport:
     """What a batch was, for the metrics."""
 
     model: LoadedModel
-    num_texts: int
-    num_tokens: int
-    num_computed: int
+    texts: list[QueuedText]
     seconds: float
     results: list[ScoreResult]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(text.ids) for text in self.texts)
+
+    @property
+    def num_computed(self) -> int:
+        """As the batch was planned: what texts begin with alike counts once."""
+        cost = BatchCost(self.model.queue.layout, self.model.queue.reach)
+        for text in self.texts:
+            cost.add(text.ids)
+        return cost.tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +94,17 @@ class BatchLoop:
         found = await _all(asyncio.ensure_future(self._score_by(one, request)) for one in members)
         scores, spread = combine(ensemble, [result.scores for result in found])
         timing = replace(found[0].timing, compute_s=sum(result.timing.compute_s for result in found))
-        return replace(found[0], scores=scores, spread=spread, version=version, model=name, timing=timing)
+        errors = {place: said for result in reversed(found) for place, said in result.errors.items()}
+        return replace(
+            found[0],
+            scores=scores,
+            spread=spread,
+            version=version,
+            model=name,
+            truncated=sorted({place for result in found for place in result.truncated}),
+            timing=timing,
+            errors=errors,
+        )
 
     def swap(self, model: LoadedModel) -> None:
         """From now on new requests meet `model`; those that met the one before are answered by it."""
@@ -190,28 +212,30 @@ class BatchLoop:
     async def _compute_batches(self) -> None:
         running = asyncio.get_running_loop()
         idle = IdleOffload(self.idle_s)
+        idle.worked(time.monotonic())
         while True:
             model = self._next()
             if model is None:
                 self._arrived.clear()
                 await self._rest(idle)
                 continue
+            if idle.must_restore:
+                idle.begin_restore()
+                idle.restored(time.monotonic())
             texts = model.queue.take()
             model.began(texts)
             began = time.monotonic()
             computed = running.run_in_executor(self._computing, model.compute, texts)
             await asyncio.wait([computed])
-            seconds = time.monotonic() - began
             idle.worked(time.monotonic())
             failure = computed.exception()
             if failure is not None:
                 model.fail(texts, failure)
                 continue
+            seconds = time.monotonic() - began
             results = model.give(texts, computed.result(), seconds)
             self._note(len(results))
-            num_tokens = sum(len(text.ids) for text in texts)
-            num_computed = model.queue.cost_of(texts)
-            self.told(BatchReport(model, len(texts), num_tokens, num_computed, seconds, results))
+            self.told(BatchReport(model, texts, seconds, results))
 
     def _next(self) -> LoadedModel | None:
         """The model whose turn it is, of those with texts that wait."""
@@ -236,14 +260,20 @@ class BatchLoop:
 
     async def _rest(self, idle: IdleOffload) -> None:
         """Until something arrives; the weights leave the device when that takes long."""
-        wait_s = idle.wait_s(time.monotonic())
         try:
-            await asyncio.wait_for(self._arrived.wait(), wait_s)
+            await asyncio.wait_for(self._arrived.wait(), idle.due_in_s(time.monotonic()))
         except TimeoutError:
-            idle.offloading()
-            for model in self.models.values():
-                await asyncio.get_running_loop().run_in_executor(self._computing, model.model.offload)
-            idle.offloaded()
+            idle.begin_offload()
+            try:
+                for model in self.models.values():
+                    moved = asyncio.get_running_loop().run_in_executor(self._computing, model.model.offload)
+                    await moved
+            except Exception as error:
+                logger.warning("idle weights could not leave the device: %s", error)
+                idle.failed()
+            else:
+                idle.offloaded()
+                logger.info("idle for %g s: the weights left the device", self.idle_s)
 
     def _note(self, num_answered: int) -> None:
         now = time.monotonic()

@@ -216,13 +216,23 @@ class Caller:
 
 async def _while_wanted(response: Any, calls: Sequence[_Call]) -> list[Any]:
     """The response, unless no call waits for it any more: CancelledError then."""
+    nobody = asyncio.Event()
+
+    def leave(_: Any) -> None:
+        if all(call.answer.done() for call in calls):
+            nobody.set()
+
+    for call in calls:
+        call.answer.add_done_callback(leave)
     answered = asyncio.ensure_future(_result_of(response))
-    gone = asyncio.gather(*(asyncio.shield(call.answer) for call in calls), return_exceptions=True)
-    done, _ = await asyncio.wait([answered, gone], return_when=asyncio.FIRST_COMPLETED)
-    if answered not in done:
+    gone = asyncio.ensure_future(nobody.wait())
+    try:
+        await asyncio.wait([answered, gone], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+    if not answered.done():
         answered.cancel()
         raise asyncio.CancelledError
-    gone.cancel()
     answers: list[Any] = answered.result()
     return answers
 

@@ -9,38 +9,10 @@ A score costs as many forwards as there are members. Pure: no torch, no Ray.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
 
-from rayrm.settings import NonNegativeFloat, frozen_settings
-
-
-@frozen_settings
-class Ensemble:
-    """Which models are asked and what becomes of their scores. ConfigError for what cannot be meant."""
-
-    members: Annotated[list[str], Field(min_length=2)]
-    """Names of models that the same service holds, at least two."""
-    reduce: Literal["mean", "min", "mean-std"] = "mean"
-    """`mean`; `min`, the most pessimistic member; `mean-std`, the mean less `k` standard deviations."""
-    k: NonNegativeFloat = 1.0
-    """How many standard deviations `mean-std` takes off."""
-
-    def __post_init__(self) -> None:
-        if blank := [name for name in self.members if not name.strip()]:
-            raise ValueError(f"`members` ({self.members}): {blank[0]!r} is no name. Type a served model's.")
-        if twice := sorted({name for name in self.members if self.members.count(name) > 1}):
-            raise ValueError(
-                f"`members` ({self.members}): {twice[0]!r} stands there twice, and a model agrees with "
-                "itself. Name each model once."
-            )
-        if self.k != 1.0 and self.reduce != "mean-std":
-            raise ValueError(
-                f'`k` ({self.k:g}) is for `reduce` "mean-std", and `reduce` is "{self.reduce}". Delete `k`, '
-                'or type `reduce="mean-std"`.'
-            )
+from rayrm.serve_settings import Ensemble
 
 
 def combine(ensemble: Ensemble, member_scores: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rayrm.errors import ScoreError
-from rayrm.serve.drift import ScoreWindow, read_distribution
+from rayrm.serve.drift import Distribution, ScoreWindow
 from rayrm.serve.probe import check_probe
 from rayrm.serve.registry import MANIFEST
 from rayrm.serve.request import ModelPlace, ScoreRequest, ScoreResult, Timing
@@ -64,7 +64,7 @@ class LoadedModel:
             check_probe(model, manifest)
         # Of a model without a probe too: broken weights end the loading, and not the first caller's request.
         check_finite(model.score_ids([np.zeros(1, np.int32)]))
-        stored = read_distribution(manifest)
+        stored = Distribution.stored(manifest)
         return cls(name, place, model, model.queue(), ScoreWindow(stored) if stored else None)
 
     def encode(self, request: ScoreRequest) -> Encoded:
@@ -77,7 +77,7 @@ class LoadedModel:
         answer: asyncio.Future[ScoreResult] = asyncio.get_running_loop().create_future()
         entry = self.waiting[number] = Waiting(encoded, answer, time.monotonic(), tokenize_s)
         if encoded.sequences:
-            self.queue.add(number, encoded.sequences, expires_at=expires_at)
+            self.queue.add(number, list(encoded.sequences.values()), expires_at=expires_at)
         else:
             answer.set_result(self._result(entry, []))
         return number, entry
@@ -88,8 +88,7 @@ class LoadedModel:
         self.waiting.pop(number, None)
 
     def compute(self, texts: Sequence[QueuedText]) -> list[float]:
-        """In the computing thread: weights that were moved away come back first."""
-        self.model.restore()
+        """In the computing thread; weights that were moved away come back first."""
         return self.model.compute([text.ids for text in texts])
 
     def began(self, texts: Sequence[QueuedText]) -> None:
@@ -129,8 +128,9 @@ class LoadedModel:
     def _result(self, entry: Waiting, scores: list[float]) -> ScoreResult:
         encoded, now = entry.encoded, time.monotonic()
         begun = entry.begun_at if entry.begun_at is not None else now
-        placed, num_tokens = [float("nan")] * encoded.count, [0] * encoded.count
-        for place, score, ids in zip(encoded.places, scores, encoded.sequences, strict=True):
+        count = len(encoded.sequences) + len(encoded.errors)
+        placed, num_tokens = [float("nan")] * count, [0] * count
+        for (place, ids), score in zip(encoded.sequences.items(), scores, strict=True):
             placed[place], num_tokens[place] = score, len(ids)
         timing = Timing(
             entry.tokenize_s, begun - entry.added_at, entry.compute_s, entry.tokenize_s + now - entry.added_at

@@ -7,6 +7,9 @@ deployment and replica (`ray_serve_*`), and tags these alike.
 from __future__ import annotations
 
 import logging
+import math
+from bisect import bisect_left
+from collections import Counter
 
 from ray.serve import metrics
 
@@ -16,6 +19,7 @@ from rayrm.serve.loaded import LoadedModel
 logger = logging.getLogger("rayrm.serve")
 _SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
 _SCORES = [-20, -10, -7, -5, -4, -3, -2, -1.5, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 7, 10, 20]
+_BUCKETS = [*(f"{bound:g}" for bound in _SCORES), "+Inf"]
 _TOKENS = [2**power for power in range(5, 18)]
 
 
@@ -39,8 +43,9 @@ class ReplicaMetrics:
         self._saved = metrics.Counter(
             "rayrm_tokens_saved", "Tokens not computed, as texts begin alike", tag_keys=("model",)
         )
-        self._scores = metrics.Histogram(
-            "rayrm_scores", "Scores given", boundaries=_SCORES, tag_keys=("model", "version")
+        # Ray's histograms have positive bounds alone: a counter for each bucket, named by its upper bound.
+        self._scores = metrics.Counter(
+            "rayrm_scores", "Scores given, by bucket", tag_keys=("model", "version", "bucket")
         )
         self._waiting = metrics.Gauge("rayrm_waiting_requests", "Requests not answered yet")
         self._waiting_tokens = metrics.Gauge("rayrm_waiting_tokens", "Tokens of the texts that wait")
@@ -59,19 +64,21 @@ class ReplicaMetrics:
         """Count a batch, and the requests that it was the last of."""
         name, version = report.model.name, report.model.place.version
         tags = {"model": name, "version": version}
-        self._texts.inc(report.num_texts, tags)
-        self._tokens.inc(report.num_tokens, {"model": name})
-        if report.num_tokens > report.num_computed:
-            self._saved.inc(report.num_tokens - report.num_computed, {"model": name})
-        self._batch_tokens.observe(report.num_computed, {"model": name})
+        self._texts.inc(len(report.texts), tags)
+        num_tokens, num_computed = report.num_tokens, report.num_computed
+        self._tokens.inc(num_tokens, {"model": name})
+        if num_tokens > num_computed:
+            self._saved.inc(num_tokens - num_computed, {"model": name})
+        self._batch_tokens.observe(num_computed, {"model": name})
         self._batch_seconds.observe(report.seconds, {"model": name})
         for result in report.results:
             self._requests.inc(1, tags)
             for phase in ("tokenize", "queue", "compute"):
                 self._phase.observe(getattr(result.timing, f"{phase}_s"), {"phase": phase})
-            for score in result.scores:
-                self._scores.observe(score, tags)
-            self._watch(report.model, result.scores)
+            scores = [score for score in result.scores if not math.isnan(score)]  # of partial requests
+            for bucket, count in Counter(bisect_left(_SCORES, score) for score in scores).items():
+                self._scores.inc(count, {**tags, "bucket": _BUCKETS[bucket]})
+            self._watch(report.model, scores)
 
     def error(self, error: BaseException) -> None:
         self._errors.inc(1, {"kind": type(error).__name__})
@@ -93,7 +100,7 @@ class ReplicaMetrics:
             return
         for reading in model.window.add(scores):
             tags = {"model": model.name, "version": model.place.version}
-            self._drift.set(reading.shift, {**tags, "of": "shift"})
-            self._drift.set(reading.ratio, {**tags, "of": "spread"})
-            if said := model.window.warning(reading):
-                logger.warning("%s %s: %s", model.name, model.place.version, said)
+            self._drift.set(reading.shift or 0.0, {**tags, "of": "shift"})
+            self._drift.set(reading.std_ratio or 0.0, {**tags, "of": "spread"})
+        if said := model.window.warning():
+            logger.warning("%s %s: %s", model.name, model.place.version, said)

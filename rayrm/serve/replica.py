@@ -18,10 +18,10 @@ from typing import Any
 
 from rayrm.errors import RayrmError
 from rayrm.serve.batch_loop import BatchLoop
-from rayrm.serve.ensemble import Ensemble
 from rayrm.serve.loaded import LoadedModel
 from rayrm.serve.pointer import Pointer, read_pointer
 from rayrm.serve.request import ModelPlace, ScoreRequest, ScoreResult
+from rayrm.serve_settings import Ensemble
 
 logger = logging.getLogger("rayrm.serve")
 _STAGED_S = 900.0

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rayrm.errors import ConfigError
-from rayrm.serve.ensemble import Ensemble, combine
+from rayrm.serve.ensemble import combine
+from rayrm.serve_settings import Ensemble
 
 SCORES = [[1.0, -2.0, 0.5], [4.0, -2.0, 0.0], [1.0, -2.0, -3.5]]
 # Three members: mean 2, deviations -1, 2, -1; all alike; mean -1, deviations 1.5, 1, -2.5.

@@ -1,0 +1,2 @@
+"""shim"""
+def check_probe(model, manifest): pass
