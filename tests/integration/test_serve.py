@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +26,20 @@ import ray
 from ray import serve
 
 from rayrm.config import ServeConfig
-from rayrm.data.tokenize import TextInput
-from rayrm.errors import ClusterError, ConfigError, PublishError, RewardUnavailableError, ScoreError
+from rayrm.errors import (
+    ClusterError,
+    ConfigError,
+    OverloadedError,
+    PublishError,
+    RewardUnavailableError,
+    RollError,
+    ScoreError,
+)
 from rayrm.serve.client import RewardClient
-from rayrm.serve.deployment import RewardReplica, deploy
-from rayrm.serve.registry import PublishedModel, publish
+from rayrm.serve.deployment import Model, deploy
+from rayrm.serve.registry import PublishedModel, open_published, publish, set_current
 from rayrm.serve.scorer import RewardModel
+from rayrm.serve_settings import Ensemble
 from tests.tiny import WORDS, save_tiny
 
 # The handle and the process compute the same float32 numbers in other batches.
@@ -46,7 +60,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> PublishedModel:
 
 
 @contextmanager
-def served(model: PublishedModel | Path, name: str, **fields: Any) -> Iterator[RewardClient]:
+def served(model: Model | dict[str, Model], name: str, **fields: Any) -> Iterator[RewardClient]:
     try:
         yield deploy(model, name, **{**LIGHT, **fields})
     finally:
@@ -58,6 +72,39 @@ def client(ray_cluster: None, published: PublishedModel) -> Iterator[RewardClien
     # A name of this test run alone: replicas are found, and killed, by it.
     with served(published, f"test-reward-{os.getpid()}", num_replicas=2) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def second(published: PublishedModel, tmp_path_factory: pytest.TempPathFactory) -> PublishedModel:
+    """Another version of the first model, not the current one."""
+    registry = published.path.parent.parent
+    model = save_tiny(tmp_path_factory.mktemp("serve-second"), seed=2, chat=False)
+    return publish(model, registry, published.name, make_current=False)
+
+
+def writable_copy(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    for path in [target, *target.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return target
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def post(url: str, body: Any, token: str | None = None) -> tuple[int, Any]:
+    headers = {"Content-Type": "application/json"}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
 
 
 def texts(count: int, salt: str = "") -> tuple[list[str], list[str]]:
@@ -152,7 +199,7 @@ def test_a_pickled_client_works_in_actors_sync_and_async(
             return answer.scores, "no error"
 
     client(*texts(1))
-    assert pickle.loads(pickle.dumps(client))._handle is None
+    assert len(pickle.dumps(client)) < 1000
     assert ray.get(Plain.remote().rewards.remote(client)) == pytest.approx(expected, abs=SAME)
     scores, refusal = ray.get(Asynchronous.remote().rewards.remote(client))
     assert scores == pytest.approx(expected, abs=SAME)
@@ -281,77 +328,150 @@ def test_a_model_that_loads_and_cannot_score_does_not_start(ray_cluster: None, t
     assert "nan-model" not in serve.status().applications
 
 
-@pytest.fixture
-def replica(published: PublishedModel) -> RewardReplica:
-    """The class that Serve runs, here in this process: its loop can be watched."""
-    return RewardReplica(str(published.path), published.version, max_tokens_per_batch=64)
-
-
-def inputs(count: int, salt: str = "") -> list[TextInput]:
-    return [TextInput(p, c) for p, c in zip(*texts(count, salt), strict=True)]
-
-
-def test_a_cancelled_request_is_not_computed(replica: RewardReplica, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed: list[int] = []
-    free = threading.Event()
-    compute = replica._model.compute
-
-    def slow(sequences: Any) -> list[float]:
-        computed.append(len(sequences))
-        free.wait()
-        return compute(sequences)
-
-    monkeypatch.setattr(replica._model, "compute", slow)
-
-    async def story() -> tuple[list[float], str]:
-        first = asyncio.create_task(replica.score(inputs(1)))
-        while not computed:
-            await asyncio.sleep(0.01)
-        dropped = asyncio.create_task(replica.score(inputs(50, "dropped")))
-        last = asyncio.create_task(replica.score(inputs(2, "last")))
-        while len(replica._queue) < 52:
-            await asyncio.sleep(0.01)
-        dropped.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await dropped
-        assert len(replica._queue) == 2
-        free.set()
-        await first
-        answer = await last
-        replica._loop.cancel()
-        return answer
-
-    scores, _ = asyncio.run(story())
-    assert sum(computed) == 3
-    assert scores == pytest.approx(replica._model.score_inputs(inputs(2, "last")), abs=SAME)
-
-
-def test_a_failed_batch_fails_its_requests_and_the_loop_goes_on(
-    replica: RewardReplica, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.ray
+def test_a_roll_is_followed_by_replicas_that_start_later(
+    ray_cluster: None, published: PublishedModel, second: PublishedModel
 ) -> None:
-    compute = replica._model.compute
-    failures = [RuntimeError("out of memory")]
+    with served(published, "rolled") as reward:
+        expected = {
+            model.version: RewardModel.from_pretrained(model.path).score(*texts(4))
+            for model in (published, second)
+        }
+        rolled = reward.roll(second.version)
+        assert (rolled.version, rolled.before) == (second.version, published.version)
+        assert reward.roll(second.version).before == second.version  # nothing to do
+        answer = reward.score(*texts(4))
+        assert answer.version == second.version
+        assert answer.scores == pytest.approx(expected[second.version], abs=SAME)
+        assert open_published(published.path.parent).version == second.version
+        (pid,) = replica_pids("rolled")
+        os.kill(pid, signal.SIGKILL)
+        assert reward.score(*texts(4)).version == second.version
+        assert (pid,) != replica_pids("rolled")
+        assert reward.rollback().version == published.version
+        assert reward.score(*texts(4)).version == published.version
+        with pytest.raises(PublishError, match=r"no published model at .*Published versions there: "):
+            reward.roll("absent")
+    set_current(published.path.parent.parent, published.name, published.version)
 
-    def failing_once(sequences: Any) -> list[float]:
-        if failures:
-            raise failures.pop()
-        return compute(sequences)
 
-    monkeypatch.setattr(replica._model, "compute", failing_once)
+@pytest.mark.ray
+def test_a_version_that_is_damaged_or_scores_otherwise_is_refused_and_the_old_one_serves_on(
+    ray_cluster: None, published: PublishedModel, second: PublishedModel
+) -> None:
+    home = published.path.parent
+    damaged, otherwise = (writable_copy(second.path, home / name) for name in ("damaged", "otherwise"))
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-3] ^= 0xFF
+    (damaged / "model.safetensors").write_bytes(content)
+    manifest = json.loads((otherwise / "manifest.json").read_text())
+    manifest["probe"]["scores"][3] += 0.01
+    manifest["version"] = "otherwise"
+    (otherwise / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        with served(published, "refusing", num_replicas=2) as reward:
+            with pytest.raises(PublishError, match=r"model\.safetensors' differs from its checksum"):
+                reward.roll(damaged)
+            with pytest.raises(RollError, match=f"refused version otherwise.*{published.version} serves on"):
+                reward.roll("otherwise")
+            status = reward.status()
+            assert status["models"] == {published.name: published.version}
+            assert status["last_roll"][published.name]["version"] == "otherwise"
+            assert "probe" in status["last_roll"][published.name]["error"]
+            assert [replica["staged"] for replica in status["replicas"]] == [[], []]
+            assert reward.score(*texts(4)).version == published.version
+    finally:
+        for copy in (damaged, otherwise):
+            shutil.rmtree(copy)
+    assert open_published(home).version == published.version
 
-    async def story() -> list[float]:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            await replica.score(inputs(30))
-        assert len(replica._queue) == replica._queue.num_requests == 0
-        replica.check_health()
-        scores, _ = await replica.score(inputs(30))
-        replica._loop.cancel()
-        await asyncio.sleep(0)
-        return scores
 
-    assert len(asyncio.run(story())) == 30
-    with pytest.raises(RuntimeError, match="batch loop has ended"):
-        replica.check_health()
+@pytest.mark.ray
+def test_several_models_and_an_ensemble_under_one_name(
+    ray_cluster: None, published: PublishedModel, other: PublishedModel
+) -> None:
+    ensembles = {"worst": Ensemble(members=["one", "two"], reduce="min")}
+    with served({"one": published, "two": other}, "several", ensembles=ensembles):
+        scores = [RewardModel.from_pretrained(model.path).score(*texts(6)) for model in (published, other)]
+        for name, expected in (("one", scores[0]), ("two", scores[1])):
+            assert RewardClient("several", model=name)(*texts(6)) == pytest.approx(expected, abs=SAME)
+        worst = RewardClient("several", model="worst").score(*texts(6))
+        assert worst.scores == pytest.approx([min(pair) for pair in zip(*scores, strict=True)], abs=SAME)
+        assert worst.version == f"{published.version}+{other.version}"
+        assert len(worst.spread or []) == 6
+        with pytest.raises(ScoreError, match="the service has one, two, worst"):
+            RewardClient("several")(*texts(1))
+    with pytest.raises(ConfigError, match="member 'thre', and the service's models are one, two"):
+        deploy({"one": published, "two": other}, "x", ensembles={"e": {"members": ["one", "thre"]}})
+
+
+@pytest.mark.ray
+def test_calls_of_one_text_travel_together(client: RewardClient, published: PublishedModel) -> None:
+    prompts, completions = texts(48)
+    expected = RewardModel.from_pretrained(published.path).score(prompts, completions)
+    failures: list[str] = []
+
+    def one(number: int) -> float:
+        if number == 7:
+            try:
+                client.score(["cat " * 700], [" no"])
+            except ScoreError as error:
+                failures.append(str(error))
+        return client.score([prompts[number]], [completions[number]]).scores[0]
+
+    with ThreadPoolExecutor(48) as threads:
+        assert list(threads.map(one, range(48))) == pytest.approx(expected, abs=SAME)
+    assert len(failures) == 1
+    assert "input 0" in failures[0]
+
+
+@pytest.mark.ray
+def test_a_full_queue_refuses_at_once_or_is_waited_for(ray_cluster: None, published: PublishedModel) -> None:
+    with served(published, "full", max_queued_requests=1, max_tokens_per_batch=64) as patient:
+        hasty = RewardClient("full", retry_overload=False, coalesce=False)
+        expected = RewardModel.from_pretrained(published.path).score(*texts(40))
+        refused: list[OverloadedError] = []
+
+        def one(number: int) -> list[float] | None:
+            try:
+                return (hasty if number % 2 else patient).score(*texts(40)).scores
+            except OverloadedError as error:
+                refused.append(error)
+                return None
+
+        with ThreadPoolExecutor(16) as threads:
+            answers = [scores for scores in threads.map(one, range(16)) if scores is not None]
+        assert len(answers) + len(refused) == 16
+        assert len(answers) >= 8  # all that wait for room
+        assert refused
+        assert all(error.retry_after_s > 0 for error in refused)
+        for scores in answers:
+            assert scores == pytest.approx(expected, abs=SAME)
+
+
+@pytest.mark.ray
+def test_http_answers_for_the_same_replicas_and_asks_for_its_token(
+    ray_cluster: None, published: PublishedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_REWARD_TOKEN", "secret-of-the-test")
+    with pytest.raises(ConfigError, match=r"`http_host` \('0\.0\.0\.0'\).*export RAYRM_HTTP_TOKEN="):
+        deploy(published, "open", http_port=free_port(), http_host="0.0.0.0")
+    port = free_port()
+    with served(published, "wired", http_port=port, http_token_env="TEST_REWARD_TOKEN"):
+        root = f"http://127.0.0.1:{port}"
+        prompts, completions = texts(5)
+        body = {"prompts": prompts, "completions": completions, "details": True}
+        status, refusal = post(f"{root}/v1/score", body)
+        assert status == 401
+        assert "secret" not in json.dumps(refusal)
+        status, answer = post(f"{root}/v1/score", body, token="secret-of-the-test")
+        assert status == 200
+        expected = RewardModel.from_pretrained(published.path).score(prompts, completions)
+        assert answer["scores"] == pytest.approx(expected, abs=SAME)
+        assert answer["version"] == published.version
+        status, refusal = post(f"{root}/v1/score", {**body, "prompts": ["one"]}, token="secret-of-the-test")
+        assert status == 422
+        assert "go in pairs" in refusal["error"]["message"]
 
 
 @pytest.mark.ray
@@ -388,7 +508,7 @@ def test_the_client_loads_neither_torch_nor_transformers() -> None:
 
 def test_a_cluster_that_does_not_answer_is_named() -> None:
     """In a process of its own: this one may be connected already. Nothing listens on port 1."""
-    code = "from rayrm.serve.deployment import connect; connect()"
+    code = "from rayrm.serve.connect import connect; connect()"
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
