@@ -101,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("checkpoint", help="a run's directory, or its checkpoint-<step>")
     publish.add_argument("--name", default="reward", help="what the model is called there (reward)")
     publish.add_argument("--keep-adapter", action="store_true", help="do not merge a LoRA adapter")
+    publish.add_argument(
+        "--probe",
+        metavar="FILE",
+        help="jsonl of texts like those to be served (as for `score`): replicas must score the first 256 of "
+        "them as now, and drift of scores is measured against them",
+    )
     _add_registry(publish)
     serve = command("serve", _serve, "Serve a model on Ray until Ctrl-C.")
     serve.add_argument("model", help=_MODEL)
@@ -262,7 +268,11 @@ def _publish(options: argparse.Namespace) -> int:
     from rayrm.serve.registry import publish
 
     published = publish(
-        options.checkpoint, options.registry, options.name, merge_lora=not options.keep_adapter
+        options.checkpoint,
+        options.registry,
+        options.name,
+        merge_lora=not options.keep_adapter,
+        probe=options.probe,
     )
     was = "published" if published.is_new else "was already published"
     print(f"{published.name} {published.version} {was}: {published.path}")
