@@ -384,7 +384,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws moments and calls (0)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False
+    )
     with tempfile.TemporaryDirectory(prefix="rayrm-soak-serve-") as home:
         outcomes = soak(arguments, Path(home))
     ray.shutdown()

@@ -20,7 +20,8 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe",
         metavar="FILE",
-        help="rows (prompt, completion) whose scores are stored: a service compares, and watches for drift",
+        help="jsonl of texts like those to be served (as for `score`): replicas must score the first 256 of "
+        "them as now, and drift of scores is measured against them",
     )
     parser.add_argument("--roll", metavar="SERVICE", help="then let this running service serve the version")
     parser.add_argument("--address", help="the Ray cluster of --roll")

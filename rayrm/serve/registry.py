@@ -4,8 +4,8 @@ A version is the first 12 hex digits of the SHA-256 over the model's content (we
 form): publishing the same content again finds the same version and changes nothing. A version appears whole
 or not at all (written beside, synced, renamed), its files are read-only, and `current.json` names the
 version that `open_published` gives when none is asked for. Opening reads every byte once to compare
-checksums (about 1 GB/s); `RewardModel.from_pretrained(path)` loads without that. No torch is needed here,
-except to merge a LoRA adapter.
+checksums (about 1 GB/s); `RewardModel.from_pretrained(path)` loads without that. Torch is needed to publish,
+for the scores of the probe (`probe.py`) and to merge a LoRA adapter, and not to open.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrm.errors import PublishError
+from rayrm.serve.probe import ProbeTexts, check_same_probe, probe_record, read_probe
 from rayrm.serve.saved import SavedFiles, file_sha256, read_json, saved_files
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def publish(
     *,
     merge_lora: bool = True,
     make_current: bool = True,
+    probe: str | Path | None = None,
 ) -> PublishedModel:
     """Copy the saved model `checkpoint` into `registry/<name>/<version>/` and make it the current version.
 
@@ -61,20 +63,28 @@ def publish(
     adapter itself is published and still needs its base model to load. Publishing the same content twice
     returns the same version with `is_new=False`.
 
+    The manifest keeps the model's scores of a few texts, by which a replica checks what it loaded: built-in
+    ones, or the first 256 of the file `probe` (rows as `rayrm score` takes). Give texts like those that will
+    be served: the mean and spread of their scores are then kept as well, and drift is measured against them.
+    For these scores the model is loaded on the CPU in float32: 4 bytes a parameter.
+
     Raises:
-        PublishError: not a saved reward model (no safetensors, not one label, a shard missing or corrupt), or
-            a `name` that cannot be a directory's name.
+        PublishError: not a saved reward model (no safetensors, not one label, a shard missing or corrupt), a
+            `name` that cannot be a directory's name, a score that is not finite, or content that is published
+            already with another probe.
+        DataError, ScoreError: what is wrong with the file `probe`, by its line.
     """
     _check_name(name)
+    given = None if probe is None else read_probe(probe)
     home = Path(registry) / name
     saved = saved_files(checkpoint)
     if saved.is_adapter and merge_lora:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home, prefix=".merge-") as merged:
             _merge_adapter(saved, Path(merged))
-            published = _publish_files(saved_files(merged), saved.directory, home, name)
+            published = _publish_files(saved_files(merged), saved.directory, home, name, given)
     else:
-        published = _publish_files(saved, saved.directory, home, name)
+        published = _publish_files(saved, saved.directory, home, name, given)
     if make_current:
         set_current(registry, name, published.version)
     return published
@@ -161,23 +171,29 @@ def _version_of(saved: SavedFiles) -> tuple[str, dict[str, str]]:
     return whole.hexdigest()[:12], digests
 
 
-def _publish_files(saved: SavedFiles, source: Path, home: Path, name: str) -> PublishedModel:
+def _publish_files(
+    saved: SavedFiles, source: Path, home: Path, name: str, probe: ProbeTexts | None
+) -> PublishedModel:
     """Write the version's directory beside, then rename it; `source` is where the training's records are."""
     version, digests = _version_of(saved)
     target = home / version
     if (target / MANIFEST).is_file():
+        check_same_probe(read_json(target / MANIFEST), probe)
         logger.info("%s %s is already published at %s: nothing was written", name, version, target)
         return PublishedModel(name, version, target, is_new=False)
     home.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=home, prefix=f".{version}-"))
     try:
-        _fill(partial, saved, source, digests, name, version)
+        manifest = _fill(partial, saved, source, digests, name, version)
+        manifest |= probe_record(partial, probe, is_adapter=saved.is_adapter)
+        _close(partial, manifest)
         try:
             os.rename(partial, target)
         except OSError:
             # Another publisher of the same content was first: its directory is as good as ours.
             if not (target / MANIFEST).is_file():
                 raise
+            check_same_probe(read_json(target / MANIFEST), probe)
             return PublishedModel(name, version, target, is_new=False)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -188,7 +204,8 @@ def _publish_files(saved: SavedFiles, source: Path, home: Path, name: str) -> Pu
 
 def _fill(
     partial: Path, saved: SavedFiles, source: Path, digests: Mapping[str, str], name: str, version: str
-) -> None:
+) -> dict[str, Any]:
+    """Write all files but the manifest, which is returned."""
     for file in saved.content:
         if _copy_synced(saved.directory / file, partial / file) != digests[file]:
             raise PublishError(
@@ -215,9 +232,14 @@ def _fill(
         path.relative_to(partial).as_posix(): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         for path in files
     }
-    _write_synced(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    for path in [*files, partial / MANIFEST]:
-        path.chmod(0o444)
+    return manifest
+
+
+def _close(partial: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest; nothing changes from here on."""
+    _write_synced(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    for file in [*manifest["files"], MANIFEST]:
+        (partial / file).chmod(0o444)
     partial.chmod(0o755)
     _sync_directory(partial)
 

@@ -52,7 +52,7 @@ def score_rows(rows: Iterable[Row], score: Score, *, rendered: bool = False) -> 
     """
     reader = iter(rows)
     while chunk := list(itertools.islice(reader, ROWS_PER_CHUNK)):
-        inputs = [_inputs(where, row, rendered) for where, row in chunk]
+        inputs = [inputs_of_row(where, row, rendered=rendered) for where, row in chunk]
         scores = iter(_scored(chunk, inputs, score))
         for (_, row), entries in zip(chunk, inputs, strict=True):
             own = list(itertools.islice(scores, len(entries)))
@@ -79,8 +79,8 @@ def as_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
-def _inputs(where: str, row: Any, rendered: bool) -> list[TextInput]:
-    """What of the row is to be scored, one input for each completion."""
+def inputs_of_row(where: str, row: Any, *, rendered: bool) -> list[TextInput]:
+    """What of the row is to be scored, one input for each completion. ScoreError names `where` it stands."""
     if not isinstance(row, Mapping):
         raise ScoreError(f"{where}: the row is {type(row).__name__}; it must be an object with `completion`.")
     one, several = _has(row, "completion"), _has(row, "completions")

@@ -56,7 +56,7 @@ class RewardModel:
     """A loaded reward model; `text_form` says whether it takes messages or plain strings.
 
     Texts longer than `reach` (a sliding window, a limit of the rope; None: there is none) are padded, others
-    computed in `layout`.
+    computed in `layout`. `is_float32`: its weights are.
     """
 
     def __init__(self, loaded: LoadedModel, *, max_tokens_per_batch: int | None = None) -> None:
@@ -75,6 +75,7 @@ class RewardModel:
         self.layout: Layout = layout.name
         self._device = next(loaded.model.parameters()).device
         self._is_offloaded = False
+        self.is_float32 = next(loaded.model.parameters()).dtype == torch.float32
         default = _ON_CPU if self._device.type == "cpu" else _ON_GPU
         self.max_tokens_per_batch = max_tokens_per_batch or default
         self._pad_token_id = loaded.pad_token_id

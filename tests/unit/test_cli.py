@@ -192,3 +192,17 @@ def test_publish_then_score_by_the_name_in_the_registry(
         assert cli.main(["score", model, "rows.jsonl"]) == 0
         scores.append(json.loads(capsys.readouterr().out)["score"])
     assert scores == [scores[0]] * 3
+
+
+def test_publish_takes_a_probe_file_and_keeps_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "run", chat=False)
+    Path("probe.jsonl").write_text('{"completion": "yes"}\n{"completion": "no, never"}\n')
+    Path("other.jsonl").write_text('{"completion": "perhaps"}\n{"completion": "no, never"}\n')
+    assert cli.main(["publish", "run", "--probe", "probe.jsonl"]) == 0
+    (manifest,) = Path("registry/reward").glob("*/manifest.json")
+    assert json.loads(manifest.read_text())["distribution"]["count"] == 2
+    assert cli.main(["publish", "run", "--probe", "other.jsonl"]) == 2
+    assert "another name" in capsys.readouterr().err
