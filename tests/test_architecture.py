@@ -85,6 +85,7 @@ NO_TORCH_ON_IMPORT = [
     "data.selection",
     "data.tokenize",
     "serve.client",
+    "serve.http",
     "serve.scheduler",
 ]
 """Importing these, with all that they import, must not load torch."""

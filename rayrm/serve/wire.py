@@ -35,6 +35,10 @@ EXACT = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _MAX_PROBLEMS = 3
 
+# Reading ten million empty lists takes as long as scoring thousands of texts. A body of the largest size that
+# is all source code has about this many, which count although they stand inside texts.
+_MAX_OPENINGS = 2_000_000
+
 # Checked by `read_texts` and not by pydantic, whose unions answer with one line for each branch and place.
 Texts = Annotated[
     Any,
@@ -96,6 +100,10 @@ def read_json(body: bytes) -> dict[str, Any]:
     """The JSON object in `body`. Raises ScoreError where it is none, or one that readers disagree about."""
     if not body.strip():
         raise ScoreError("the body is empty: it must be a JSON object. Send the one that /docs shows.")
+    if body.count(b"[") + body.count(b"{") > _MAX_OPENINGS:
+        raise ScoreError(
+            f"the body has more than {_MAX_OPENINGS} opening brackets. Send its texts in several requests."
+        )
     try:
         value = _DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError as problem:
