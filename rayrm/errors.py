@@ -9,6 +9,7 @@ RayrmError
 ├── CheckpointError        (ValueError)    a checkpoint that cannot be read or does not fit
 ├── PublishError           (ValueError)    a model that cannot be published or opened
 ├── ScoreError             (ValueError)    an input that cannot be scored
+│   └── UnknownModelError                  a request for a model that the service does not have
 ├── RewardUnavailableError (RuntimeError)  the reward service gave no answer before the deadline
 │   ├── OverloadedError                    its queue is full; `retry_after_s` says when to come back
 │   └── VersionError                       the version that was asked for does not answer
@@ -70,6 +71,10 @@ class PublishError(RayrmError, ValueError):
 
 class ScoreError(RayrmError, ValueError):
     """An input that cannot be scored: wrong shape, too long, or of the other text form."""
+
+
+class UnknownModelError(ScoreError):
+    """A request names a model or an ensemble that the service does not have."""
 
 
 class RewardUnavailableError(RayrmError, RuntimeError):

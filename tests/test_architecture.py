@@ -95,6 +95,7 @@ NO_TORCH_ON_IMPORT = [
     "serve.drift",
     "serve.ensemble",
     "serve.idle",
+    "serve.http",
     "serve.scheduler",
 ]
 """Importing these, with all that they import, must not load torch."""

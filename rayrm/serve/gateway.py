@@ -30,10 +30,15 @@ class HttpGateway:
         client = RewardClient(settings.name, retry_overload=False)
 
         async def status() -> dict[str, Any]:
-            return await asyncio.to_thread(client.status, wait_s=5.0)
+            found = await asyncio.to_thread(client.status, wait_s=5.0)
+            models: dict[str, Any] = {name: {"version": one} for name, one in found["models"].items()}
+            models |= {name: {"members": members} for name, members in found["ensembles"].items()}
+            return {"ready": True, "models": models}
 
         limits = HttpLimits(
-            settings.http_max_body_bytes, settings.http_max_texts, settings.http_max_characters
+            max_body_bytes=settings.http_max_body_bytes,
+            max_texts=settings.http_max_texts,
+            max_characters=settings.http_max_characters,
         )
         return build_app(client.ask, status, limits, self._token_sha256)
 

@@ -1,0 +1,369 @@
+"""The HTTP application: `build_app` turns a `score` function into the routes of `protocols.py`.
+
+For callers outside Ray; inside a cluster `RewardClient` is faster. What each status means: 401 no token, 404
+an unknown path or model, 409 another version than the pinned one, 413 a limit, 415 no JSON, 422 a request
+that cannot be scored, 429 a full queue, 503 no answer now; the last two say in `Retry-After` when to come
+back. An answer's headers tell the version (`Rayrm-Version`) and how many texts were cut (`Rayrm-Truncated`),
+whatever its shape. No Ray, no torch: the service hands itself in as a function.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from rayrm.data.tokenize import TextInput
+from rayrm.errors import (
+    ConfigError,
+    OverloadedError,
+    RewardUnavailableError,
+    ScoreError,
+    UnknownModelError,
+    VersionError,
+)
+from rayrm.serve.http_guard import (
+    BodyLimit,
+    LastResort,
+    TokenGate,
+    error_response,
+    failure_response,
+    log_failure,
+)
+from rayrm.serve.protocols import ROUTES
+from rayrm.serve.request import Scorable, ScoreRequest, ScoreResult, Truncation, check_truncation
+from rayrm.serve.wire import WireShape, choose_shape, read_json
+from rayrm.settings import nearest
+
+Score = Callable[[ScoreRequest], Awaitable[ScoreResult]]
+Status = Callable[[], Awaitable[dict[str, Any]]]
+
+_STATUS_TIMEOUT_S = 5.0
+_LARGE_BODY = 1 << 18  # bytes; reading more takes long enough for other requests to notice
+_LEFT = 499  # nobody reads it: nginx's number for a caller that went away
+_QUERY_NAMES = ("model", "truncation", "version")
+_QUERY_PARAMETERS = [
+    {
+        "name": name,
+        "in": "query",
+        "required": False,
+        "schema": {"type": "string", "enum": list(get_args(Truncation))}
+        if name == "truncation"
+        else {"type": "string"},
+        "description": "As the field of that name of /v1/score, for clients that can only set a URL.",
+    }
+    for name in _QUERY_NAMES
+]
+_ERRORS = {
+    401: "no token, or a wrong one",
+    404: "a model that the service does not have",
+    409: "the pinned version does not answer",
+    413: "a body, a text or a number of texts beyond the service's limits",
+    415: "a body that is not JSON by its headers",
+    422: "a request that cannot be scored; the message says what to change",
+    429: "the queue is full; Retry-After says when to come back",
+    503: "no answer now; Retry-After says when to come back",
+}
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """What one request may hold; beyond it the answer is 413 (408 for the time)."""
+
+    max_body_bytes: int = 32 * 2**20
+    """Also the most characters after repetition: a prompt or tools count once for each text they go into."""
+    max_texts: int = 4096
+    max_characters: int = 1_000_000
+    """Of one text with its prompt, tools and template variables; or its token ids."""
+    body_timeout_s: float = 60.0
+    """Seconds in which the whole body must have come."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ConfigError(
+                    f"`{field.name}` ({getattr(self, field.name)}) must be above 0: nothing could be sent."
+                )
+
+
+class _TooLargeError(Exception):
+    """A request beyond a limit; its message is the answer's."""
+
+
+def build_app(
+    score: Score,
+    status: Status,
+    limits: HttpLimits | None = None,
+    token_sha256: str | None = None,
+) -> FastAPI:
+    """The application. `token_sha256`: the SHA-256 of the token, hexadecimal; every path needs it then.
+
+    `score` raises rayrm's errors as they are (not inside another error): their messages go to the caller. It
+    is cancelled when the caller leaves. `status` gives `{"ready": bool, "reason": str, "models": {name:
+    {"version": ..., ...}}}`; only `ready` is required. Raises ConfigError for a digest that is none.
+    """
+    limits = limits or HttpLimits()
+    if token_sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", token_sha256):
+        raise ConfigError(
+            "`token_sha256` must be the SHA-256 of the token, 64 hexadecimal digits. Make it with "
+            "hashlib.sha256(token.encode()).hexdigest()."
+        )
+    app = FastAPI(
+        title="rayrm reward service",
+        description=(__doc__ or "").partition("\n")[2],
+        redirect_slashes=False,  # a redirect would repeat the caller's Host header
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if token_sha256 else [],
+    )
+    for path, shapes in ROUTES.items():
+        app.add_api_route(
+            path,
+            _score_route(shapes, score, limits),
+            methods=["POST"],
+            response_model=None,
+            summary=" or ".join(shape.title for shape in shapes),
+            description="\n\n".join(shape.description for shape in shapes),
+            operation_id="score" + re.sub(r"\W+", "_", path).rstrip("_"),
+            responses={status: {"description": text} for status, text in _ERRORS.items()},
+            openapi_extra=_openapi(shapes),
+        )
+    _add_status_routes(app, status)
+    app.add_exception_handler(HTTPException, _path_error)
+    app.add_middleware(BodyLimit, limits.max_body_bytes, limits.body_timeout_s)
+    if token_sha256:
+        app.add_middleware(TokenGate, token_sha256)
+    app.add_middleware(LastResort)  # the last one added is the first to run
+    return app
+
+
+def _score_route(
+    shapes: Sequence[WireShape], score: Score, limits: HttpLimits
+) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        try:
+            content = await request.body()
+            large = len(content) > _LARGE_BODY
+            given = (content, dict(request.query_params), request.query_params.multi_items(), shapes, limits)
+            read = await run_in_threadpool(_read, *given) if large else _read(*given)
+            shape, body, wanted = read
+            result = await _score_while_heard(score, wanted, request)
+            if result is None:
+                return Response(status_code=_LEFT)
+            _check_result(wanted, result)
+            headers = {"Rayrm-Version": result.version, "Rayrm-Truncated": str(len(result.truncated))}
+            return JSONResponse(shape.to_answer(body, result), headers=headers)
+        except Exception as error:  # each kind has its status, and the rest is the service's own failure
+            return _error_answer(error)
+
+    return answer
+
+
+def _read(
+    content: bytes,
+    query: Mapping[str, str],
+    query_items: Sequence[tuple[str, str]],
+    shapes: Sequence[WireShape],
+    limits: HttpLimits,
+) -> tuple[WireShape, BaseModel, ScoreRequest]:
+    fields = read_json(content)
+    shape = choose_shape(shapes, fields)
+    _check_lengths(fields, shape, limits)
+    body = shape.parse(fields)
+    wanted = _with_query(shape.to_request(body), query, len(query_items))
+    _check_limits(wanted.inputs, limits)
+    return shape, body, wanted
+
+
+def _with_query(wanted: ScoreRequest, query: Mapping[str, str], num_given: int) -> ScoreRequest:
+    """`?model=`, `?truncation=` and `?version=` for what the body leaves open. Raises ScoreError."""
+    for name, value in query.items():
+        if name not in _QUERY_NAMES:
+            raise ScoreError(
+                f"the URL's parameter `{name[:60]}` is none of {', '.join(_QUERY_NAMES)}."
+                f"{nearest(name[:60], _QUERY_NAMES) or ' Remove it.'}"
+            )
+        if getattr(wanted, name) not in (None, value):
+            raise ScoreError(f"the body's `{name}` and the URL's are not the same. Send one of them.")
+    if num_given != len(query):
+        raise ScoreError("a parameter of the URL is given twice. Keep one.")
+    check_truncation(query.get("truncation"))
+    named: dict[str, Any] = dict(query)
+    return dataclasses.replace(wanted, **named)
+
+
+def _check_lengths(fields: Mapping[str, Any], shape: WireShape, limits: HttpLimits) -> None:
+    """Before anything is made of them: a body may hold ten million empty lists."""
+    for name in shape.body.model_fields.keys() & fields.keys():
+        value = fields[name]
+        if isinstance(value, list) and value:
+            limit = limits.max_characters if isinstance(value[0], int) else limits.max_texts
+            if len(value) > limit:
+                raise _TooLargeError(
+                    f"`{name}` has {len(value)} entries, the limit of this service is {limit}. Send them in "
+                    "several requests."
+                )
+
+
+def _check_limits(inputs: Sequence[Scorable], limits: HttpLimits) -> None:
+    if len(inputs) > limits.max_texts:
+        raise _TooLargeError(
+            f"the request has {len(inputs)} texts, the limit of this service is {limits.max_texts}. Send "
+            "them in several requests."
+        )
+    sizes: dict[int, int] = {}  # of what texts have in common, by identity
+    total = 0
+    for place, entry in enumerate(inputs):
+        size = _characters(entry, sizes)
+        total += size
+        if size > limits.max_characters:
+            raise _TooLargeError(
+                f"text {place} has {size} characters (or ids) with its prompt and tools, the limit of this "
+                f"service is {limits.max_characters}. Shorten it."
+            )
+        if total > limits.max_body_bytes:
+            raise _TooLargeError(
+                f"the request's texts have more than {limits.max_body_bytes} characters, counting a "
+                "prompt and tools for each text. Send them in several requests."
+            )
+
+
+def _characters(entry: Scorable, sizes: dict[int, int]) -> int:
+    if not isinstance(entry, TextInput):
+        return len(entry)
+    parts = (entry.prompt, entry.completion, entry.tools, entry.chat_template_kwargs or None)
+    size = 0
+    for part in parts:
+        if isinstance(part, str):
+            size += len(part)
+        elif part is not None:
+            if id(part) not in sizes:
+                sizes[id(part)] = len(json.dumps(part, ensure_ascii=False))
+            size += sizes[id(part)]
+    return size
+
+
+async def _score_while_heard(score: Score, wanted: ScoreRequest, request: Request) -> ScoreResult | None:
+    """The result; None when the caller left first, and then scoring is cancelled."""
+    scoring = asyncio.ensure_future(score(wanted))
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({scoring, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not scoring.done():
+            return None
+        if scoring.cancelled():
+            raise RuntimeError("scoring was cancelled by the service itself")
+        return scoring.result()
+    finally:
+        leaving.cancel()
+        if not scoring.done():
+            scoring.add_done_callback(_forget)
+            scoring.cancel()
+
+
+async def _left(request: Request) -> None:
+    with contextlib.suppress(OSError, RuntimeError):  # a server that cannot tell any more: as good as gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+
+def _forget(scoring: asyncio.Future[ScoreResult]) -> None:
+    if not scoring.cancelled():
+        scoring.exception()  # asked for, or asyncio warns of it
+
+
+def _check_result(wanted: ScoreRequest, result: ScoreResult) -> None:
+    """A score that is missing or no number must not look like an answer: this is the service's own fault."""
+    if len(result.scores) != len(wanted.inputs):
+        raise RuntimeError("the service gave another number of scores than it was asked for")
+    for place, value in enumerate(result.scores):
+        if not math.isfinite(value) and not (wanted.partial and place in result.errors):
+            raise RuntimeError("the service gave a score that is not finite")
+
+
+def _error_answer(error: Exception) -> Response:
+    message = str(error)
+    match error:
+        case _TooLargeError():
+            return error_response(413, "too_large", message)
+        case UnknownModelError():
+            return error_response(404, "unknown_model", message)
+        case ScoreError() | ConfigError():
+            return error_response(422, "invalid_request", message)
+        case OverloadedError():
+            wait = _retry_after(error.retry_after_s)
+            return error_response(429, "overloaded", message, wait, retry_after_s=int(wait["Retry-After"]))
+        case VersionError():
+            return error_response(409, "wrong_version", message, served=error.served)
+        case RewardUnavailableError():
+            return error_response(503, "unavailable", message, _retry_after(1.0))
+    log_failure(error)
+    return failure_response()
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    """Whole seconds, at least 1: clients that read the header as an integer must not come back at once."""
+    return {"Retry-After": str(max(1, math.ceil(seconds)) if math.isfinite(seconds) else 60)}
+
+
+async def _path_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind, message = {
+        404: ("not_found", "no such path. /docs lists the paths of this service."),
+        405: ("method_not_allowed", "this path takes another method. /docs shows which."),
+    }.get(error.status_code, ("invalid_request", "the request is not one this service can read."))
+    return error_response(error.status_code, kind, message, error.headers)
+
+
+def _add_status_routes(app: FastAPI, status: Status) -> None:
+    async def told() -> dict[str, Any]:
+        try:
+            return await asyncio.wait_for(status(), _STATUS_TIMEOUT_S)
+        except Exception as error:  # not ready, whatever the reason
+            log_failure(error)
+            return {"ready": False, "reason": "the service does not tell its state; its log says why"}
+
+    @app.get("/health", summary="Whether this process answers")
+    async def health() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/ready", summary="Whether requests are scored now", responses={503: {"description": "not yet"}})
+    async def ready() -> Response:
+        state = await told()
+        if state.get("ready"):
+            return JSONResponse({"ready": True})
+        message = str(state.get("reason") or "no model is loaded yet")
+        return error_response(503, "unavailable", message, _retry_after(1.0))
+
+    @app.get("/v1/models", summary="The models and ensembles by name, and their versions")
+    async def models() -> Response:
+        state = await told()
+        if "models" not in state:
+            message = str(state.get("reason") or "no model is loaded yet")
+            return error_response(503, "unavailable", message, _retry_after(1.0))
+        listed = [
+            {"id": name, "object": "model", "owned_by": "rayrm", **about}
+            for name, about in state["models"].items()
+        ]
+        return JSONResponse({"object": "list", "data": listed})
+
+
+def _openapi(shapes: Sequence[WireShape]) -> dict[str, Any]:
+    schemas = [shape.body.model_json_schema() for shape in shapes]
+    examples = {name: {"value": body} for shape in shapes for name, body in shape.examples.items()}
+    content = {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}, "examples": examples}
+    return {
+        "parameters": _QUERY_PARAMETERS,
+        "requestBody": {"required": True, "content": {"application/json": content}},
+    }

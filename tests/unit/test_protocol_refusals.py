@@ -1,0 +1,140 @@
+"""What the shapes on the wire can say and a reward model cannot do is refused, and what a URL says holds."""
+
+from __future__ import annotations
+
+import pytest
+from starlette.testclient import TestClient
+
+from rayrm.serve.http import build_app
+from rayrm.serve.request import ScoreRequest, ScoreResult
+from tests.unit.test_protocols import VERSION, Body, ready
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "names"),
+    [
+        ("/classify", {"input": ["a"], "use_activation": True}, ["`use_activation` (true)", "squashed"]),
+        ("/pooling", {"input": ["a"], "softmax": True}, ["`softmax` (true)", "never squashed"]),
+        ("/score", {"text_1": "a", "text_2": "b", "use_activation": True}, ["never squashed"]),
+        ("/predict", {"inputs": "a"}, ["`raw_scores` (false", "true"]),
+        ("/predict", {"inputs": "a", "raw_scores": False}, ["`raw_scores` (false", "true"]),
+        ("/predict", {"inputs": ["a", "b", "c"], "raw_scores": True}, ["[[text], [text], ...]"]),
+        ("/predict", {"inputs": [["a"], "b", ["c", "d", "e"]], "raw_scores": True}, ["`inputs[2]`"]),
+        ("/predict", {"inputs": [], "raw_scores": True}, ["`inputs[0]` ([])"]),
+        ("/predict", {"inputs": {"a": 1}, "raw_scores": True}, ["must be one string"]),
+        ("/classify", {"input": ["a"], "text": ["a"]}, ["several protocols", "`input_ids` (SGLang)"]),
+        ("/classify", {"inputs": ["a"]}, ["no text", "`input` or `messages` (vLLM)"]),
+        ("/classify", {"input": ["a", 1]}, ["`input[1]` (1)", "string"]),
+        ("/classify", {"input": [[1], "a"]}, ["`input[1]` ('a')", "token ids"]),
+        ("/classify", {"input": [1.5]}, ["token ids"]),
+        ("/classify", {"input": []}, ["`input` ([])", "at least one"]),
+        ("/classify", {"input": "a", "messages": []}, ["exactly one"]),
+        ("/classify", {"messages": [1]}, ["`messages` ([1])", "'role'"]),
+        ("/classify", {"messages": [], "chat_template": "x"}, ["`chat_template`", "as the model was"]),
+        ("/classify", {"input": "a", "truncate_prompt_tokens": 128}, ["(128)", "Send -1"]),
+        ("/classify", {"input": "a", "truncation_side": "middle"}, ["`truncation_side` ('middle')"]),
+        ("/classify", {"text": [["a", "b"]]}, ["`text[0]`"]),
+        ("/classify", {"input_ids": ["a"]}, ["`input_ids`", "`text` takes strings"]),
+        ("/classify", {"input_ids": "a"}, ["`input_ids`"]),
+        ("/classify", {"input_ids": [[]]}, ["at least one"]),
+        ("/classify", {"input_ids": [[2**40]]}, ["token ids"]),
+        ("/pooling", {"input": "a", "encoding_format": "base64"}, ["`encoding_format` ('base64')"]),
+        ("/v1/embeddings", {"input": "a", "dimensions": 8}, ["`dimensions` (8)", "one number"]),
+        ("/v1/embeddings", {}, ["`input` is missing"]),
+        ("/score", {"text_1": "a"}, ["`text_1` and `text_2`"]),
+        ("/score", {"text_1": "a", "text_2": []}, ["`text_2` ([])"]),
+        ("/score", {"text_1": "a", "documents": "b"}, ["Send one such pair"]),
+        ("/score", {"text_1": [1], "text_2": "b"}, ["`text_1[0]` (1)"]),
+        ("/score", {"text_1": "a", "text_2": "b", "max_tokens_per_doc": 4}, ["`max_tokens_per_doc`"]),
+        ("/get_reward", {"queries": ["a"]}, ["`query` is missing", "OpenRLHF"]),
+        ("/get_reward", {"query": "a"}, ["`query` ('a')", "list of strings"]),
+        ("/get_reward", {"query": ["a", None]}, ["`query[1]` (None)"]),
+        ("/reward", {"prompt": "a", "response": None}, ["`response` (None)"]),
+        ("/reward", {"prompt": 3, "response": "a"}, ["`prompt` (3)"]),
+        ("/v1/score/evaluation", {"messages": ["a"], "max_length": 5}, ["`max_length` (5)", "?truncation="]),
+        ("/v1/score/evaluation", {"messages": [{"role": "user"}]}, ["`messages[0]`", "/v1/score"]),
+        ("/v1/score", {"promts": ["a"], "completions": ["b"]}, ["`promts`", "Did you mean `prompts`?"]),
+        ("/v1/score", {"prompts": ["a"]}, ["`completions`", "`ids`"]),
+        ("/v1/score", {"completions": ["a"], "ids": [[1]]}, ["not both"]),
+        ("/v1/score", {"ids": [[1]], "tools": [{}]}, ["`tools` beside `ids`"]),
+        ("/v1/score", {"prompts": ["a", "b"], "completions": ["c"]}, ["2 entries", "Repeat the prompt"]),
+        ("/v1/score", {"completions": "a"}, ["`completions` (str)", "completions=[...]"]),
+        ("/v1/score", {"completions": [{"role": "user", "content": "a"}]}, ["is one message list"]),
+        ("/v1/score", {"completions": [["a"]]}, ["`completions[0]` (['a'])", "messages"]),
+        ("/v1/score", {"completions": ["a"], "truncation": "middle"}, ["`truncation` ('middle')"]),
+        ("/v1/score", {"completions": ["a"], "partial": 1}, ["`partial` (1)"]),
+        ("/v1/score", {"completions": ["a"], "tools": {}}, ["`tools` ({})"]),
+        (
+            "/v1/score",
+            {"completions": ["a"], "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+            ["`chat_template_kwargs.chat_template`", "as the model was trained"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_shape_says_and_a_reward_model_cannot_do_is_refused(
+    path: str, body: Body, names: list[str]
+) -> None:
+    asked: list[ScoreRequest] = []
+
+    async def score(wanted: ScoreRequest) -> ScoreResult:
+        asked.append(wanted)
+        return ScoreResult([0.0] * len(wanted.inputs), VERSION)
+
+    answer = TestClient(build_app(score, ready)).post(path, json=body)
+    assert answer.status_code == 422, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request"
+    for name in names:
+        assert name in error["message"]
+    assert asked == []
+
+
+def test_what_the_url_says_holds_where_the_body_says_nothing() -> None:
+    asked: list[ScoreRequest] = []
+
+    async def score(wanted: ScoreRequest) -> ScoreResult:
+        asked.append(wanted)
+        return ScoreResult([0.0] * len(wanted.inputs), VERSION)
+
+    http = TestClient(build_app(score, ready))
+    http.post("/get_reward?model=m&truncation=left&version=v", json={"query": ["a"]})
+    assert (asked[-1].model, asked[-1].truncation, asked[-1].version) == ("m", "left", "v")
+    http.post("/classify?truncation=right", json={"input": "a", "truncate_prompt_tokens": -1})
+    http.post("/classify?model=m", json={"input": "a", "model": "n"})
+    assert len(asked) == 1
+    for query, name in (("truncatoin=left", "Did you mean `truncation`?"), ("truncation=up", "'up'"),
+                        ("model=a&model=b", "twice")):  # fmt: skip
+        answer = http.post(f"/reward?{query}", json={"prompt": "a", "response": "b"})
+        assert answer.status_code == 422
+        assert name in answer.json()["error"]["message"]
+    assert len(asked) == 1
+
+
+def test_each_shapes_own_words_for_cutting_are_understood() -> None:
+    asked: list[ScoreRequest] = []
+
+    async def score(wanted: ScoreRequest) -> ScoreResult:
+        asked.append(wanted)
+        return ScoreResult([0.0] * len(wanted.inputs), VERSION)
+
+    http = TestClient(build_app(score, ready))
+    cases: list[tuple[str, Body, str | None]] = [
+        ("/classify", {"input": "a"}, None),
+        ("/classify", {"input": "a", "truncate_prompt_tokens": -1}, "left"),
+        ("/classify", {"input": "a", "truncate_prompt_tokens": -1, "truncation_side": "right"}, "right"),
+        ("/predict", {"inputs": "a", "raw_scores": True}, None),
+        ("/predict", {"inputs": "a", "raw_scores": True, "truncate": True}, "right"),
+        (
+            "/predict",
+            {"inputs": "a", "raw_scores": True, "truncate": True, "truncation_direction": "Left"},
+            "left",
+        ),
+        ("/v1/score", {"completions": ["a"], "truncation": "left"}, "left"),
+    ]
+    for path, body, wanted in cases:
+        assert http.post(path, json=body).status_code == 200
+        assert asked[-1].truncation == wanted
+    http.post("/v1/score/evaluation", json={"messages": ["a"], "model": "model"})
+    assert asked[-1].model is None  # LLaMA-Factory's client sends that word whatever the server
+    http.post("/v1/score/evaluation", json={"messages": ["a"], "model": "helpful"})
+    assert asked[-1].model == "helpful"
