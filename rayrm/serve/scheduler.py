@@ -30,7 +30,8 @@ Invariants, each a test:
 6. A request is answered once, with its scores in its own order, when its last text is done.
 7. Requests of no more than a turn are first in line in order of arrival. A request waits for its next text no
    longer than until each one before it has been given a turn and the rest of the batch that completes it: so
-   none starves, and one of any size delays another by 5 batches' worth at most.
+   none starves, and one of any size delays another by 5 batches' worth of its tokens at most. (Texts of
+   others that join its batches by their beginnings come on top: room it left.)
 
 The cost of a batch is the number of tokens the model computes: shared beginnings once (`shared`), every text
 in full (`packed`), or every text as long as the longest (`padded`). Texts longer than `reach` are padded
