@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayrm.config import DataConfig, RewardConfig, SourceConfig
     from rayrm.serve.client import RewardClient
-    from rayrm.serve.request import ScoreResult
     from rayrm.serve.deployment import deploy
     from rayrm.serve.registry import PublishedModel, publish
+    from rayrm.serve.request import ScoreResult
     from rayrm.serve.scorer import RewardModel
     from rayrm.train.trainer import RewardTrainer
 

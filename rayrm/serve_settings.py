@@ -85,10 +85,6 @@ class ServeConfig:
     """The address HTTP binds to; beyond loopback a token is required."""
     http_token_env: str = "RAYRM_HTTP_TOKEN"
     """The environment variable with the bearer token that callers must send. Unset: no token is asked for."""
-    http_route_prefix: str = "/"
-    """Where the service's routes begin; two services of one cluster need different ones."""
-    http_num_replicas: Count = 1
-    """Processes that answer HTTP; each takes the requests of many callers."""
     http_max_body_bytes: Count = 32 * 2**20
     """A larger body is refused (413)."""
     http_max_texts: Count = 4096
@@ -103,8 +99,4 @@ class ServeConfig:
             raise ValueError(
                 f"`num_replicas` ({self.num_replicas}) with `autoscaling`, which chooses their number: "
                 "delete `num_replicas`, or `autoscaling`."
-            )
-        if not self.http_route_prefix.startswith("/"):
-            raise ValueError(
-                f"`http_route_prefix` ({self.http_route_prefix!r}) must begin with `/`, such as `/reward`."
             )

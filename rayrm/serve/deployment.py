@@ -25,7 +25,7 @@ from rayrm.errors import ClusterError, ConfigError, RewardUnavailableError
 from rayrm.serve.caller import REPLICAS
 from rayrm.serve.client import RewardClient
 from rayrm.serve.connect import connect
-from rayrm.serve.gateway import gateway
+from rayrm.serve.gateway import check_port, gateway
 from rayrm.serve.pointer import Pointer, drop_pointers, key_of, write_pointer
 from rayrm.serve.registry import CURRENT, MANIFEST, PublishedModel, content_version, open_published
 from rayrm.serve.replica import ReplicaPlan, RewardReplica
@@ -73,12 +73,14 @@ def deploy(
     if check_resources:
         _check_resources(settings)
     is_update = settings.name in serve.status().applications
-    _start_serve(settings)
+    if not is_update:
+        check_port(settings)
+    # Handles, and a gateway of our own, are the way in: Serve's HTTP proxy is not started for it.
+    serve.start(proxy_location="Disabled")
     key = key_of(settings.name, secrets.token_hex(8))
     write_pointer(key, Pointer(places))
     application = _application(settings, places, key, token)
-    prefix = None if settings.http_port is None else settings.http_route_prefix
-    target = serve.RunTarget(application, name=settings.name, route_prefix=prefix)
+    target = serve.RunTarget(application, name=settings.name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
         _wait_until_running(settings.name, wait_s)
@@ -211,17 +213,6 @@ def _http_token(settings: ServeConfig) -> str | None:
     return None
 
 
-def _start_serve(settings: ServeConfig) -> None:
-    """Start Serve where it does not run; ConfigError where it runs and answers HTTP elsewhere."""
-    if settings.http_port is None:
-        # The handle is the way in: no HTTP proxy is started for it.
-        serve.start(proxy_location="Disabled")
-        return
-    serve.start(
-        proxy_location="HeadOnly", http_options={"host": settings.http_host, "port": settings.http_port}
-    )
-
-
 def _how_to_call(settings: ServeConfig, places: Mapping[str, ModelPlace]) -> str:
     served = ", ".join(f"{name} {place.version}" for name, place in places.items())
     several = len(places) > 1 or bool(settings.ensembles)
@@ -234,8 +225,8 @@ def _how_to_call(settings: ServeConfig, places: Mapping[str, ModelPlace]) -> str
         f"    RewardClient({settings.name!r}{which})(prompts=[...], completions=[...])",
     ]
     if settings.http_port is not None:
-        root = f"http://{settings.http_host}:{settings.http_port}{settings.http_route_prefix.rstrip('/')}"
-        lines += [f"or over HTTP: {root}/v1/score (its page: {root}/docs)"]
+        root = f"http://{settings.http_host}:{settings.http_port}"
+        lines += [f"or over HTTP: {root}/v1/score (every route: {root}/docs)"]
     return "\n".join([*lines, "stop with Ctrl-C"])
 
 

@@ -1,58 +1,136 @@
-"""[RAY] What answers HTTP for a reward service: `http.py`'s routes in a deployment before the replicas.
+"""[RAY] What answers HTTP for a reward service: `http.py`'s routes, in a process beside the replicas.
 
-It shares no process with a model: reading and checking bodies takes nothing from the loop that computes, and
-requests that arrive together travel to a replica together, as those of a `RewardClient` do.
+Reading and checking bodies takes nothing from the loop that computes, and requests that arrive together
+travel to a replica together, as those of a `RewardClient` do. The server binds an address of its own. Serve's
+proxy has one port for a whole cluster, fixed by whoever started Serve, and routes that ask for no token.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
+import threading
+import time
 from typing import Any
 
+import ray
 from ray import serve
 
+from rayrm.errors import ClusterError
 from rayrm.serve_settings import ServeConfig
+
+_BIND_WAIT_S = 30.0
+"""The gateway of the deployment before may still be leaving."""
+_LEAVE_S = 10
 
 
 class HttpGateway:
-    """Serve builds the application in the process that answers. `token_sha256`: None where none is asked."""
+    """Serves until Serve deletes it. `token_sha256`: None where no token is asked for."""
 
     def __init__(self, settings: ServeConfig, token_sha256: str | None, replicas: Any) -> None:
+        import uvicorn
+
         # Serve makes what an application is bound with a part of it.
-        self._settings, self._token_sha256, self._replicas = settings, token_sha256, replicas
-
-    def __serve_build_asgi_app__(self) -> Any:
-        from rayrm.serve.client import RewardClient
-        from rayrm.serve.http import HttpLimits, build_app
-
-        settings = self._settings
-        # A full queue is told to who asks, who may go elsewhere.
-        client = RewardClient(settings.name, retry_overload=False)
-
-        async def status() -> dict[str, Any]:
-            found = await asyncio.to_thread(client.status, wait_s=5.0)
-            models: dict[str, Any] = {name: {"version": one} for name, one in found["models"].items()}
-            models |= {name: {"members": members} for name, members in found["ensembles"].items()}
-            return {"ready": True, "models": models}
-
-        limits = HttpLimits(
-            max_body_bytes=settings.http_max_body_bytes,
-            max_texts=settings.http_max_texts,
-            max_characters=settings.http_max_characters,
+        self._replicas = replicas
+        listening = _bound(settings.http_host, settings.http_port or 0)
+        config = uvicorn.Config(
+            _application(settings, token_sha256),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_LEAVE_S,
         )
-        return build_app(client.ask, status, limits, self._token_sha256)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [listening]}, daemon=True, name="http"
+        )
+        self._thread.start()
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces the gateway when this raises."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the HTTP server has ended")
+
+    def __del__(self) -> None:
+        server, thread = getattr(self, "_server", None), getattr(self, "_thread", None)
+        if server is not None and thread is not None:
+            server.should_exit = True
+            thread.join(_LEAVE_S)
 
 
 def gateway(
     settings: ServeConfig, replicas: serve.Application, token_sha256: str | None
 ) -> serve.Application:
-    """The application whose ingress speaks HTTP and whose replicas score."""
+    """The gateway with its replicas, on the node of the process that deploys it."""
+    here = ray.util.get_node_ip_address()
     return serve.deployment(
-        serve.ingress()(HttpGateway),
+        HttpGateway,
         name="HttpGateway",
-        num_replicas=settings.http_num_replicas,
-        ray_actor_options={"num_cpus": 0.0},
-        max_ongoing_requests=4096,
-        logging_config={"enable_access_log": False},
+        ray_actor_options={"num_cpus": 0, "resources": {f"node:{here}": 0.001}},
         health_check_period_s=1.0,
+        max_constructor_retry_count=1,
+        logging_config={"enable_access_log": False},
     ).bind(settings, token_sha256, replicas)
+
+
+def check_port(settings: ServeConfig) -> None:
+    """Raise ClusterError where another process has the port already, before anything is started."""
+    if settings.http_port is None:
+        return
+    try:
+        _listening(settings.http_host, settings.http_port).close()
+    except OSError as error:
+        raise ClusterError(_taken(settings.http_host, settings.http_port, error)) from error
+
+
+def _application(settings: ServeConfig, token_sha256: str | None) -> Any:
+    from rayrm.serve.client import RewardClient
+    from rayrm.serve.http import HttpLimits, build_app
+
+    # A full queue is told to who asks, who may go elsewhere.
+    client = RewardClient(settings.name, retry_overload=False)
+
+    async def status() -> dict[str, Any]:
+        found = await asyncio.to_thread(client.status, wait_s=5.0)
+        models: dict[str, Any] = {name: {"version": one} for name, one in found["models"].items()}
+        models |= {name: {"members": members} for name, members in found["ensembles"].items()}
+        return {"ready": True, "models": models}
+
+    limits = HttpLimits(
+        max_body_bytes=settings.http_max_body_bytes,
+        max_texts=settings.http_max_texts,
+        max_characters=settings.http_max_characters,
+    )
+    return build_app(client.ask, status, limits, token_sha256)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    deadline = time.monotonic() + _BIND_WAIT_S
+    while True:
+        try:
+            return _listening(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise ClusterError(_taken(host, port, error)) from error
+            time.sleep(0.2)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    found = socket.socket(family, kind, protocol)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(2048)
+    except OSError:
+        found.close()
+        raise
+    return found
+
+
+def _taken(host: str, port: int, error: OSError) -> str:
+    return (
+        f"HTTP cannot be answered at `http_host` {host!r}, `http_port` {port}: {error.strerror or error}. "
+        "Pass another port, or an address of this machine."
+    )
