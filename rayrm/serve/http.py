@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -53,6 +54,7 @@ Status = Callable[[], Awaitable[dict[str, Any]]]
 
 _STATUS_TIMEOUT_S = 5.0
 _LARGE_BODY = 1 << 18  # bytes; reading more takes long enough for other requests to notice
+_OF_NO_TOKEN = hashlib.sha256(b"").hexdigest()
 _LEFT = 499  # nobody reads it: nginx's number for a caller that went away
 _QUERY_NAMES = ("model", "truncation", "version")
 _QUERY_PARAMETERS = [
@@ -116,10 +118,12 @@ def build_app(
     {"version": ..., ...}}}`; only `ready` is required. Raises ConfigError for a digest that is none.
     """
     limits = limits or HttpLimits()
-    if token_sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", token_sha256):
+    if token_sha256 is not None and (
+        not re.fullmatch(r"[0-9a-fA-F]{64}", token_sha256) or token_sha256.lower() == _OF_NO_TOKEN
+    ):
         raise ConfigError(
-            "`token_sha256` must be the SHA-256 of the token, 64 hexadecimal digits. Make it with "
-            "hashlib.sha256(token.encode()).hexdigest()."
+            "`token_sha256` must be the SHA-256 of the token, 64 hexadecimal digits, and the token not "
+            "empty. Make it with hashlib.sha256(token.encode()).hexdigest()."
         )
     app = FastAPI(
         title="rayrm reward service",
@@ -136,7 +140,7 @@ def build_app(
             summary=" or ".join(shape.title for shape in shapes),
             description="\n\n".join(shape.description for shape in shapes),
             operation_id="score" + re.sub(r"\W+", "_", path).rstrip("_"),
-            responses={status: {"description": text} for status, text in _ERRORS.items()},
+            responses={code: {"description": text} for code, text in _ERRORS.items()},
             openapi_extra=_openapi(shapes),
         )
     _add_status_routes(app, status)
@@ -154,10 +158,9 @@ def _score_route(
     async def answer(request: Request) -> Response:
         try:
             content = await request.body()
+            given = (content, request.query_params.multi_items(), shapes, limits)
             large = len(content) > _LARGE_BODY
-            given = (content, dict(request.query_params), request.query_params.multi_items(), shapes, limits)
-            read = await run_in_threadpool(_read, *given) if large else _read(*given)
-            shape, body, wanted = read
+            shape, body, wanted = await run_in_threadpool(_read, *given) if large else _read(*given)
             result = await _score_while_heard(score, wanted, request)
             if result is None:
                 return Response(status_code=_LEFT)
@@ -172,8 +175,7 @@ def _score_route(
 
 def _read(
     content: bytes,
-    query: Mapping[str, str],
-    query_items: Sequence[tuple[str, str]],
+    query: Sequence[tuple[str, str]],
     shapes: Sequence[WireShape],
     limits: HttpLimits,
 ) -> tuple[WireShape, BaseModel, ScoreRequest]:
@@ -181,14 +183,15 @@ def _read(
     shape = choose_shape(shapes, fields)
     _check_lengths(fields, shape, limits)
     body = shape.parse(fields)
-    wanted = _with_query(shape.to_request(body), query, len(query_items))
+    wanted = _with_query(shape.to_request(body), query)
     _check_limits(wanted.inputs, limits)
     return shape, body, wanted
 
 
-def _with_query(wanted: ScoreRequest, query: Mapping[str, str], num_given: int) -> ScoreRequest:
+def _with_query(wanted: ScoreRequest, query: Sequence[tuple[str, str]]) -> ScoreRequest:
     """`?model=`, `?truncation=` and `?version=` for what the body leaves open. Raises ScoreError."""
-    for name, value in query.items():
+    named: dict[str, Any] = dict(query)
+    for name, value in query:
         if name not in _QUERY_NAMES:
             raise ScoreError(
                 f"the URL's parameter `{name[:60]}` is none of {', '.join(_QUERY_NAMES)}."
@@ -196,10 +199,9 @@ def _with_query(wanted: ScoreRequest, query: Mapping[str, str], num_given: int) 
             )
         if getattr(wanted, name) not in (None, value):
             raise ScoreError(f"the body's `{name}` and the URL's are not the same. Send one of them.")
-    if num_given != len(query):
+    if len(named) != len(query):
         raise ScoreError("a parameter of the URL is given twice. Keep one.")
-    check_truncation(query.get("truncation"))
-    named: dict[str, Any] = dict(query)
+    check_truncation(named.get("truncation"))
     return dataclasses.replace(wanted, **named)
 
 

@@ -93,7 +93,7 @@ def test_no_route_answers_without_the_token(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_a_digest_that_is_none_is_refused_when_the_application_is_built() -> None:
-    for digest in ("", "abc", TOKEN, DIGEST[:-1] + "g"):
+    for digest in ("", "abc", TOKEN, DIGEST[:-1] + "g", hashlib.sha256(b"").hexdigest()):
         with pytest.raises(ConfigError, match="64 hexadecimal digits"):
             build_app(zeros, ready, token_sha256=digest)
     with pytest.raises(ConfigError, match=r"`max_texts` \(0\)"):
