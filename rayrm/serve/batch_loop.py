@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from rayrm.errors import OverloadedError, RewardUnavailableError, ScoreError, VersionError
+from rayrm.errors import OverloadedError, RewardUnavailableError, UnknownModelError, VersionError
 from rayrm.serve.ensemble import combine
 from rayrm.serve.idle import IdleOffload
 from rayrm.serve.loaded import LoadedModel
@@ -153,7 +153,7 @@ class BatchLoop:
             return names[0]
         if name is None or name not in names:
             said = "none is named" if name is None else f"`model` ({name!r}) is none of them"
-            raise ScoreError(
+            raise UnknownModelError(
                 f"{said}: the service has {', '.join(names)}. Pass model={names[0]!r}."
                 + nearest(name or "", names)
             )
