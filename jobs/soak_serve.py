@@ -55,7 +55,7 @@ NUM_TEXTS = 400
 REFUSED_WITHIN_S = 1.0
 
 
-@dataclass(slots=True)
+@dataclass
 class Call:
     """A call as its caller saw it: which texts, what came, and how long it took."""
 

@@ -53,7 +53,7 @@ CALL, TOGETHER = 64, 16
 NAME = "bench-reward"
 
 
-@dataclass(slots=True)
+@dataclass
 class Work:
     """Texts, those of one prompt after each other, and what they come to in this process."""
 

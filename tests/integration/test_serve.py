@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ import pytest
 import ray
 from ray import serve
 
+import rayrm.serve
 from rayrm.config import ServeConfig
 from rayrm.errors import (
     ClusterError,
@@ -472,6 +474,30 @@ def test_http_answers_for_the_same_replicas_and_asks_for_its_token(
         status, refusal = post(f"{root}/v1/score", {**body, "prompts": ["one"]}, token="secret-of-the-test")
         assert status == 422
         assert "go in pairs" in refusal["error"]["message"]
+
+
+@pytest.mark.ray
+def test_the_dashboard_draws_what_replicas_export(client: RewardClient) -> None:
+    """Each metric of its queries is on a node's metrics port, after a request of each kind."""
+    panels = json.loads((Path(rayrm.serve.__file__).parent / "grafana.json").read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    # A drift is told after a window of 1,024 scores of a model that was published with a file of texts.
+    wanted = {name for query in queries for name in re.findall(r"ray_rayrm_\w+", query)} - {
+        "ray_rayrm_score_drift"
+    }
+    assert len(queries) >= 12
+    client(["the very same beginning of a prompt"] * 4, [" a", " b", " c", " d"])
+    with pytest.raises(ScoreError):
+        client(["cat " * 700], [" no"])
+    port = ray.nodes()[0]["MetricsExportPort"]
+    deadline = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            exported = {re.split(r"[{ ]", line)[0] for line in answer.read().decode().splitlines()}
+        if wanted <= exported or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert sorted(wanted - exported) == []
 
 
 @pytest.mark.ray
