@@ -2,11 +2,11 @@
 
     python examples/colocated.py MODEL
 
-MODEL: a run's directory or a published model. Each replica reserves a fifth of a GPU (`num_gpus`), with its
-node's policies in the remaining four. Ray's fractions are bookkeeping, not limits: what keeps the memory apart
-is `max_tokens_per_batch` here and the policy's own settings there. `idle_offload_s` moves the reward model's
-weights to CPU memory while the policy generates and trains. `max_replicas_per_node`-like spreading comes from
-`placement_group_bundles`; `prefer_local=True` lets an actor ask the replica on its own node first.
+MODEL: a run's directory or a published model. Each replica reserves a fifth of a GPU (`num_gpus`), and its
+node's policies the rest. Ray's fractions are bookkeeping, not limits: what keeps the memory apart is
+`max_tokens_per_batch` here and the policy's own settings there. `idle_offload_s` moves the reward model's
+weights to CPU memory while the policy generates and trains; `prefer_local=True` lets an actor ask the replica
+on its own node first.
 """
 
 from __future__ import annotations
