@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from rayrm.settings import Count, OptionalCount, OptionalTable, none_word, settings
 
@@ -26,8 +26,27 @@ class SourceConfig:
     """Its column names, where they are not ours: `{prompt = "question", chosen = "good"}`."""
 
 
-Source = str | SourceConfig
-Sources = Source | list[Source]
+def _kind(value: Any) -> str:
+    """Which of its kinds a source is meant to be: the others' errors would be told too."""
+    return "[list]" if isinstance(value, list) else _kind_of_one(value)
+
+
+def _kind_of_one(value: Any) -> str:
+    return "[table]" if isinstance(value, dict | SourceConfig) else "[path]"
+
+
+def _kind_of_eval(value: Any) -> str:
+    named = isinstance(value, dict) and not value.keys() & {"path", "weight", "max_pairs", "columns"}
+    return "[names]" if named else _kind(value)
+
+
+_Path: TypeAlias = Annotated[str, Tag("[path]")]
+_Table: TypeAlias = Annotated[SourceConfig, Tag("[table]")]
+Source: TypeAlias = Annotated[_Path | _Table, Discriminator(_kind_of_one)]
+_List: TypeAlias = Annotated[list[Source], Tag("[list]")]
+Sources: TypeAlias = Annotated[_Path | _Table | _List, Discriminator(_kind)]
+_Named: TypeAlias = Annotated[dict[str, Sources], Tag("[names]")]
+_EvalSources: TypeAlias = Annotated[_Path | _Table | _List | _Named, Discriminator(_kind_of_eval)]
 
 
 @settings
@@ -37,14 +56,15 @@ class DataConfig:
     train: Annotated[Sources | None, BeforeValidator(none_word)] = None
     """The training source, or several: strings, or tables with `path`, `name`, `weight`, `max_pairs`,
     `columns`."""
-    eval: Annotated[Sources | dict[str, Sources] | None, BeforeValidator(none_word)] = None
+    eval: Annotated[_EvalSources | None, BeforeValidator(none_word)] = None
     """The evaluation source or sources; a table of names gives each its own `eval_<name>_` metrics."""
     _: KW_ONLY
     max_pairs: OptionalCount = None
     """Read only the first rows of the training source, this many (each one's own: `max_pairs` in its
     table)."""
     max_eval_pairs: OptionalCount = None
-    """Read only the first rows of each evaluation source, this many."""
+    """Read only the first rows of each evaluation source, this many. With `eval_fraction`: of the training
+    source's first rows, this many, the held-out ones are the evaluation set (a stream needs it)."""
     columns: OptionalTable = None
     """Column names of all sources, where they are not ours: `{prompt = "question", chosen = "good"}`."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -78,9 +98,9 @@ class DataConfig:
                 f"`eval_fraction` ({self.eval_fraction:g}) and `eval` ({self.eval!r}): the evaluation set is "
                 "one of the two. Delete one."
             )
-        if self.eval_fraction and self.max_eval_pairs is not None:
-            raise ValueError(
-                f"`max_eval_pairs` ({self.max_eval_pairs}) is for evaluation sources of their own, and "
-                f"`eval_fraction` ({self.eval_fraction:g}) takes its share of `train`. Lower `eval_fraction` "
-                "instead."
-            )
+
+    @property
+    def max_split_pairs(self) -> int | None:
+        """How many first rows of the training source `eval_fraction` makes an evaluation set of."""
+        given = [limit for limit in (self.max_pairs, self.max_eval_pairs) if limit is not None]
+        return min(given, default=None)

@@ -28,6 +28,7 @@ def ensure_ray(address: str | None = None) -> None:
     Does nothing where Ray is initialised already.
     """
     import ray
+    from ray.exceptions import RaySystemError
 
     if ray.is_initialized():
         return
@@ -45,7 +46,8 @@ def ensure_ray(address: str | None = None) -> None:
             **quiet,
         )
     except Exception as error:
-        if type(error) is not Exception:  # of this class is what Ray says of a start that took too long
+        # What Ray says of a start that took too long is of one of these classes.
+        if type(error) is not Exception and not isinstance(error, RaySystemError):
             raise
         raise ClusterError(
             f"Ray did not start on this machine: {error} Other processes may keep it busy: type the same "

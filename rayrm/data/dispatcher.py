@@ -128,6 +128,10 @@ class Dispatcher:
         with self._changed:
             return 0 if self._run is None else self._run.num_ahead()
 
+    def counts(self) -> list[str]:
+        """What was read, kept and refused of each source since this actor was started."""
+        return self._plan.refusals.watch.lines() if self._plan_ref is not None else []
+
     def process(self) -> int:
         """The actor's process id."""
         return os.getpid()

@@ -146,8 +146,8 @@ def _check_unchanged(shard: Shard) -> None:
 def _refuse_json_array(path: str, start: bytes) -> None:
     if start.removeprefix(_BOM).lstrip().startswith(b"["):
         raise DataError(
-            f"{path} begins with '[': it is one JSON array; rows are one JSON object a line; "
-            f"convert it with: jq -c '.[]' {PurePath(path).name}"
+            f"{path} begins with '[': it holds a JSON array; rows are one JSON object a line; convert one "
+            f"array of objects with: jq -c '.[]' {PurePath(path).name}"
         )
 
 

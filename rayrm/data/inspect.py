@@ -34,8 +34,8 @@ NUM_BINS = 16
 class Gathered:
     """R accepted rows of all sources, and what became of the others.
 
-    `source` (which of `names`), `file`, `row` and `prompt` (its hash), `is_ranking` `[R]`; `files` names what
-    `file` counts. `counts` and `forms` go by source name.
+    `source` (which of `names`), `file`, `row`, `prompt` (its hash), `is_ranking`, `has_prompt` `[R]`;
+    `files` names what `file` counts. `counts` and `forms` go by source name.
     """
 
     names: list[str]
@@ -46,6 +46,7 @@ class Gathered:
     row: Places
     prompt: Keys
     is_ranking: npt.NDArray[np.bool_]
+    has_prompt: npt.NDArray[np.bool_]
     counts: dict[str, SourceCounts]
     forms: dict[str, Counter[str]]
 
@@ -66,7 +67,7 @@ class Gathered:
         return replace(self, index=self.index.take(rows), **columns)
 
 
-_COLUMNS = ("source", "file", "row", "prompt", "is_ranking")
+_COLUMNS = ("source", "file", "row", "prompt", "is_ranking", "has_prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class Figures:
     num_rankings: int = 0
     num_tied: int = 0  # rows with completions of equal rank
     best_position: dict[int, float] = field(default_factory=dict)  # of rankings, from 0; shares
+    num_without_prompt: int = 0  # rows whose prompt is in their completions, if anywhere
     num_margins: int = 0
     margins: dict[str, float] = field(default_factory=dict)  # of those: min, mean, max
     tokens_unshared: int = 0
@@ -162,6 +164,7 @@ def gather(
                 "file": (block.source + len(files)).astype(np.int32),
                 "row": block.row,
                 "prompt": np.array([prompt_hash(prompt_of(row)) for row in accepted], np.uint64),
+                "has_prompt": np.array([bool(row.prompt) or row.ids is not None for row in accepted], bool),
                 "is_ranking": np.array([row.names[0].startswith("completions") for row in accepted], bool),
             }
             parts.append((block.rows, own))
@@ -250,6 +253,7 @@ def _with_rows(figures: Figures, kept: Gathered) -> Figures:
         num_rankings=int(kept.is_ranking.sum()),
         num_tied=int((np.maximum.reduceat(index.ranks, index.first[:-1]) + 1 < index.num_completions).sum()),
         best_position=_best_positions(index, kept.is_ranking),
+        num_without_prompt=int((~kept.has_prompt).sum()),
         num_margins=len(given),
         margins={"min": float(given.min()), "mean": float(given.mean()), "max": float(given.max())}
         if len(given)

@@ -84,6 +84,12 @@ def warnings(figures: Figures) -> list[str]:
             f"{figures.max_length:,}, and with them what long texts would teach. Set max_length="
             f"{figures.max_length_for_99_percent} to keep 99%, {figures.max_length_for_all} to keep all."
         )
+    if 0 < figures.num_without_prompt < figures.num_kept:
+        found.append(
+            f"{_number(figures.num_without_prompt, 'row')} of {figures.num_kept:,} have no prompt (absent, "
+            "null or empty): they are trained on without a question, unless both sides begin with "
+            "it. Fill it in, or drop them."
+        )
     if figures.num_conflicts:
         found.append(
             f"{_number(figures.num_conflicts, 'pair')} of texts preferred both ways, in "

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from rayrm.data.selection import EXCLUDED
-from rayrm.data.sources import place_of
+from rayrm.data.sources import place_of, row_name
 from rayrm.errors import DataError, writing
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ def _drop_where_empty(file: Path) -> None:
 
 
 def write_quarantine(path: Path, names: Sequence[str], refusals: Sequence[Refusal]) -> None:
-    """Appends one JSON object a refused row: source, row (from 0), reason, message, raw (its text, cut)."""
+    """Appends one JSON object a refused row: source, row (from 0), of a text file its line (from 1), reason,
+    message, raw (its text, cut)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path), _alone(path), path.open("a", encoding="utf-8") as stream:
         for refusal in refusals:
             entry = {
-                "source": names[refusal.source],
-                "row": refusal.row,
+                **_place(names[refusal.source], refusal.row),
                 "reason": refusal.reason,
                 "message": refusal.message,
                 "raw": refusal.raw,
@@ -69,8 +69,14 @@ def write_skipped(path: Path, step: int, rows: Sequence[str]) -> None:
         for name in rows:
             source, number = place_of(name)
             message = f"{name}: the loss was not finite, and step {step} was left out"
-            entry = {"source": source, "row": number, "reason": NONFINITE, "message": message, "raw": ""}
+            entry = {**_place(source, number), "reason": NONFINITE, "message": message, "raw": ""}
             stream.write(json.dumps({**entry, "step": step}, ensure_ascii=False) + "\n")
+
+
+def _place(source: str, row: int) -> dict[str, str | int]:
+    named = row_name(source, row)
+    line = {"line": row + 1} if named == f"{source}:{row + 1}" else {}
+    return {"source": source, "row": row, **line}
 
 
 def replace_refusals(aside: Path, kept: Path, streamed: Sequence[str]) -> None:

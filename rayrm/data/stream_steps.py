@@ -27,6 +27,7 @@ from rayrm.errors import DataError
 _OPEN_BLOCKS = 16
 _PATIENCE_S = 2.5 * PATIENCE_S
 """Longer than an actor needs that is restarted after it waited for its storage."""
+_LAST_WORD_S = 10.0
 _log = logging.getLogger("rayrm.data")
 
 
@@ -160,4 +161,18 @@ def streamed(plan: StreamPlan, sample: TokenizedSet, num_ranks: int) -> Iterator
     try:
         yield StreamedSteps(actor, ray.put(plan), sample, plan.names)
     finally:
+        for line in _counted(actor):
+            _log.info("%s", line)
         ray.kill(actor)
+
+
+def _counted(actor: Any) -> list[str]:
+    """What the stream's actor has counted, if it still answers."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    try:
+        lines: list[str] = ray.get(actor.counts.remote(), timeout=_LAST_WORD_S)
+    except (RayError, GetTimeoutError):
+        return []
+    return [f"the stream of {line}" if number == 0 else line for number, line in enumerate(lines)]

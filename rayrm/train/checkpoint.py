@@ -5,6 +5,7 @@
         engine/                                          weights and optimizer by parameter (engine_state.py)
         rng-<rank>.pt                                    random states
         state.json                                       where training stands (`TrainState`)
+        run.json                                         the settings and data of its run
         checkpoint.json                                  every file's size and sha256; written last
 
 All ranks write into one directory, which therefore must lie on storage that they share. Who writes, and when,
@@ -35,6 +36,9 @@ from rayrm.errors import CheckpointError
 
 MANIFEST = "checkpoint.json"
 STATE = "state.json"
+RUN = "run.json"
+IDENTITY = "identity.json"
+"""The same in the run's own directory (`rundir.py`)."""
 ENGINE_DIR = "engine"
 Files = dict[str, dict[str, Any]]
 _NAME = re.compile(r"checkpoint-(\d+)")

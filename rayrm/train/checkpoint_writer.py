@@ -26,6 +26,8 @@ import torch
 from rayrm.errors import CheckpointError
 from rayrm.train.checkpoint import (
     ENGINE_DIR,
+    IDENTITY,
+    RUN,
     STATE,
     Files,
     TrainState,
@@ -118,6 +120,9 @@ class CheckpointWriter:
         files = {f"rng-{self.rank}.pt": random_states(), **_engine_files(self.rank, snapshot.engine)}
         if self.rank == 0:
             files[STATE] = state.to_json().encode()
+            known = self.output_dir / IDENTITY
+            if known.exists():  # a copy of the checkpoint says whose it is, too
+                files[RUN] = known.read_bytes()
         self._step = state.step
         self._pending = self._thread.submit(self._write, partial, files, snapshot, state.best_checkpoint)
 
@@ -168,12 +173,12 @@ class CheckpointWriter:
             return f"checkpoint {self._step} failed on rank {self.rank}: {type(error).__name__}: {error}"
         good = checkpoints(self.output_dir)
         last = f"The last good one is `{good[-1]}`." if good else "There is no earlier one."
+        begins = "goes on from its last good checkpoint" if good else "begins anew"
         needed, free = self._bytes / 2**20, self._free / 2**20
         return (
             f"checkpoint {self._step} could not be written in `{self.output_dir}` by rank {self.rank}: "
             f"{error}. Its engine state alone needs {needed:.1f} MiB, and {free:.1f} MiB were still free "
-            f"there. {last} Free space, then start the same command again: the run goes on from its last "
-            "good checkpoint."
+            f"there. {last} Free space, then start the same command again: the run {begins}."
         )
 
     def _partial(self, step: int) -> Path:

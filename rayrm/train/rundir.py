@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +20,12 @@ from typing import Any
 from rayrm.config import RewardConfig
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from rayrm.runfile import dump_run, read_run
-from rayrm.train.checkpoint import checkpoints, read_state, verify_checkpoint
+from rayrm.train.checkpoint import IDENTITY, RUN, checkpoints, read_state, verify_checkpoint
 from rayrm.train.holding import holding
 from rayrm.train.records import METRICS, PROGRESS, replace_text
 
-IDENTITY = "identity.json"
 RUN_TOML = "run.toml"
+logger = logging.getLogger("rayrm.train")
 _BUDGET = "max_tokens_per_microbatch"
 _ORIGIN = "origin"
 # What a run writes into its directory: a file of one of these names that is not ours would be lost.
@@ -94,6 +95,12 @@ def _plain(table: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+def check_resume(resume: bool | str | None) -> None:
+    """Raise CheckpointError for a path that is no checkpoint, before anything is read or built."""
+    if isinstance(resume, str) and resume.lower() not in ("true", "false"):
+        verify_checkpoint(Path(resume))
+
+
 def examine(
     output_dir: Path, identity: dict[str, Any], *, resume: bool | str | None, automatic: bool = False
 ) -> RunStart:
@@ -112,9 +119,12 @@ def examine(
                 f"`resume_from_checkpoint` is set, but `{output_dir}` holds no run. "
                 "Leave it out to start one."
             )
+        if wanted is None:
+            return RunStart(None, None)
         # As within its own directory, a run that goes on keeps its budget, and with it its bits.
-        budget = None if wanted is None else read_state(wanted).max_tokens
-        return RunStart(wanted, budget, None if wanted is None else wanted.absolute())
+        budget = read_state(wanted).max_tokens
+        _refuse_checkpoint_of_other(wanted, identity)
+        return RunStart(wanted, budget, wanted.absolute())
     before = _read(known)
     _refuse_other(output_dir, before.get("identity", {}), identity)
     if read_finished(output_dir):
@@ -247,14 +257,31 @@ def _refuse_foreign(output_dir: Path) -> None:
 
 
 def _refuse_other(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    differing = [
+    if differing := _differing(before, now):
+        raise RunDirectoryError(
+            f"`output_dir` ({output_dir}) holds another run. They differ in {differing}. Choose another "
+            "`output_dir`, or set these back to resume it."
+        )
+
+
+def _refuse_checkpoint_of_other(checkpoint: Path, now: dict[str, Any]) -> None:
+    """A checkpoint goes on with its own schedule, order and rows, whatever this run's settings say."""
+    places = (checkpoint / RUN, checkpoint.parent / IDENTITY)
+    known = next((place for place in places if place.exists()), None)
+    if known is None:
+        logger.warning("%s does not say which run it is of: it goes on with its own schedule", checkpoint)
+    elif differing := _differing(_read(known).get("identity", {}), now):
+        raise CheckpointError(
+            f"`resume_from_checkpoint` ({checkpoint}) is a checkpoint of another run. They differ in "
+            f"{differing}. Set these back to go on with it, or begin a run of its model: type "
+            f"`model.name={checkpoint}` in the place of `resume_from_checkpoint`."
+        )
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+    found = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
-    if differing:
-        raise RunDirectoryError(
-            f"`output_dir` ({output_dir}) holds another run. They differ in {'; '.join(differing[:5])}"
-            f"{' ...' if len(differing) > 5 else ''}. Choose another `output_dir`, or set these "
-            "back to resume it."
-        )
+    return "; ".join(found[:5]) + (" ..." if len(found) > 5 else "")

@@ -75,10 +75,11 @@ def _local_bytes(source: Any) -> int:
 
 def _check_streaming(data: DataConfig, config: RewardConfig) -> None:
     problems = []
-    if data.eval_fraction:
+    if data.eval_fraction and data.max_split_pairs is None:
         problems.append(
-            f"`data.eval_fraction` ({data.eval_fraction:g}): the held-out pairs of a stream are known when "
-            "all of it was read. Type `data.eval=...`, or `data.mode=indexed`."
+            f"`data.eval_fraction` ({data.eval_fraction:g}): all held-out pairs of a stream are known when "
+            "all of it was read. Type `data.max_eval_pairs=10000` (those among its first rows, this many, "
+            "are the evaluation set), or `data.mode=indexed`."
         )
     if config.max_steps < 1:
         problems.append(
@@ -97,6 +98,16 @@ def _check_streaming(data: DataConfig, config: RewardConfig) -> None:
             )
     if problems:
         raise ConfigError("\n".join([*problems]))
+
+
+def check_evaluation(data: DataConfig, config: RewardConfig, eval_dataset: Any) -> None:
+    """`ConfigError` where there is to be evaluated and nothing to evaluate on."""
+    nothing = eval_dataset is None or (isinstance(eval_dataset, dict) and not eval_dataset)
+    if config.eval_strategy != "no" and not data.eval_fraction and nothing:
+        raise ConfigError(
+            f"`eval_strategy` ({config.eval_strategy}) needs an evaluation set. Pass `eval_dataset` "
+            '(a run file: `[data] eval` or `eval_fraction`), or set `eval_strategy="no"`.'
+        )
 
 
 def check_selection(data: DataConfig, train_dataset: Any, eval_dataset: Any) -> None:

@@ -34,8 +34,8 @@ from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.records import read_records
-from rayrm.train.rundir import RunStart, check_writable, claim, examine, identity_of, only_run
-from rayrm.train.train_data import check_selection, choose_mode, identity_of_data, steps_for
+from rayrm.train.rundir import RunStart, check_resume, check_writable, claim, examine, identity_of, only_run
+from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
 from rayrm.train.worker import TrainJob
 from rayrm.train.workers import check_cluster, fit_here, fit_on_workers
 
@@ -152,19 +152,16 @@ class RewardTrainer:
         check_writable(self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
         self._quarantine = quarantine_aside(self)
+        check_resume(self.args.resume_from_checkpoint)
+        check_evaluation(self._data, self.args, eval_dataset)
         check_selection(self._data, train_dataset, eval_dataset)
         for_training, for_evaluation = selections(self._data)
         self.train_set = self._train_set(train_dataset, for_training)
         self.eval_sets = (
-            {"": self._ingest(train_dataset, "eval", self._data.max_pairs, for_evaluation)}
+            {"": self._ingest(train_dataset, "eval", self._data.max_split_pairs, for_evaluation)}
             if self._data.eval_fraction
             else self._ingest_eval(eval_dataset)
         )
-        if self.args.eval_strategy != "no" and not self.eval_sets:
-            raise ConfigError(
-                f"`eval_strategy` ({self.args.eval_strategy}) needs an evaluation set. Pass `eval_dataset` "
-                '(a run file: `[data] eval` or `eval_fraction`), or set `eval_strategy="no"`.'
-            )
         self.text_form: TextForm = self._text_form()
         if self.num_workers:
             check_cluster(scaling_config)

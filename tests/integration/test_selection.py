@@ -15,9 +15,12 @@ import pytest
 from rayrm import DataConfig, RewardConfig, RewardTrainer
 from rayrm.data import cuts
 from rayrm.data.ingest import ingest
+from rayrm.data.preference import parse_row
 from rayrm.data.selection import Selection, excluded_prompts
+from rayrm.data.sources import place_of
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError
+from rayrm.train.row_log import read_row_log
 from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -94,6 +97,35 @@ def test_the_trainer_splits_its_source_and_leaves_out_excluded_prompts(
     assert alone.report.fingerprint != ingest(ROWS, TOKENIZER, max_length=1024).report.fingerprint
 
 
+@pytest.mark.parametrize("mode", ["indexed", "streaming"])
+def test_a_split_of_the_first_rows_leaves_all_held_out_prompts_out_of_training(
+    tmp_path: Path, mode: Any
+) -> None:
+    """A stream's evaluation set is known before training: of its first rows, and of no other."""
+    source = write(tmp_path / "rows.jsonl", ROWS)
+    config = RewardConfig(
+        str(tmp_path / mode), max_steps=len(ROWS) // 8, per_device_train_batch_size=8, max_length=200,
+        log_rows=True, use_cpu=True, bf16=False, save_strategy="no", eval_strategy="steps", eval_steps=50,
+        gradient_checkpointing=False, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = RewardTrainer(
+        tiny_model(),
+        config,
+        processing_class=TOKENIZER,
+        data_config=DataConfig(source, eval_fraction=0.3, max_eval_pairs=200, mode=mode),
+    )
+    whole = Selection("eval", 0.3)
+    held_out = [number for number, row in enumerate(ROWS) if whole.reason(parse_row(row)) is None]
+    (evaluation,) = trainer.eval_sets.values()
+    evaluated = [row.place[1] for row in evaluation.fetch(range(evaluation.num_rows))]
+    assert evaluated == [number for number in held_out if number < 200]
+    trainer.train()
+    assert any("eval_accuracy" in record for record in trainer.state.log_history)
+    trained = {place_of(name)[1] for line in read_row_log(tmp_path / mode) for name in line["rows"]}
+    assert trained
+    assert not trained & set(held_out)
+
+
 def test_a_split_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     tokenized = ingest(ROWS[:20], TOKENIZER, max_length=None)
     for given, named in (
@@ -108,8 +140,6 @@ def test_a_split_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
                 data_config=DataConfig(eval_fraction=0.1),
                 **given,
             )
-    with pytest.raises(ConfigError, match="max_eval_pairs"):
-        DataConfig("a", eval_fraction=0.1, max_eval_pairs=5)
 
 
 def test_one_bad_source_among_good_ones_ends_the_reading_before_it_is_read_whole(

@@ -247,6 +247,28 @@ def test_a_refused_row_is_kept_once_with_file_and_line(tmp_path: Path) -> None:
     (entry,) = (json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines())
     assert entry["source"].endswith("shard-3.jsonl")
     assert f"shard-3.jsonl:{ROWS_PER_SHARD + 1}" in entry["message"]
+    assert (entry["row"], entry["line"]) == (ROWS_PER_SHARD, ROWS_PER_SHARD + 1)
+
+
+def test_what_was_read_and_refused_is_told_by_source_when_the_stream_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(tmp_path / "one", shard_3='{"chosen": 1}\n')
+    write_shards(tmp_path / "two")
+    sources = [str(tmp_path / "one"), str(tmp_path / "two")]
+    caplog.set_level("INFO", "rayrm.data")
+    with stream_of(sources, tmp_path, max_bad_row_fraction=0.5) as steps:
+        # One epoch, and what is read of the next before its first step is asked for.
+        told = list(islice(steps.steps(Cursor()), 2 * SHARDS * ROWS_PER_SHARD // 8 + 1))
+        assert told
+    lines = [record.getMessage() for record in caplog.records if "kept" in record.getMessage()]
+    assert lines[0].startswith("the stream of train: ")
+    assert "missing-rejected" in lines[0]
+    one, two = lines[1:]
+    assert "/one: " in one
+    assert "missing-rejected" in one
+    assert "/two: " in two
+    assert "refused: none" in two
 
 
 def test_a_file_that_is_damaged_ends_the_reading_with_its_name(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_every_figure_of_rows_made_by_hand(by_hand: str) -> None:
         "num_rankings": 1,
         "num_tied": 1,
         "best_position": {0: 0.0, 1: 0.5, 2: 0.5},
+        "num_without_prompt": 0,
         "num_margins": 1,
         "margins": {"min": 0.5, "mean": 0.5, "max": 0.5},
         "tokens_unshared": 37,
@@ -221,6 +222,16 @@ def test_each_warning_says_what_to_do_and_clean_data_has_none(by_hand: str, tmp_
     (warning,) = warnings(figures_of_rows(tmp_path / "worse.jsonl", worse, 10))
     assert "shorter" in warning
     assert "88.2%" in warning
+
+
+def test_rows_without_a_prompt_among_others_are_told_of(tmp_path: Path) -> None:
+    asked = [{"prompt": f"{n}?", "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(9)]
+    mute = [{**asked[0], "prompt": None, "chosen": "c"}, {"prompt": "", "chosen": "d", "rejected": "e"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked + mute))
+    (found,) = figures_by_source(gather([str(file)], tiny_tokenizer()), 10)
+    assert found.num_without_prompt == 2
+    assert any("2 rows of 11 have no prompt" in warning for warning in warnings(found))
 
 
 def test_the_text_fits_a_hundred_columns_and_names_every_source(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,11 +151,34 @@ def test_resuming_where_nothing_is_is_refused(tmp_path: Path) -> None:
         examine(tmp_path, identity(), resume=str(tmp_path / "checkpoint-3"))
 
 
-def test_a_new_run_may_begin_from_another_run_s_checkpoint(begun: Path, tmp_path: Path) -> None:
-    start = examine(tmp_path / "new", identity(seed=9), resume=str(begun / "checkpoint-10"))
+def test_a_run_goes_on_in_another_directory_and_keeps_its_budget(begun: Path, tmp_path: Path) -> None:
+    start = examine(tmp_path / "new", identity(), resume=str(begun / "checkpoint-10"))
     assert start == RunStart(begun / "checkpoint-10", None, begun / "checkpoint-10")
     newest = save(begun, 30, max_tokens=512)
-    assert examine(tmp_path / "new", identity(seed=9), resume=str(newest)) == RunStart(newest, 512, newest)
+    assert examine(tmp_path / "new", identity(), resume=str(newest)) == RunStart(newest, 512, newest)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_checkpoint_of_another_run_is_refused_by_name_wherever_it_lies(
+    begun: Path, tmp_path: Path, copied: bool
+) -> None:
+    """Its schedule, order and cursor would go on, and the settings of this run would be told and not hold."""
+    checkpoint = save(begun, 30)
+    if copied:
+        checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "elsewhere" / "checkpoint-30"))
+    with pytest.raises(
+        CheckpointError, match=r"of another run. They differ in seed: 42 there, 9 here.*`model.name="
+    ):
+        examine(tmp_path / "new", identity(seed=9), resume=str(checkpoint))
+    assert examine(tmp_path / "new", identity(), resume=str(checkpoint)).resume == checkpoint
+
+
+def test_a_checkpoint_that_does_not_say_whose_it_is_goes_on_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = save(tmp_path / "old", 30)
+    assert examine(tmp_path / "new", identity(seed=9), resume=str(checkpoint)).resume == checkpoint
+    assert "does not say which run it is of" in caplog.text
 
 
 def test_a_checkpoint_from_before_budgets_were_written_still_resumes(begun: Path, tmp_path: Path) -> None:
