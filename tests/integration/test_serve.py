@@ -24,9 +24,12 @@ from typing import Any
 
 import pytest
 import ray
+import ray.train
+import ray.train.torch
 from ray import serve
 
 import rayrm.serve
+from rayrm import cli
 from rayrm.config import ServeConfig
 from rayrm.errors import (
     ClusterError,
@@ -477,27 +480,151 @@ def test_http_answers_for_the_same_replicas_and_asks_for_its_token(
 
 
 @pytest.mark.ray
-def test_the_dashboard_draws_what_replicas_export(client: RewardClient) -> None:
-    """Each metric of its queries is on a node's metrics port, after a request of each kind."""
+def test_the_dashboard_draws_what_replicas_export(ray_cluster: None, tmp_path: Path) -> None:
+    """Each metric of its queries is on a node's metrics port, after requests of each kind and 1,024 scores."""
     panels = json.loads((Path(rayrm.serve.__file__).parent / "grafana.json").read_text())["panels"]
     queries = [target["expr"] for panel in panels for target in panel["targets"]]
-    # A drift is told after a window of 1,024 scores of a model that was published with a file of texts.
-    wanted = {name for query in queries for name in re.findall(r"ray_rayrm_\w+", query)} - {
-        "ray_rayrm_score_drift"
-    }
+    wanted = {name for query in queries for name in re.findall(r"ray_rayrm_\w+", query)}
     assert len(queries) >= 12
-    client(["the very same beginning of a prompt"] * 4, [" a", " b", " c", " d"])
-    with pytest.raises(ScoreError):
-        client(["cat " * 700], [" no"])
-    port = ray.nodes()[0]["MetricsExportPort"]
-    deadline = time.monotonic() + 60
-    while True:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-            exported = {re.split(r"[{ ]", line)[0] for line in answer.read().decode().splitlines()}
-        if wanted <= exported or time.monotonic() > deadline:
-            break
-        time.sleep(1)
+    probe = tmp_path / "probe.jsonl"
+    rows = [{"prompt": p, "completion": c} for p, c in zip(*texts(50), strict=True)]
+    probe.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = publish(save_tiny(tmp_path / "model", chat=False), tmp_path / "registry", "watched", probe=probe)
+    with served(model, "watched") as reward:
+        for number in range(5):
+            reward(*texts(256, salt=str(number)))
+        with pytest.raises(ScoreError):
+            reward(["cat " * 700], [" no"])
+        port = ray.nodes()[0]["MetricsExportPort"]
+        deadline = time.monotonic() + 60
+        while True:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+                exported = {re.split(r"[{ ]", line)[0] for line in answer.read().decode().splitlines()}
+            if wanted <= exported or time.monotonic() > deadline:
+                break
+            time.sleep(1)
     assert sorted(wanted - exported) == []
+
+
+@pytest.mark.ray
+def test_a_second_replica_answers_for_one_that_hangs(ray_cluster: None, published: PublishedModel) -> None:
+    """The first of two replicas is stopped: calls that wait for it are sent to the other as well."""
+    with served(published, "hedged", num_replicas=2) as plain:
+        expected = plain(*texts(3))
+        reward = RewardClient("hedged", deadline_s=20, hedge_after_s=0.3, coalesce=False)
+        assert reward(*texts(3)) == pytest.approx(expected, abs=SAME)
+        stopped = replica_pids("hedged")[0]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            with ThreadPoolExecutor(8) as threads:
+                answers = list(threads.map(lambda _: reward(*texts(3)), range(16)))
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+    for answer in answers:
+        assert answer == pytest.approx(expected, abs=SAME)
+
+
+@pytest.mark.ray
+def test_train_workers_other_deployments_and_other_drivers_call_it(
+    client: RewardClient, published: PublishedModel, tmp_path: Path
+) -> None:
+    expected = RewardModel.from_pretrained(published.path).score(*texts(5))
+
+    def on_worker(config: dict[str, Any]) -> None:
+        scores = config["reward"](*config["texts"])
+        rank = ray.train.get_context().get_world_rank()
+        (Path(config["out"]) / f"{rank}.json").write_text(json.dumps(scores))
+
+    ray.train.torch.TorchTrainer(
+        on_worker,
+        train_loop_config={"reward": client, "texts": texts(5), "out": str(tmp_path)},
+        scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.2}),
+        run_config=ray.train.RunConfig(storage_path=str(tmp_path / "train")),
+    ).fit()
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(expected, abs=SAME)
+
+    @serve.deployment(ray_actor_options={"num_cpus": 0.1})
+    class Asks:
+        def __init__(self, reward: RewardClient) -> None:
+            self._reward = reward
+
+        async def __call__(self, asked: tuple[list[str], list[str]]) -> list[float]:
+            return (await self._reward.score_async(*asked)).scores
+
+    asks = serve.run(Asks.bind(client), name="asks", route_prefix=None)
+    assert asks.remote(texts(5)).result() == pytest.approx(expected, abs=SAME)
+    serve.delete("asks")
+
+    code = (
+        "import sys, json, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')\n"
+        "from rayrm import RewardClient\n"
+        "print(json.dumps(RewardClient(sys.argv[2])(*json.loads(sys.argv[3]))))"
+    )
+    words = [ray.get_runtime_context().gcs_address, client.name, json.dumps(texts(5))]
+    told = subprocess.check_output([sys.executable, "-c", code, *words], text=True)
+    assert json.loads(told.splitlines()[-1]) == pytest.approx(expected, abs=SAME)
+
+
+@pytest.mark.ray
+def test_a_replica_that_autoscaling_adds_serves_the_version_that_was_rolled_to(
+    ray_cluster: None, published: PublishedModel, second: PublishedModel
+) -> None:
+    scaling = {
+        "min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1, "upscale_delay_s": 0.2,
+        "metrics_interval_s": 0.2, "look_back_period_s": 1,
+    }  # fmt: skip
+    try:
+        with served(published, "scaled", autoscaling=scaling, max_tokens_per_batch=64) as reward:
+            reward.roll(second.version)
+            stop, versions = threading.Event(), set()
+
+            def call() -> None:
+                patient = RewardClient("scaled", coalesce=False)
+                while not stop.is_set():
+                    versions.add(patient.score(*texts(40)).version)
+
+            callers = [threading.Thread(target=call) for _ in range(8)]
+            for caller in callers:
+                caller.start()
+            try:
+                deadline = time.monotonic() + 90
+                while len(reward.status()["replicas"]) < 2 and time.monotonic() < deadline:
+                    time.sleep(0.2)
+                replicas = reward.status()["replicas"]
+            finally:
+                stop.set()
+                for caller in callers:
+                    caller.join()
+        assert [replica["models"][published.name] for replica in replicas] == [second.version] * 2
+        assert versions == {second.version}
+    finally:
+        set_current(published.path.parent.parent, published.name, published.version)
+
+
+@pytest.mark.ray
+def test_the_commands_publish_roll_back_and_tell_the_status(
+    ray_cluster: None, published: PublishedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = str(tmp_path / "registry")
+    first = publish(published.path, registry, "told")
+    with served(first, "told"):
+        checkpoint = str(save_tiny(tmp_path / "next", seed=4, chat=False))
+        assert (
+            cli.main(["publish", checkpoint, "--registry", registry, "--name", "told", "--roll", "told"]) == 0
+        )
+        said = capsys.readouterr().out
+        assert "told serves told" in said
+        assert f"before: {first.version} (rayrm roll told --back)" in said
+        assert cli.main(["status", "told"]) == 0
+        status = json.loads(capsys.readouterr().out)
+        assert status["before"] == {"told": first.version}
+        assert status["models"]["told"] == open_published(Path(registry) / "told").version != first.version
+        assert cli.main(["roll", "told", "--back"]) == 0
+        assert f"serves told {first.version}" in capsys.readouterr().out
+        assert cli.main(["roll", "told", "nothing"]) == 2
+        assert "Published versions there" in capsys.readouterr().err
+        assert cli.main(["roll", "told"]) == 2
 
 
 @pytest.mark.ray
