@@ -52,7 +52,6 @@ from rayrm.serve.scorer import RewardModel
 SCENARIOS = ("rolls", "kills-1", "kills-2", "corrupt", "overload", "deaths")
 CALLERS, ROLLS, KILLS, SAME = 4, 10, 5, 1e-4
 NUM_TEXTS = 400
-REFUSED_WITHIN_S = 1.0
 
 
 @dataclass
@@ -127,7 +126,7 @@ class Outcome:
 
     num_calls: int = 0
     num_texts: int = 0
-    refused: int = 0
+    refusal_seconds: list[float] = field(default_factory=list)
     events: int = 0
     seconds: list[float] = field(default_factory=list)
     max_delta: float = 0.0
@@ -142,9 +141,7 @@ class Outcome:
             self.num_calls += 1
             if call.error:
                 if refusals and call.error.startswith(OverloadedError.__name__):
-                    self.refused += 1
-                    if call.seconds > REFUSED_WITHIN_S:
-                        self.problems.append(f"a call was refused after {call.seconds:.1f} s")
+                    self.refusal_seconds.append(call.seconds)
                 else:
                     self.problems.append(call.error)
                 continue
@@ -312,9 +309,16 @@ def overload(setting: Setting, outcome: Outcome) -> None:
     deploy(setting.first, "soak-overload", num_cpus=0.5, max_queued_requests=CALLERS)
     with Load(setting, outcome, "soak-overload", 5 * CALLERS, overload=True):
         time.sleep(setting.seconds)
-    outcome.events = outcome.refused
-    if not outcome.refused or not outcome.seconds:
+    outcome.events = len(outcome.refusal_seconds)
+    if not outcome.refusal_seconds or not outcome.seconds:
         outcome.problems.append("nobody was refused, or nobody answered: that was no overload")
+        return
+    late, usual = quantile(outcome.refusal_seconds, 0.99), quantile(outcome.seconds, 0.5)
+    print(f"  99% were refused within {late:.3f} s; half were answered after {usual:.3f} s", file=sys.stderr)
+    if late > usual:
+        outcome.problems.append(
+            f"1% were refused after {late:.2f} s: who is refused waits as who is answered"
+        )
 
 
 def deaths(setting: Setting, outcome: Outcome) -> None:
@@ -335,6 +339,10 @@ def deaths(setting: Setting, outcome: Outcome) -> None:
         time.sleep(0.2)
     if waiting(client):
         outcome.problems.append("texts of callers that died still wait")
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
 
 
 def waiting(client: RewardClient) -> int:
@@ -367,12 +375,12 @@ def soak(arguments: argparse.Namespace, home: Path) -> dict[str, Outcome]:
 
 
 def shown(name: str, outcome: Outcome) -> str:
-    seconds = sorted(outcome.seconds) or [0.0]
+    seconds = outcome.seconds or [0.0]
     problems = "; ".join(list(dict.fromkeys(outcome.problems))[:5]) or "nothing lost, nothing wrong"
     return (
         f"{name:<9} {outcome.events} events, {outcome.num_calls} calls of {outcome.num_texts} texts, "
-        f"{outcome.refused} refused, p50 {seconds[len(seconds) // 2]:.3f} s, "
-        f"p99 {seconds[int(0.99 * (len(seconds) - 1))]:.2f} s, longest {seconds[-1]:.1f} s, "
+        f"{len(outcome.refusal_seconds)} refused, p50 {quantile(seconds, 0.5):.3f} s, "
+        f"p99 {quantile(seconds, 0.99):.2f} s, longest {max(seconds):.1f} s, "
         f"off by {outcome.max_delta:.0e} at most: {problems}"
     )
 
@@ -395,7 +403,9 @@ def main() -> int:
             "events": outcome.events,
             "calls": outcome.num_calls,
             "texts": outcome.num_texts,
-            "refused": outcome.refused,
+            "refused": len(outcome.refusal_seconds),
+            "p50_s": quantile(outcome.seconds or [0.0], 0.5),
+            "p99_s": quantile(outcome.seconds or [0.0], 0.99),
             "max_delta": outcome.max_delta,
             "longest_s": max(outcome.seconds, default=0.0),
             "problems": list(dict.fromkeys(outcome.problems)),

@@ -1,0 +1,42 @@
+"""Published tiny models, and a service of one of them, for the tests that call it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from rayrm.serve.client import RewardClient
+from rayrm.serve.registry import PublishedModel, publish
+
+# The handle and the process compute the same float32 numbers in other batches.
+from tests.served import served
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> PublishedModel:
+    root = tmp_path_factory.mktemp("serve")
+    return publish(save_tiny(root / "first", chat=False), root / "registry", "reward")
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> PublishedModel:
+    root = tmp_path_factory.mktemp("serve-other")
+    return publish(save_tiny(root / "second", seed=1, chat=False), root / "registry", "reward")
+
+
+@pytest.fixture(scope="session")
+def second(published: PublishedModel, tmp_path_factory: pytest.TempPathFactory) -> PublishedModel:
+    """Another version of the first model, not the current one."""
+    registry = published.path.parent.parent
+    model = save_tiny(tmp_path_factory.mktemp("serve-second"), seed=2, chat=False)
+    return publish(model, registry, published.name, make_current=False)
+
+
+@pytest.fixture(scope="module")
+def client(ray_cluster: None, published: PublishedModel) -> Iterator[RewardClient]:
+    # A name of this test run alone: replicas are found, and killed, by it.
+    with served(published, f"test-reward-{os.getpid()}", num_replicas=2) as running:
+        yield running
