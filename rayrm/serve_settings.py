@@ -11,9 +11,9 @@ from rayrm.settings import (
     Count,
     NonNegativeFloat,
     OptionalCount,
-    OptionalNonNegativeFloat,
     OptionalTable,
     frozen_settings,
+    json_value,
     none_word,
     settings,
 )
@@ -51,7 +51,7 @@ class ServeConfig:
 
     name: str = "reward"
     """The Serve application's name: what `RewardClient(name)` calls."""
-    ensembles: dict[str, Ensemble] = field(default_factory=dict)
+    ensembles: Annotated[dict[str, Ensemble], BeforeValidator(json_value)] = field(default_factory=dict)
     """Names that answer for several models: `{both = {members = ["a", "b"], reduce = "min"}}`."""
     num_replicas: Count = 1
     """Copies of the models that answer."""
@@ -62,7 +62,7 @@ class ServeConfig:
     CPU."""
     max_queued_requests: Annotated[int, Field(ge=-1)] = -1
     """Requests that may wait in a replica before new ones are told to come back later; -1: no limit."""
-    idle_offload_s: OptionalNonNegativeFloat = None
+    idle_offload_s: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(none_word)] = None
     """Seconds without work after which a replica's weights move to CPU memory, until the next request. None:
     they stay."""
 
@@ -73,7 +73,9 @@ class ServeConfig:
     """GPUs Ray reserves for each replica; a fraction shares one."""
     ray_actor_options: OptionalTable = None
     """More of Ray's options for each replica: `{resources = {scorer = 1}}`."""
-    placement_group_bundles: list[dict[str, NonNegativeFloat]] | None = None
+    placement_group_bundles: Annotated[
+        list[dict[str, NonNegativeFloat]] | None, BeforeValidator(json_value)
+    ] = None
     """Bundles that Ray reserves for each replica, which stands in the first: `[{CPU = 1, GPU = 0.2}]`."""
     placement_group_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How a replica's bundles lie on the nodes."""

@@ -42,10 +42,10 @@ def switch_word(value: Any) -> Any:
     return {"true": "true", "false": None, "none": None, "null": None}.get(word, value)
 
 
-def _json_table(value: Any) -> Any:
-    """A table given as JSON text, as transformers' command lines write it."""
+def json_value(value: Any) -> Any:
+    """A table or a list given as JSON text, as transformers' command lines write it."""
     value = none_word(value)
-    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
     try:
         return json.loads(value)
@@ -58,8 +58,8 @@ OptionalSeed = Annotated[Annotated[int, Field(ge=0, lt=2**32)] | None, BeforeVal
 OptionalNonNegativeFloat = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(none_word)]
 Names = Annotated[str | list[str], BeforeValidator(_no_names)]
 OptionalBool = Annotated[bool | None, BeforeValidator(none_word)]
-OptionalTable = Annotated[dict[str, Any] | None, BeforeValidator(_json_table)]
-OptionalTableOrPath = Annotated[dict[str, Any] | str | None, BeforeValidator(_json_table)]
+OptionalTable = Annotated[dict[str, Any] | None, BeforeValidator(json_value)]
+OptionalTableOrPath = Annotated[dict[str, Any] | str | None, BeforeValidator(json_value)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

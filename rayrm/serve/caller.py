@@ -28,7 +28,13 @@ from rayrm.serve.request import ScoreRequest, ScoreResult
 logger = logging.getLogger(__name__)
 
 REPLICAS = "RewardReplica"
-_LOST = (RayActorError, WorkerCrashedError, BackPressureError, OverloadedError)
+
+
+class _CancelledError(Exception):
+    """Serve cancelled a request that its callers still wait for: its replica leaves."""
+
+
+_LOST = (RayActorError, WorkerCrashedError, BackPressureError, _CancelledError)
 _LATE = (GetTimeoutError, TimeoutError)
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
@@ -161,9 +167,8 @@ class Caller:
             now = time.monotonic()
             requests = [replace(call.request, left_s=max(call.ends_at - now, 0.0)) for call in calls]
             response = handle.score.remote(requests)
-            try:
-                answers = await _while_wanted(response, calls)
-            except asyncio.CancelledError:
+            answers = await _while_wanted(response, calls)
+            if answers is None:
                 response.cancel()
                 return
         except Exception as error:
@@ -214,8 +219,8 @@ class Caller:
         )
 
 
-async def _while_wanted(response: Any, calls: Sequence[_Call]) -> list[Any]:
-    """The response, unless no call waits for it any more: CancelledError then."""
+async def _while_wanted(response: Any, calls: Sequence[_Call]) -> list[Any] | None:
+    """The response; None as soon as no call waits for it any more."""
     nobody = asyncio.Event()
 
     def leave(_: Any) -> None:
@@ -232,7 +237,9 @@ async def _while_wanted(response: Any, calls: Sequence[_Call]) -> list[Any]:
         gone.cancel()
     if not answered.done():
         answered.cancel()
-        raise asyncio.CancelledError
+        return None
+    if answered.cancelled():
+        raise _CancelledError
     answers: list[Any] = answered.result()
     return answers
 

@@ -65,6 +65,8 @@ class RewardReplica:
         self._loading = ThreadPoolExecutor(1, "load")
         self._following: asyncio.Task[None] | None = None
         self._refused: dict[tuple[str, str], tuple[float, str]] = {}
+        # A roll and a health check may come to change the version at the same time.
+        self._changing = asyncio.Lock()
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult | RayrmError]:
         """The answer to each request, or what it is refused for; a bad one fails itself alone."""
@@ -84,6 +86,10 @@ class RewardReplica:
 
     async def stage(self, name: str, place: ModelPlace) -> None:
         """Load a version beside the one that serves, and check it. Raises what is wrong with it."""
+        async with self._changing:
+            await self._stage(name, place)
+
+    async def _stage(self, name: str, place: ModelPlace) -> None:
         if place != self._loop.models[name].place and (name, place.version) not in self._staged:
             loaded = await asyncio.get_running_loop().run_in_executor(self._loading, self._load, name, place)
             self._staged[name, place.version] = loaded
@@ -94,14 +100,15 @@ class RewardReplica:
 
     async def follow(self) -> None:
         """Serve what the pointer says; a version that was not staged is loaded first."""
-        pointer = await asyncio.to_thread(read_pointer, self._plan.key)
-        for name, place in ({} if pointer is None else pointer.current).items():
-            if name in self._loop.models and place != self._loop.models[name].place:
-                await self.stage(name, place)
-                model = self._staged.pop((name, place.version))
-                self._loop.swap(model)
-                self._metrics.version(model)
-                logger.info("%s: version %s serves", name, place.version)
+        async with self._changing:
+            pointer = await asyncio.to_thread(read_pointer, self._plan.key)
+            for name, place in ({} if pointer is None else pointer.current).items():
+                if name in self._loop.models and place != self._loop.models[name].place:
+                    await self._stage(name, place)
+                    model = self._staged.pop((name, place.version))
+                    self._loop.swap(model)
+                    self._metrics.version(model)
+                    logger.info("%s: version %s serves", name, place.version)
 
     async def status(self) -> dict[str, Any]:
         """What this replica serves and how it stands."""
