@@ -13,7 +13,7 @@ drawn from it. The sides of each comparison take turns, `--rounds` times, on the
                      -> per_sample_over_inprocess
     one-at-a-time    16 threads ask for one score each, two groups of 8 at a time, of this service and of a
                      server as OpenRLHF's: FastAPI, POST /get_reward, a forward in its handler
-                     -> ratio; bound: the tokens it computes over the distinct ones of the 16;
+                     -> ratio; bound: the tokens it computes over the distinct ones of the groups;
                      over_http: ours by the same HTTP call
 
 Every score is compared with `RewardModel.score`'s. Without `--data` the texts are the demo's.
@@ -45,11 +45,12 @@ from score import split_row
 from rayrm.data.messages import Text
 from rayrm.data.packing import pack_texts
 from rayrm.data.preference import form_of
+from rayrm.data.rendering import render
 from rayrm.data.tokenize import TextForm, TextInput, encode
 from rayrm.serve.scorer import RewardModel
 
 PARTS = ("handle", "per-sample", "one-at-a-time")
-CALL, TOGETHER = 64, 16
+CALL, NUM_GROUPS, GROUP = 64, 2, 8
 NAME = "bench-reward"
 
 
@@ -212,7 +213,7 @@ class Sides:
         self.callers = [
             ray.remote(CallerActor).options(num_cpus=0).remote(NAME) for _ in range(arguments.callers)
         ]
-        self.threads = ThreadPoolExecutor(TOGETHER)
+        self.threads = ThreadPoolExecutor(NUM_GROUPS * GROUP)
         self.model = RewardModel.from_pretrained(directory)
         self.expected: list[float] = []
         self.delta = 0.0
@@ -248,11 +249,17 @@ class Sides:
         return seconds
 
     def together(self, one: Callable[[int], float]) -> float:
-        """16 threads, each of which asks for a score at a time, of 16 texts (two groups) after 16 texts."""
-        scores: list[float] = []
+        """Two groups of 8 callers that each ask for one score; a group goes on when it has all of them."""
+        begins = range(0, len(self.work), GROUP)
+        scores = [0.0] * len(self.work)
+
+        def drive(first: int) -> None:
+            for begin in begins[first::NUM_GROUPS]:
+                scores[begin : begin + GROUP] = self.threads.map(one, range(begin, begin + GROUP))
+
         began = time.perf_counter()
-        for begin in range(0, len(self.work), TOGETHER):
-            scores += self.threads.map(one, range(begin, min(begin + TOGETHER, len(self.work))))
+        with ThreadPoolExecutor(NUM_GROUPS) as drivers:
+            list(drivers.map(drive, range(NUM_GROUPS)))
         seconds = time.perf_counter() - began
         self._compare(scores, 0)
         return seconds
@@ -301,7 +308,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         urls = {"ours": f"http://127.0.0.1:{port}/get_reward"}
         if "one-at-a-time" in arguments.parts:
             urls["baseline"] = stack.enter_context(baseline_server(directory, arguments.threads))
-        rendered = [tokenizer.decode(ids) for ids in work.ids]
+        inputs = [TextInput(p, c) for p, c in zip(work.prompts, work.completions, strict=True)]
+        rendered = [str(text) for text in render(tokenizer, form, inputs)]
         sides = Sides(arguments, directory, work, rendered, urls)
         turns: dict[str, Callable[[], float]] = {"inprocess": sides.inprocess}
         if "handle" in arguments.parts:
@@ -367,7 +375,7 @@ def result_of(
     if "per-sample" in speeds:
         result["per_sample_over_inprocess_spread"] = over("per-sample", "inprocess")
     if "baseline" in speeds:
-        parts = work.cut(TOGETHER)
+        parts = work.cut(GROUP)
         alone = sum(len(ids) for ids in work.ids)
         distinct = sum(pack_texts(part.ids, pad_token_id).num_tokens for part in parts)
         result["ratio_spread"] = over("together", "baseline")
