@@ -283,6 +283,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from rayrm.serve.deployment import deploy
 
+    if arguments.group_size % GROUP:
+        raise SystemExit(f"--group-size ({arguments.group_size}) must be a multiple of {GROUP}")
     torch.set_num_threads(arguments.threads)
     tokenizer = open_tokenizer(arguments)
     form, work = draw_work(arguments, tokenizer)
