@@ -283,10 +283,11 @@ def test_a_finished_run_is_refused(in_process: Path, base: str) -> None:
 
 
 def test_a_run_that_goes_on_in_a_new_directory_keeps_the_token_budget(tmp_path: Path, base: str) -> None:
-    trainer_of(tmp_path / "whole", base, workers=0, max_tokens_per_microbatch=200).train()
-    whole, on = tmp_path / "whole" / "run", tmp_path / "on" / "run"
+    trainer_of(tmp_path, base, workers=0, max_tokens_per_microbatch=200).train()
+    on = tmp_path / "run"
+    whole = on.rename(tmp_path / "whole")
     # Left to measure, it would choose thousands of tokens, and sum in another order.
-    trainer_of(tmp_path / "on", base, workers=0).train(resume_from_checkpoint=str(whole / "checkpoint-8"))
+    trainer_of(tmp_path, base, workers=0).train(resume_from_checkpoint=str(whole / "checkpoint-8"))
     assert json.loads((on / "identity.json").read_text())["max_tokens_per_microbatch"] == 200
     first, second = weights(whole), weights(on)
     assert all(torch.equal(first[name], second[name]) for name in first)
