@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastapi import FastAPI, Request
 from measuring import SEED, machine, open_tokenizer, read_pairs, run_bench, shown, spread
 from score import split_row
 
@@ -137,7 +138,6 @@ class CallerActor:
 def one_at_a_time(directory: str, port: int, threads: int) -> None:
     """The server to compare with: what OpenRLHF's does with a request of one text, in its handler."""
     import uvicorn
-    from fastapi import FastAPI, Request
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.set_num_threads(threads)
