@@ -40,10 +40,13 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 def add_roll(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_roll)
     parser.add_argument("service", help="the running service's name")
-    parser.add_argument(
-        "version", nargs="?", help="published beside the one that serves, or a published model's directory"
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--to",
+        metavar="VERSION",
+        help="published beside the one that serves, or a published model's directory",
     )
-    parser.add_argument("--back", action="store_true", help="to the version before the latest roll")
+    where.add_argument("--back", action="store_true", help="to the version before the latest roll")
     parser.add_argument("--model", help="which of the service's models")
     parser.add_argument("--address", help="the Ray cluster")
 
@@ -89,7 +92,9 @@ def _publish(options: argparse.Namespace) -> int:
     print(f"{published.name} {published.version} {was}: {published.path}")
     if options.roll is not None:
         client = _client(options.roll, options.address)
-        _print_roll(options.roll, client.roll(published.path))
+        # A service of several models is rolled in the one of this name.
+        model = options.name if options.name in client.status()["models"] else None
+        _print_roll(options.roll, client.roll(published.path, model=model))
     return 0
 
 
@@ -123,13 +128,11 @@ def _models(word: str, registry: str) -> str | dict[str, str]:
 
 
 def _roll(options: argparse.Namespace) -> int:
-    if (options.version is None) == (not options.back):
-        raise ConfigError("a roll goes to VERSION, or with --back to the version before. Type one of them.")
     client = _client(options.service, options.address)
     if options.back:
         result = client.rollback(model=options.model)
     else:
-        result = client.roll(options.version, model=options.model)
+        result = client.roll(options.to, model=options.model)
     _print_roll(options.service, result)
     return 0
 

@@ -163,6 +163,7 @@ def test_the_commands_publish_roll_back_and_tell_the_status(
         assert status["models"]["told"] == open_published(Path(registry) / "told").version != first.version
         assert cli.main(["roll", "told", "--back"]) == 0
         assert f"serves told {first.version}" in capsys.readouterr().out
-        assert cli.main(["roll", "told", "nothing"]) == 2
+        assert cli.main(["roll", "told", "--to", "nothing"]) == 2
         assert "Published versions there" in capsys.readouterr().err
-        assert cli.main(["roll", "told"]) == 2
+        with pytest.raises(SystemExit):
+            cli.main(["roll", "told"])
