@@ -99,7 +99,8 @@ class Caller:
                     raise
                 await asyncio.sleep(await attempts.pause_after(error))
             except (*_LOST, *_LATE) as error:
-                if not isinstance(error, BackPressureError):
+                # The handle's router leaves out a replica that died; a new one would have to learn of all.
+                if isinstance(error, _LATE):
                     self._handle = None
                 await asyncio.sleep(await attempts.pause_after(error))
             else:
