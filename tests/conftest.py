@@ -22,6 +22,13 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     if not ray.is_initialized():
-        ray.init(num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=True, log_to_driver=True)
+        # Not the cluster of another program on this machine.
+        ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=300 * 2**20,
+            include_dashboard=True,
+            log_to_driver=True,
+        )
     yield
     ray.shutdown()
