@@ -41,6 +41,7 @@ bench: $(STAMP)
 	$(BIN)/python jobs/bench/scaling.py --model "$(MODEL)" --data "$(DATA)" $(BENCH_ARGS)
 	$(BIN)/python jobs/bench/e2e.py --model "$(MODEL)" --data "$(DATA)" $(BENCH_ARGS)
 	$(BIN)/python jobs/bench/checkpoint.py --model "$(MODEL)" --data "$(DATA)" $(BENCH_ARGS)
+	$(BIN)/python jobs/bench/serve.py --model "$(MODEL)" --data "$(DATA)" $(BENCH_ARGS)
 	$(BIN)/python jobs/bench/data.py --model "$(MODEL)" $(BENCH_ARGS)
 
 check: $(STAMP)
