@@ -3,7 +3,7 @@
     requests -> tokenized (a thread) -> queue of the version they met -> batch (a thread) -> answers
 
 Nothing computes in the event loop. Several models share the computing thread and take turns; a version that
-was replaced goes first, until its last request is answered. No Ray here: a replica is `deployment.py`.
+was replaced goes first, until its last request is answered. No Ray here: a replica is `replica.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from rayrm.serve.ensemble import combine
 from rayrm.serve.idle import IdleOffload
 from rayrm.serve.loaded import LoadedModel
 from rayrm.serve.request import ScoreRequest, ScoreResult
-from rayrm.serve.scheduler import BatchCost, QueuedText
+from rayrm.serve.scheduler import QueuedText
 from rayrm.serve_settings import Ensemble
 from rayrm.settings import nearest
 
@@ -37,20 +37,14 @@ class BatchReport:
 
     model: LoadedModel
     texts: list[QueuedText]
+    num_computed: int
+    """Tokens, as the batch was planned: what texts begin with alike counts once."""
     seconds: float
     results: list[ScoreResult]
 
     @property
     def num_tokens(self) -> int:
         return sum(len(text.ids) for text in self.texts)
-
-    @property
-    def num_computed(self) -> int:
-        """As the batch was planned: what texts begin with alike counts once."""
-        cost = BatchCost(self.model.queue.layout, self.model.queue.reach)
-        for text in self.texts:
-            cost.add(text.ids)
-        return cost.tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -200,7 +194,7 @@ class BatchLoop:
                 model.remove(number)
 
     @contextmanager
-    def _bound_to(self, model: LoadedModel):  # type: ignore[no-untyped-def]
+    def _bound_to(self, model: LoadedModel) -> Iterator[None]:
         model.num_bound += 1
         try:
             yield
@@ -222,7 +216,7 @@ class BatchLoop:
             if idle.must_restore:
                 idle.begin_restore()
                 idle.restored(time.monotonic())
-            texts = model.queue.take()
+            texts, num_computed = model.queue.take(), model.queue.taken_tokens
             model.began(texts)
             began = time.monotonic()
             computed = running.run_in_executor(self._computing, model.compute, texts)
@@ -235,7 +229,7 @@ class BatchLoop:
             seconds = time.monotonic() - began
             results = model.give(texts, computed.result(), seconds)
             self._note(len(results))
-            self.told(BatchReport(model, texts, seconds, results))
+            self.told(BatchReport(model, texts, num_computed, seconds, results))
 
     def _next(self) -> LoadedModel | None:
         """The model whose turn it is, of those with texts that wait."""

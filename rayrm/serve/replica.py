@@ -19,7 +19,7 @@ from typing import Any
 from rayrm.errors import RayrmError
 from rayrm.serve.batch_loop import BatchLoop
 from rayrm.serve.loaded import LoadedModel
-from rayrm.serve.pointer import Pointer, read_pointer
+from rayrm.serve.pointer import read_pointer
 from rayrm.serve.request import ModelPlace, ScoreRequest, ScoreResult
 from rayrm.serve_settings import Ensemble
 
@@ -155,8 +155,3 @@ class RewardReplica:
 
     def _load(self, name: str, place: ModelPlace) -> LoadedModel:
         return LoadedModel.load(name, place, self._plan.max_tokens_per_batch)
-
-
-def pointer_of(models: Mapping[str, ModelPlace]) -> Pointer:
-    """The first pointer of a deployment."""
-    return Pointer(dict(models))

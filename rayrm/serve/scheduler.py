@@ -162,6 +162,8 @@ class ScoreQueue:
         self.layout: Layout = layout
         self.reach = reach
         self.waiting_tokens = 0
+        # What the model computes for the batch that `take` gave last.
+        self.taken_tokens = 0
         self._waiting: dict[int, QueuedText] = {}
         # What waits, of all requests, sorted: texts that begin alike are neighbours.
         self._alike: list[_Ordered] = []
@@ -236,6 +238,7 @@ class ScoreQueue:
     def take(self) -> list[QueuedText]:
         """The next batch, removed from the queue; empty when nothing waits."""
         cost = BatchCost(self.layout, self.reach)
+        self.taken_tokens = 0
         taken: list[QueuedText] = []
         while self._line:
             tickets = self._group()
@@ -321,6 +324,7 @@ class ScoreQueue:
         """Remove a text that adds `tokens` to its batch; ends its request's turn when that makes it full."""
         text = self._waiting.pop(ticket)
         self.waiting_tokens -= len(text.ids)
+        self.taken_tokens += tokens
         entry = self._requests[text.request]
         if self.layout == "shared":
             item = (_token_order(text.ids), ticket)

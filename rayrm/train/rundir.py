@@ -20,7 +20,7 @@ from typing import Any
 from rayrm.config import RewardConfig
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from rayrm.runfile import dump_run, read_run
-from rayrm.train.checkpoint import IDENTITY, RUN, checkpoints, read_state, verify_checkpoint
+from rayrm.train.checkpoint import IDENTITY, MANIFEST, RUN, checkpoints, read_state, verify_checkpoint
 from rayrm.train.holding import holding
 from rayrm.train.records import METRICS, PROGRESS, replace_text
 
@@ -97,8 +97,10 @@ def _plain(table: dict[str, Any]) -> dict[str, Any]:
 
 def check_resume(resume: bool | str | None) -> None:
     """Raise CheckpointError for a path that is no checkpoint, before anything is read or built."""
-    if isinstance(resume, str) and resume.lower() not in ("true", "false"):
-        verify_checkpoint(Path(resume))
+    named = isinstance(resume, str) and resume.lower() not in ("true", "false")
+    # One that is whole by its list is read once, where the run begins.
+    if named and not (Path(str(resume)) / MANIFEST).is_file():
+        verify_checkpoint(Path(str(resume)))
 
 
 def examine(

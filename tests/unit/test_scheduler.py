@@ -71,6 +71,9 @@ def test_a_batch_keeps_to_the_budget_unless_one_text_alone_is_above_it(
 ) -> None:
     for step in replayed(requests, budget, layout, turn):
         assert len(step.batch) == 1 or cost_of([t.ids for t in step.batch], layout) <= budget
+    queue = filled(requests, budget, layout)
+    while batch := queue.take():
+        assert queue.taken_tokens == cost_of([text.ids for text in batch], layout)
 
 
 @given(REQUESTS, st.integers(1, 5), LAYOUTS)
