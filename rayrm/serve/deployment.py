@@ -35,6 +35,7 @@ from rayrm.settings import nearest
 
 # A replica's queue is its own; Serve's limit (5 unless raised) would keep requests from meeting in a batch.
 _MAX_ONGOING_REQUESTS = 4096
+_WAIT_S = 600.0
 Model = PublishedModel | str | Path
 
 
@@ -43,7 +44,7 @@ def deploy(
     name: str | None = None,
     *,
     config: ServeConfig | None = None,
-    wait_s: float = 600.0,
+    wait_s: float = _WAIT_S,
     check_resources: bool = True,
     **fields: Any,
 ) -> RewardClient:
@@ -66,8 +67,19 @@ def deploy(
         RewardUnavailableError: the replicas could not start; the message holds Serve's.
     """
     settings = _settings(config, name, fields)
-    places = _checked_models(model, settings)
-    token = _http_token(settings)
+    places, token = _checked_models(model, settings), _http_token(settings)
+    return _deployed(settings, places, token, wait_s=wait_s, check_resources=check_resources)
+
+
+def _deployed(
+    settings: ServeConfig,
+    places: Mapping[str, ModelPlace],
+    token: str | None,
+    *,
+    wait_s: float = _WAIT_S,
+    check_resources: bool = True,
+) -> RewardClient:
+    """`deploy` of what was checked: a model's files are read once for it."""
     if not ray.is_initialized():
         connect()
     if check_resources:
@@ -78,7 +90,7 @@ def deploy(
     # Handles, and a gateway of our own, are the way in: Serve's HTTP proxy is not started for it.
     serve.start(proxy_location="Disabled")
     key = key_of(settings.name, secrets.token_hex(8))
-    write_pointer(key, Pointer(places))
+    write_pointer(key, Pointer(dict(places)))
     application = _application(settings, places, key, token)
     target = serve.RunTarget(application, name=settings.name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -104,14 +116,13 @@ def serve_forever(
     life.
     """
     settings = config or ServeConfig()
-    places = _checked_models(model, settings)
-    _http_token(settings)
+    places, token = _checked_models(model, settings), _http_token(settings)
     started_here = connect(address)
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
     try:
-        deploy(model, config=settings)
+        _deployed(settings, places, token)
         print(_how_to_call(settings, places), flush=True)
         while not stop.wait(timeout=0.5):
             pass
