@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import ipaddress
 import os
 import secrets
 import signal
@@ -25,17 +24,27 @@ from rayrm.errors import ClusterError, ConfigError, RewardUnavailableError
 from rayrm.serve.caller import REPLICAS
 from rayrm.serve.client import RewardClient
 from rayrm.serve.connect import connect
-from rayrm.serve.gateway import check_port, gateway
-from rayrm.serve.pointer import Pointer, drop_pointers, key_of, write_pointer
+from rayrm.serve.gateway import (
+    MAX_ONGOING_REQUESTS,
+    check_port,
+    gateway,
+    is_loopback,
+    no_token_for,
+    proxied,
+)
+from rayrm.serve.pointer import drop_pointers, key_of
 from rayrm.serve.registry import CURRENT, MANIFEST, PublishedModel, content_version, open_published
 from rayrm.serve.replica import ReplicaPlan, RewardReplica
 from rayrm.serve.request import ModelPlace
 from rayrm.serve_settings import ServeConfig
 from rayrm.settings import nearest
 
-# A replica's queue is its own; Serve's limit (5 unless raised) would keep requests from meeting in a batch.
-_MAX_ONGOING_REQUESTS = 4096
 _WAIT_S = 600.0
+_SERVES_OWN = {
+    "name": "applications.name",
+    "http_host": "http_options.host",
+    "http_port": "http_options.port",
+}
 Model = PublishedModel | str | Path
 
 
@@ -71,6 +80,34 @@ def deploy(
     return _deployed(settings, places, token, wait_s=wait_s, check_resources=check_resources)
 
 
+def app(args: dict[str, Any]) -> serve.Application:
+    """The service for Serve's own tools: `import_path: rayrm.serve.deployment:app` in a Serve config.
+
+    `args`: `model` (a directory that every node sees, or a table of several by name) and fields of
+    `ServeConfig`. The application's name, and the address and port of HTTP, are the config's (`name`,
+    `http_options`); `http: false` leaves HTTP out. Where Serve's proxy is bound beyond loopback, the
+    environment in which Ray was started must hold the token. jobs/serve.yaml is an example.
+
+    Raises ConfigError, PublishError, ModelError.
+    """
+    fields = dict(args)
+    for name, instead in _SERVES_OWN.items():
+        if name in fields:
+            raise ConfigError(f"`args.{name}` is Serve's in a Serve config. Set `{instead}` there.")
+    model, http = fields.pop("model", None), fields.pop("http", True)
+    if not isinstance(http, bool | str) or str(http).lower() not in ("true", "false"):
+        raise ConfigError(f"`args.http` ({http!r}) must be true or false.")
+    if not isinstance(model, str | Mapping) or not model:
+        raise ConfigError(
+            f"`args.model` ({model!r}) must be a published model's directory, or a table of several by name."
+        )
+    settings = ServeConfig(**fields)
+    places = _checked_models(model, settings)
+    token = os.environ.get(settings.http_token_env) or None
+    by_proxy = str(http).lower() == "true"
+    return _application(settings, places, secrets.token_hex(8), token, by_proxy=by_proxy)
+
+
 def _deployed(
     settings: ServeConfig,
     places: Mapping[str, ModelPlace],
@@ -89,9 +126,8 @@ def _deployed(
         check_port(settings)
     # Handles, and a gateway of our own, are the way in: Serve's HTTP proxy is not started for it.
     serve.start(proxy_location="Disabled")
-    key = key_of(settings.name, secrets.token_hex(8))
-    write_pointer(key, Pointer(dict(places)))
-    application = _application(settings, places, key, token)
+    deployed = secrets.token_hex(8)
+    application = _application(settings, places, deployed, token)
     target = serve.RunTarget(application, name=settings.name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
@@ -102,7 +138,7 @@ def _deployed(
             serve.delete(settings.name)
             drop_pointers(settings.name)
         raise
-    drop_pointers(settings.name, but=key)
+    drop_pointers(settings.name, but=key_of(settings.name, deployed))
     only = next(iter(places)) if len(places) == 1 and not settings.ensembles else None
     return RewardClient(settings.name, model=only)
 
@@ -137,11 +173,21 @@ def serve_forever(
 
 
 def _application(
-    settings: ServeConfig, places: Mapping[str, ModelPlace], key: str, token: str | None
+    settings: ServeConfig,
+    places: Mapping[str, ModelPlace],
+    deployed: str,
+    token: str | None,
+    *,
+    by_proxy: bool = False,
 ) -> serve.Application:
     max_queued = None if settings.max_queued_requests < 0 else settings.max_queued_requests
     plan = ReplicaPlan(
-        key, places, settings.ensembles, settings.max_tokens_per_batch, max_queued, settings.idle_offload_s
+        deployed,
+        places,
+        settings.ensembles,
+        settings.max_tokens_per_batch,
+        max_queued,
+        settings.idle_offload_s,
     )
     options: dict[str, Any] = {"num_replicas": settings.num_replicas}
     if settings.autoscaling is not None:
@@ -157,7 +203,7 @@ def _application(
             "num_gpus": settings.num_gpus,
             **(settings.ray_actor_options or {}),
         },
-        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
         health_check_period_s=1.0,
         # A log line for each request would be one for each step of every caller.
         logging_config={"enable_access_log": False},
@@ -166,9 +212,10 @@ def _application(
         graceful_shutdown_wait_loop_s=0.5,
         **options,
     ).bind(plan)
-    if settings.http_port is None:
-        return replicas
-    return gateway(settings, replicas, None if token is None else hashlib.sha256(token.encode()).hexdigest())
+    digest = None if token is None else hashlib.sha256(token.encode()).hexdigest()
+    if by_proxy:
+        return proxied(settings, replicas, digest)
+    return replicas if settings.http_port is None else gateway(settings, replicas, digest)
 
 
 def _settings(config: ServeConfig | None, name: str | None, fields: dict[str, Any]) -> ServeConfig:
@@ -211,16 +258,8 @@ def _http_token(settings: ServeConfig) -> str | None:
     token = os.environ.get(settings.http_token_env) or None
     if settings.http_port is None or token is not None:
         return token
-    try:
-        loopback = ipaddress.ip_address(settings.http_host).is_loopback
-    except ValueError:
-        loopback = settings.http_host == "localhost"
-    if not loopback:
-        raise ConfigError(
-            f"`http_host` ({settings.http_host!r}) answers callers from other machines, and no token is set. "
-            f'Type export {settings.http_token_env}="$(openssl rand -hex 32)" first, and give callers the '
-            'same; or `http_host="127.0.0.1"`.'
-        )
+    if not is_loopback(settings.http_host):
+        raise ConfigError(no_token_for("`http_host`", settings.http_host, settings))
     return None
 
 

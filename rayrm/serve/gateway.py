@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import socket
 import threading
 import time
@@ -16,17 +17,20 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 
-from rayrm.errors import ClusterError
+from rayrm.errors import ClusterError, ConfigError
 from rayrm.serve_settings import ServeConfig
 
 _BIND_WAIT_S = 30.0
 """The gateway of the deployment before may still be leaving."""
 _LEAVE_S = 10
+# A replica's queue is its own; Serve's limit (5 unless raised) would keep requests from meeting in a batch.
+MAX_ONGOING_REQUESTS = 4096
 
 
 class HttpGateway:
-    """Serves until Serve deletes it. `token_sha256`: None where no token is asked for."""
+    """Serves on a port of its own until Serve deletes it. `token_sha256`: None: no token is asked for."""
 
     def __init__(self, settings: ServeConfig, token_sha256: str | None, replicas: Any) -> None:
         import uvicorn
@@ -35,7 +39,7 @@ class HttpGateway:
         self._replicas = replicas
         listening = _bound(settings.http_host, settings.http_port or 0)
         config = uvicorn.Config(
-            _application(settings, token_sha256),
+            _routes(settings, token_sha256),
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -84,12 +88,60 @@ def check_port(settings: ServeConfig) -> None:
         raise ClusterError(_taken(settings.http_host, settings.http_port, error)) from error
 
 
-def _application(settings: ServeConfig, token_sha256: str | None) -> Any:
+def proxied(
+    settings: ServeConfig, replicas: serve.Application, token_sha256: str | None
+) -> serve.Application:
+    """The same routes behind Serve's own proxy, on the address that whoever started Serve gave to it."""
+
+    def routes() -> Any:
+        _check_proxy(settings, token_sha256)
+        return _routes(settings, token_sha256)
+
+    @serve.ingress(routes)
+    class HttpProxied:
+        def __init__(self, replicas: Any) -> None:
+            self._replicas = replicas
+
+    return serve.deployment(
+        HttpProxied,
+        name="HttpGateway",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        health_check_period_s=1.0,
+        max_constructor_retry_count=1,
+        logging_config={"enable_access_log": False},
+    ).bind(replicas)
+
+
+def _check_proxy(settings: ServeConfig, token_sha256: str | None) -> None:
+    host = _get_global_client().http_config.host
+    if token_sha256 is None and host is not None and not is_loopback(host):
+        raise ConfigError(no_token_for("Serve's proxy (`http_options.host`)", host, settings))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can call a server that is bound to `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def no_token_for(setting: str, host: str, settings: ServeConfig) -> str:
+    """What to type where callers from other machines are answered and no token is set."""
+    return (
+        f"{setting} ({host!r}) answers callers from other machines, and no token is set. Type export "
+        f'{settings.http_token_env}="$(openssl rand -hex 32)" first, on every node where Ray starts for a '
+        'Serve config, and give callers the same; or bind "127.0.0.1".'
+    )
+
+
+def _routes(settings: ServeConfig, token_sha256: str | None) -> Any:
     from rayrm.serve.client import RewardClient
     from rayrm.serve.http import HttpLimits, build_app
 
     # A full queue is told to who asks, who may go elsewhere.
-    client = RewardClient(settings.name, retry_overload=False)
+    client = RewardClient(serve.get_replica_context().app_name, retry_overload=False)
 
     async def status() -> dict[str, Any]:
         found = await asyncio.to_thread(client.status, wait_s=5.0)

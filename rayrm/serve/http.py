@@ -22,6 +22,7 @@ from typing import Any, get_args
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -125,7 +126,10 @@ def build_app(
             "`token_sha256` must be the SHA-256 of the token, 64 hexadecimal digits, and the token not "
             "empty. Make it with hashlib.sha256(token.encode()).hexdigest()."
         )
-    app = FastAPI(
+    # FastAPI's own page loads its scripts from a CDN, which a cluster may not reach, and which would run in
+    # the browser of somebody who sends a token.
+    app = FastAPIOffline(
+        redoc_url=None,
         title="rayrm reward service",
         description=(__doc__ or "").partition("\n")[2],
         redirect_slashes=False,  # a redirect would repeat the caller's Host header

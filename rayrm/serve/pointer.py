@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,10 +44,17 @@ class Pointer:
         return dataclasses.replace(self, last_roll={**self.last_roll, name: roll})
 
 
+def first_pointer(key: str, places: Mapping[str, ModelPlace]) -> Pointer:
+    """The record; of a deployment that starts for the first time there is none, and it is `places` then."""
+    text = _as_text(Pointer(dict(places)))
+    # Of replicas that start together one writes, the others read what it wrote.
+    internal_kv._internal_kv_put(key.encode(), text, overwrite=False, namespace=_NAMESPACE)
+    return read_pointer(key) or Pointer(dict(places))
+
+
 def write_pointer(key: str, pointer: Pointer) -> None:
     """Replace the record; whole or not at all."""
-    text = json.dumps(dataclasses.asdict(pointer))
-    internal_kv._internal_kv_put(key.encode(), text.encode(), overwrite=True, namespace=_NAMESPACE)
+    internal_kv._internal_kv_put(key.encode(), _as_text(pointer), overwrite=True, namespace=_NAMESPACE)
 
 
 def read_pointer(key: str) -> Pointer | None:
@@ -68,6 +76,10 @@ def drop_pointers(application: str, *, but: str | None = None) -> None:
     for key in internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE):
         if key.decode() != but:
             internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+
+
+def _as_text(pointer: Pointer) -> bytes:
+    return json.dumps(dataclasses.asdict(pointer)).encode()
 
 
 def key_of(application: str, deployed: str) -> str:

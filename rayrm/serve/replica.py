@@ -16,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray import serve
+
 from rayrm.errors import RayrmError
 from rayrm.serve.batch_loop import BatchLoop
 from rayrm.serve.loaded import LoadedModel
-from rayrm.serve.pointer import read_pointer
+from rayrm.serve.pointer import first_pointer, key_of, read_pointer
 from rayrm.serve.request import ModelPlace, ScoreRequest, ScoreResult
 from rayrm.serve_settings import Ensemble
 
@@ -32,9 +34,10 @@ _TRY_AGAIN_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPlan:
-    """What a replica is started with; the pointer under `key` says which versions it loads."""
+    """What a replica is started with. `deployed` names the deployment, whose pointer says which versions
+    replicas load: to begin with, `models`."""
 
-    key: str
+    deployed: str
     models: Mapping[str, ModelPlace]
     ensembles: Mapping[str, Ensemble] = field(default_factory=dict)
     max_tokens_per_batch: int | None = None
@@ -49,8 +52,8 @@ class RewardReplica:
         from rayrm.serve.metrics import ReplicaMetrics
 
         self._plan = plan
-        pointer = read_pointer(plan.key)
-        places = dict(plan.models) if pointer is None else {**plan.models, **pointer.current}
+        self._key = key_of(serve.get_replica_context().app_name, plan.deployed)
+        places = {**plan.models, **first_pointer(self._key, plan.models).current}
         self._metrics = ReplicaMetrics()
         self._loop = BatchLoop(
             {name: self._load(name, place) for name, place in places.items()},
@@ -101,7 +104,7 @@ class RewardReplica:
     async def follow(self) -> None:
         """Serve what the pointer says; a version that was not staged is loaded first."""
         async with self._changing:
-            pointer = await asyncio.to_thread(read_pointer, self._plan.key)
+            pointer = await asyncio.to_thread(read_pointer, self._key)
             for name, place in ({} if pointer is None else pointer.current).items():
                 if name in self._loop.models and place != self._loop.models[name].place:
                     await self._stage(name, place)
@@ -113,7 +116,7 @@ class RewardReplica:
     async def status(self) -> dict[str, Any]:
         """What this replica serves and how it stands."""
         return {
-            "key": self._plan.key,
+            "key": self._key,
             "models": {name: model.place.version for name, model in self._loop.models.items()},
             "ensembles": {name: list(one.members) for name, one in self._plan.ensembles.items()},
             "staged": [version for _, version in self._staged],
@@ -136,7 +139,7 @@ class RewardReplica:
             self._following = asyncio.create_task(self._follow_if_behind())
 
     async def _follow_if_behind(self) -> None:
-        pointer = await asyncio.to_thread(read_pointer, self._plan.key)
+        pointer = await asyncio.to_thread(read_pointer, self._key)
         behind = {
             (name, place.version)
             for name, place in ({} if pointer is None else pointer.current).items()

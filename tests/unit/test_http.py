@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -75,7 +76,14 @@ def test_no_route_answers_without_the_token(caplog: pytest.LogCaptureFixture) ->
     wrong = ["", "Bearer", "Bearer ", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", TOKEN, f"Token {TOKEN}",
              f"Bearer {DIGEST}", f"Basic {TOKEN}", "Basic Og==", "Basic !", f"Bearer {TOKEN}, Bearer x",
              "Bearer \xff\xfe"]  # fmt: skip
-    for method, path in [*paths_of(app), ("GET", "/nowhere"), ("POST", "/v1/score/"), ("PUT", "/v1/score")]:
+    script = ("GET", "/static-offline-docs/swagger-ui-bundle.js")
+    for method, path in [
+        *paths_of(app),
+        script,
+        ("GET", "/nowhere"),
+        ("POST", "/v1/score/"),
+        ("PUT", "/v1/score"),
+    ]:
         for authorization in (None, *wrong):
             given = {} if authorization is None else {"Authorization": authorization.encode("latin-1")}
             answer = http.request(method, path, headers=given)
@@ -90,6 +98,16 @@ def test_no_route_answers_without_the_token(caplog: pytest.LogCaptureFixture) ->
     assert http.get("/health", headers=twice).status_code == 401
     assert TOKEN not in caplog.text
     assert basic not in caplog.text
+
+
+def test_the_page_of_routes_loads_nothing_from_elsewhere() -> None:
+    http = client()
+    page = http.get("/docs").text
+    loaded = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)["']""", page)
+    assert len(loaded) == 4  # style, icon, script, and what it shows
+    for place in loaded:
+        assert place.startswith("/")
+        assert http.get(place).status_code == 200
 
 
 def test_a_digest_that_is_none_is_refused_when_the_application_is_built() -> None:
