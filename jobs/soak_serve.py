@@ -21,7 +21,6 @@ status is 1 where something was wrong.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -36,7 +35,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
@@ -235,27 +233,15 @@ def rolls(setting: Setting, outcome: Outcome) -> None:
 
 def kills(setting: Setting, outcome: Outcome, num_replicas: int) -> None:
     name = f"soak-kills-{num_replicas}"
-    deploy(setting.first, name, num_cpus=0.5, num_replicas=num_replicas)
+    client = deploy(setting.first, name, num_cpus=0.5, num_replicas=num_replicas)
 
     def act(number: int) -> None:
-        deadline = time.monotonic() + 60
-        while not (found := replicas_of(name)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        setting.draw.choice(found).kill()
+        replicas = client.status(wait_s=60)["replicas"]
+        os.kill(setting.draw.choice(replicas)["pid"], signal.SIGKILL)
         outcome.events += 1
 
     with Load(setting, outcome, name):
         at_moments(setting, KILLS, act)
-
-
-def replicas_of(name: str) -> list[psutil.Process]:
-    """The replicas' processes; Ray writes the application's name into their titles."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if " ".join(process.cmdline()).startswith(f"ray::ServeReplica:{name}:RewardReplica"):
-                found.append(process)
-    return found
 
 
 def corrupt(setting: Setting, outcome: Outcome) -> None:

@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
         "runfile",
         "own_ray",
         "urls",
+        "hashed_file",
     },
     {"data"},
     {"model", "metrics"},

@@ -30,6 +30,7 @@ import argparse
 import copy
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from statistics import median
 from typing import Any, get_args
@@ -79,24 +80,33 @@ def split_row(row: PreferenceRow) -> tuple[Text, list[Text]]:
     return shared, [side[len(shared) :] for side in sides]
 
 
+@dataclass(frozen=True)
+class Group:
+    """A prompt, completions to score with it, and the ids of each text."""
+
+    prompt: Text
+    completions: list[Text]
+    ids: list[Ids]
+
+
 def draw_groups(
-    source: str, tokenizer: Any, *, groups: int, group_size: int, max_length: int
-) -> tuple[TextForm, list[list[Ids]]]:
-    """The text form of the data, and the groups to score: of each prompt its texts, as ids."""
+    rows: list[PreferenceRow], tokenizer: Any, *, groups: int, group_size: int, max_length: int
+) -> tuple[TextForm, list[Group]]:
+    """The text form of the rows, and the groups to score."""
     rng = random.Random(SEED)
-    rows = [row for row in read_pairs(source) if row.ids is None]
+    rows = [row for row in rows if row.ids is None]
     forms = {form_of(row) for row in rows}
     if len(forms) != 1:
         raise SystemExit(
-            f"--data ({source}) holds {' and '.join(sorted(forms)) or 'no'} rows; it must hold rows of "
-            "texts, all strings or all message lists. Name another file"
+            f"--data holds {' and '.join(sorted(forms)) or 'no'} rows; it must hold rows of texts, all "
+            "strings or all message lists. Name another file"
         )
     form: TextForm = "standard" if forms == {"standard"} else "conversational"
     rng.shuffle(rows)
     split = [split_row(row) for row in rows]
     pool = [completion for _, completions in split for completion in completions if completion]
     prompts: list[Text] = []
-    found: list[list[Ids]] = []
+    found: list[Group] = []
     for prompt, _ in split:
         if len(found) == groups:
             break
@@ -105,13 +115,14 @@ def draw_groups(
         prompts.append(prompt)
         drawn = rng.sample(pool, min(_DRAWS * group_size, len(pool)))
         encoded = encode(tokenizer, form, [TextInput(prompt, completion) for completion in drawn])
-        kept = [ids for ids in encoded if len(ids) <= max_length][:group_size]
-        if len(kept) == group_size:
-            found.append(kept)
+        fit = [(c, ids) for c, ids in zip(drawn, encoded, strict=True) if len(ids) <= max_length]
+        if len(fit) >= group_size:
+            kept = fit[:group_size]
+            found.append(Group(prompt, [c for c, _ in kept], [ids for _, ids in kept]))
     if len(found) < groups:
         raise SystemExit(
-            f"--groups ({groups}): {source} has {len(found)} prompts with {group_size} completions of "
-            f"at most {max_length} tokens"
+            f"--groups ({groups}): the data has {len(found)} prompts with {group_size} completions of at "
+            f"most {max_length} tokens. Lower it"
         )
     return form, found
 
@@ -176,13 +187,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.dtype == "bf16":
         model = model.to(torch.bfloat16)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    form, groups = draw_groups(
-        arguments.data,
+    form, drawn = draw_groups(
+        read_pairs(arguments.data),
         tokenizer,
         groups=arguments.groups,
         group_size=arguments.group_size,
         max_length=arguments.max_length,
     )
+    groups = [group.ids for group in drawn]
     baseline = GrpoForward(copy.deepcopy(model), groups, tokenizer.pad_token_id, device)
     loaded = LoadedModel(
         model.to(device).eval(), tokenizer, form, tokenizer.pad_token_id, position_limit(model)

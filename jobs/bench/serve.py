@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -41,13 +40,12 @@ from typing import Any
 import torch
 from fastapi import FastAPI, Request
 from measuring import SEED, machine, open_tokenizer, read_pairs, run_bench, shown, spread
-from score import split_row
+from score import draw_groups
 
 from rayrm.data.messages import Text
 from rayrm.data.packing import pack_texts
-from rayrm.data.preference import form_of
 from rayrm.data.rendering import render
-from rayrm.data.tokenize import TextForm, TextInput, encode
+from rayrm.data.tokenize import TextForm, TextInput
 from rayrm.serve.scorer import RewardModel
 
 PARTS = ("handle", "per-sample", "one-at-a-time")
@@ -75,35 +73,18 @@ class Work:
 
 def draw_work(arguments: argparse.Namespace, tokenizer: Any) -> tuple[TextForm, Work]:
     """`--groups` prompts of the data, `--group-size` completions each, at most `--max-length` tokens."""
-    rng = random.Random(SEED)
-    if arguments.data is None:
-        rows = demo_rows()
-    else:
-        rows = [row for row in read_pairs(arguments.data) if row.ids is None]
-    forms = {form_of(row) for row in rows}
-    if len(forms) != 1:
-        raise SystemExit(f"--data ({arguments.data}) must hold rows of one form. Name another file")
-    form: TextForm = "standard" if forms == {"standard"} else "conversational"
-    rng.shuffle(rows)
-    split = [split_row(row) for row in rows]
-    pool = [completion for _, completions in split for completion in completions if completion]
-    work, seen = Work(), []
-    for prompt, _ in split:
-        if len(work) == arguments.groups * arguments.group_size:
-            break
-        if not prompt or prompt in seen:
-            continue
-        seen.append(prompt)
-        drawn = rng.sample(pool, min(3 * arguments.group_size, len(pool)))
-        encoded = encode(tokenizer, form, [TextInput(prompt, completion) for completion in drawn])
-        fit = [(c, ids) for c, ids in zip(drawn, encoded, strict=True) if len(ids) <= arguments.max_length]
-        if len(fit) >= arguments.group_size:
-            for completion, ids in fit[: arguments.group_size]:
-                work.prompts.append(prompt)
-                work.completions.append(completion)
-                work.ids.append(ids)
-    if len(work) < arguments.groups * arguments.group_size:
-        raise SystemExit(f"--groups ({arguments.groups}): the data has not so many prompts. Lower it")
+    form, groups = draw_groups(
+        demo_rows() if arguments.data is None else read_pairs(arguments.data),
+        tokenizer,
+        groups=arguments.groups,
+        group_size=arguments.group_size,
+        max_length=arguments.max_length,
+    )
+    work = Work()
+    for group in groups:
+        work.prompts += [group.prompt] * len(group.ids)
+        work.completions += group.completions
+        work.ids += group.ids
     return form, work
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrm.errors import PublishError
+from rayrm.hashed_file import write_hashed
 from rayrm.serve.probe import ProbeTexts, check_same_probe, probe_record, read_probe
 from rayrm.serve.saved import SavedFiles, file_sha256, read_json, saved_files
 
@@ -348,14 +349,8 @@ def _now() -> str:
 def _copy_synced(source: Path, target: Path) -> str:
     """Copy, sync to disk, and return the SHA-256 of what was written."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while block := reader.read(_COPY_BYTES):
-            digest.update(block)
-            writer.write(block)
-        writer.flush()
-        os.fsync(writer.fileno())
-    return digest.hexdigest()
+    with source.open("rb") as reader:
+        return str(write_hashed(target, iter(lambda: reader.read(_COPY_BYTES), b""))["sha256"])
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
 from ray import serve
 
 from rayrm.errors import RayrmError
@@ -117,6 +119,8 @@ class RewardReplica:
         """What this replica serves and how it stands."""
         return {
             "key": self._key,
+            "pid": os.getpid(),
+            "node": ray.util.get_node_ip_address(),
             "models": {name: model.place.version for name, model in self._loop.models.items()},
             "ensembles": {name: list(one.members) for name, one in self._plan.ensembles.items()},
             "staged": [version for _, version in self._staged],

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from rayrm.errors import CheckpointError
+from rayrm.hashed_file import write_hashed
 from rayrm.train.checkpoint import (
     ENGINE_DIR,
     IDENTITY,
@@ -40,7 +41,6 @@ from rayrm.train.checkpoint import (
     seal,
 )
 from rayrm.train.engine_state import ENGINE, EngineState, Slice
-from rayrm.train.hashed_file import write_hashed
 from rayrm.train.host_memory import HostMemory
 from rayrm.train.rank import Hosts
 

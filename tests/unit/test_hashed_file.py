@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rayrm.train.hashed_file import write_hashed
+from rayrm.hashed_file import write_hashed
 from tests.small_disk import disk_of
 
 MIB = 1 << 20
@@ -88,7 +88,7 @@ def test_a_write_that_ends_within_a_block_is_gone_on_with(
         return None if direct(descriptor) else min(size, 1_000_003)
 
     monkeypatch.setattr(os, "write", writes(in_pieces))
-    monkeypatch.setattr("rayrm.train.hashed_file._DIRECT", 0)
+    monkeypatch.setattr("rayrm.hashed_file._DIRECT", 0)
     assert_written(tmp_path / "file", parts)
 
 
