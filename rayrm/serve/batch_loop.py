@@ -75,7 +75,7 @@ class BatchLoop:
         Raises ScoreError, VersionError, OverloadedError; RewardUnavailableError where it expired.
         """
         self._start()
-        name = self._name_of(request.model)
+        name = self._name_of(request)
         self._check_room()
         if name not in self.ensembles:
             return await self._score_by(self._bound(name, request.version), request)
@@ -141,9 +141,9 @@ class BatchLoop:
     def _all_models(self) -> list[LoadedModel]:
         return [*self._leaving, *self.models.values()]
 
-    def _name_of(self, name: str | None) -> str:
-        names = [*self.models, *self.ensembles]
-        if name is None and len(names) == 1:
+    def _name_of(self, request: ScoreRequest) -> str:
+        name, names = request.model, [*self.models, *self.ensembles]
+        if len(names) == 1 and (name is None or request.any_model):
             return names[0]
         if name is None or name not in names:
             said = "none is named" if name is None else f"`model` ({name!r}) is none of them"

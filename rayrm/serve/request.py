@@ -36,6 +36,7 @@ class ScoreRequest:
     text beyond the model's positions; None: refuse. `version`: the only one that may answer. `left_s`: how
     long the caller still waits; what has not begun by then is not computed. `partial`: a text that cannot be
     scored is told in the answer's `errors`, and the others are scored; else it is the request's error.
+    `any_model`: a `model` that the service does not have stands for its only one, if it has one alone.
     """
 
     inputs: Sequence[Scorable]
@@ -44,6 +45,7 @@ class ScoreRequest:
     version: str | None = None
     left_s: float | None = None
     partial: bool = False
+    any_model: bool = False
 
 
 @dataclass(frozen=True, slots=True)
