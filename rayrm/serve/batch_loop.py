@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from rayrm.errors import OverloadedError, RewardUnavailableError, UnknownModelError, VersionError
 from rayrm.serve.ensemble import combine
-from rayrm.serve.idle import IdleOffload
+from rayrm.serve.idle import IdleOffload, WeightsState
 from rayrm.serve.loaded import LoadedModel
 from rayrm.serve.request import ScoreRequest, ScoreResult
 from rayrm.serve.scheduler import QueuedText
@@ -27,8 +27,8 @@ from rayrm.serve_settings import Ensemble
 from rayrm.settings import nearest
 
 logger = logging.getLogger("rayrm.serve")
-_RATE_S = 30.0
-"""How far back the rate is measured by which a caller is told when to come back."""
+_RATED = 32
+"""Batches by whose time a caller is told when to come back."""
 
 
 @dataclass(slots=True)
@@ -64,17 +64,23 @@ class BatchLoop:
     _turns: deque[str] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
-    _done: deque[float] = field(default_factory=deque)
+    _swapped: bool = False
+    # Of late batches: requests answered, and seconds.
+    _rated: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RATED))
+    _idle: IdleOffload = field(init=False)
     # One thread each: a tokenizer must not be entered twice, and the device computes one batch at a time.
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenize"))
     _computing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "compute"))
+
+    def __post_init__(self) -> None:
+        self._idle = IdleOffload(self.idle_s)
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """The answer to a request: of one version, or of one of each member of an ensemble.
 
         Raises ScoreError, VersionError, OverloadedError; RewardUnavailableError where it expired.
         """
-        self._start()
+        self.start()
         name = self._name_of(request)
         self._check_room()
         if name not in self.ensembles:
@@ -106,7 +112,13 @@ class BatchLoop:
         self.models[model.name] = model
         if before is not None and before.num_bound:
             self._leaving.append(before)
+        self._swapped = True
         self._arrived.set()
+
+    @property
+    def weights(self) -> WeightsState:
+        """Where the weights are."""
+        return self._idle.state
 
     @property
     def num_waiting(self) -> int:
@@ -134,7 +146,8 @@ class BatchLoop:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
         self._computing.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Within an event loop; the first request does it too. Idle weights leave from then on."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._compute_batches())
 
@@ -174,10 +187,11 @@ class BatchLoop:
 
     def _wait_s(self) -> float:
         """How long the waiting requests take, by the rate of late; a second where none is known."""
-        if len(self._done) < 2:
+        answered = sum(count for count, _ in self._rated)
+        if not answered:
             return 1.0
-        rate = len(self._done) / max(time.monotonic() - self._done[0], 1e-3)
-        return min(max(self.num_waiting / rate / 2, 0.1), 60.0)
+        each_s = sum(seconds for _, seconds in self._rated) / answered
+        return min(max(self.num_waiting * each_s / 2, 0.1), 60.0)
 
     async def _score_by(self, model: LoadedModel, request: ScoreRequest) -> ScoreResult:
         began = time.monotonic()
@@ -205,9 +219,12 @@ class BatchLoop:
 
     async def _compute_batches(self) -> None:
         running = asyncio.get_running_loop()
-        idle = IdleOffload(self.idle_s)
+        idle = self._idle
         idle.worked(time.monotonic())
         while True:
+            if self._swapped:
+                self._swapped = False
+                idle.swapped(time.monotonic())
             model = self._next()
             if model is None:
                 self._arrived.clear()
@@ -228,7 +245,7 @@ class BatchLoop:
                 continue
             seconds = time.monotonic() - began
             results = model.give(texts, computed.result(), seconds)
-            self._note(len(results))
+            self._rated.append((len(results), seconds))
             self.told(BatchReport(model, texts, num_computed, seconds, results))
 
     def _next(self) -> LoadedModel | None:
@@ -268,12 +285,6 @@ class BatchLoop:
             else:
                 idle.offloaded()
                 logger.info("idle for %g s: the weights left the device", self.idle_s)
-
-    def _note(self, num_answered: int) -> None:
-        now = time.monotonic()
-        self._done.extend([now] * num_answered)
-        while self._done and self._done[0] < now - _RATE_S:
-            self._done.popleft()
 
 
 def _other_version(name: str, wanted: str | None, served: str) -> VersionError:

@@ -15,15 +15,18 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import ray
+from pydantic import Field
 from ray import serve
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from rayrm.errors import OverloadedError, RayrmError, RewardUnavailableError, VersionError
 from rayrm.serve.request import ScoreRequest, ScoreResult
+from rayrm.settings import frozen_settings
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +51,16 @@ _MOST_TEXTS = 256
 """Of calls that travel together: they are answered together too."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_settings
 class CallSettings:
     """How calls are made. `hedge_after_s`: a second attempt beside the first, after so long; None: none.
 
     `retry_overload`: a full queue is tried again until the deadline, else it is an error at once.
     """
 
-    name: str
-    deadline_s: float = 120.0
-    hedge_after_s: float | None = None
+    name: Annotated[str, Field(min_length=1)]
+    deadline_s: Annotated[float, Field(gt=0)] = 120.0
+    hedge_after_s: Annotated[float, Field(gt=0)] | None = None
     retry_overload: bool = True
     coalesce: bool = True
     prefer_local: bool = False
@@ -122,11 +125,12 @@ class Caller:
         first = asyncio.ensure_future(self._sent(request, attempts.ends_at))
         if self.settings.hedge_after_s is None:
             return await first
-        done, _ = await asyncio.wait([first], timeout=self.settings.hedge_after_s)
-        if done:
-            return first.result()
-        running = {first, asyncio.ensure_future(self._sent(request, attempts.ends_at))}
+        running = {first}
         try:
+            done, _ = await asyncio.wait(running, timeout=self.settings.hedge_after_s)
+            if done:
+                return first.result()
+            running = {first, asyncio.ensure_future(self._sent(request, attempts.ends_at))}
             while True:
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 good = [task for task in done if task.exception() is None]
@@ -206,10 +210,12 @@ class Caller:
             serve.get_app_handle(name)  # of an application that is not there a deployment's would wait
         except RayServeException as error:
             raise self._removed(error) from error
-        handle = serve.get_deployment_handle(REPLICAS, name)
         if self.settings.prefer_local:
+            # One of its own: Serve gives all callers of a process the same, as the first one set it up.
+            handle = DeploymentHandle(REPLICAS, name)
             handle._init(_prefer_local_routing=True)
-        return handle
+            return handle
+        return serve.get_deployment_handle(REPLICAS, name)
 
     def _removed(self, error: Exception) -> RewardUnavailableError:
         name, running = self.settings.name, sorted(serve.status().applications)
@@ -238,11 +244,18 @@ async def _while_wanted(response: Any, calls: Sequence[_Call]) -> list[Any] | No
         gone.cancel()
     if not answered.done():
         answered.cancel()
+        answered.add_done_callback(_forget)
         return None
     if answered.cancelled():
         raise _CancelledError
     answers: list[Any] = answered.result()
     return answers
+
+
+def _forget(answered: asyncio.Future[Any]) -> None:
+    """Serve ends a cancelled request with an error of its own; asyncio reports one that nobody asks for."""
+    if not answered.cancelled():
+        answered.exception()
 
 
 async def _result_of(response: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from rayrm.data.messages import Text
 from rayrm.data.packing import Ids
 from rayrm.data.tokenize import TextInput
-from rayrm.errors import RewardUnavailableError
+from rayrm.errors import ConfigError, RewardUnavailableError
 from rayrm.serve.caller import CallSettings, service_handle, start_call
 from rayrm.serve.request import (
     Scorable,
@@ -63,12 +63,19 @@ class RewardClient:
         coalesce: bool = True,
         prefer_local: bool = False,
     ) -> None:
+        self._settings = CallSettings(
+            name=name,
+            deadline_s=deadline_s,
+            hedge_after_s=hedge_after_s,
+            retry_overload=retry_overload,
+            coalesce=coalesce,
+            prefer_local=prefer_local,
+        )
         self.name = name
         self.model = model
-        self.deadline_s = deadline_s
+        self.deadline_s = self._settings.deadline_s
         self.pin_version = pin_version
         self.__name__ = model or name  # TRL names the reward's metrics after it
-        self._settings = CallSettings(name, deadline_s, hedge_after_s, retry_overload, coalesce, prefer_local)
 
     def __call__(
         self,
@@ -149,6 +156,11 @@ class RewardClient:
         beside the old one and must give the scores stored at its publication; else RollError, and the old one
         serves on. The registry's `current` follows.
         """
+        if not isinstance(version, str | Path):
+            raise ConfigError(
+                f"`version` ({version!r}) must be a published version, or its directory. To go back call "
+                "`rollback()`."
+            )
         return roll(service_handle(self._settings), self.name, version, model or self.model, wait_s)
 
     def rollback(self, *, model: str | None = None, wait_s: float = _ROLL_WAIT_S) -> RollResult:

@@ -33,6 +33,12 @@ class IdleOffload:
         """A batch has been computed, or the model was loaded: from here on it is idle."""
         self._idle_since = now
 
+    def swapped(self, now: float) -> None:
+        """Another version came in: on the device, whatever became of those that were idle."""
+        if self.state == "on_cpu":
+            self.state = "on_device"
+        self.worked(now)
+
     def due_in_s(self, now: float) -> float | None:
         """Seconds until the weights leave if no work comes, 0 when they are to; None: nothing will be due."""
         if self.idle_s is None or self.state != "on_device" or self._idle_since is None:

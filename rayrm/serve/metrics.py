@@ -83,9 +83,16 @@ class ReplicaMetrics:
     def error(self, error: BaseException) -> None:
         self._errors.inc(1, {"kind": type(error).__name__})
 
-    def queue(self, loop: BatchLoop) -> None:
+    def state(self, loop: BatchLoop) -> None:
+        """What holds now. Ray forgets a gauge that was not set for some 25 s: call this more often."""
         self._waiting.set(loop.num_waiting)
         self._waiting_tokens.set(loop.waiting_tokens)
+        for model in loop.models.values():
+            self.version(model)
+            if model.window is not None and (reading := model.window.reading) is not None:
+                tags = {"model": model.name, "version": model.place.version}
+                self._drift.set(reading.shift or 0.0, {**tags, "of": "shift"})
+                self._drift.set(reading.std_ratio or 0.0, {**tags, "of": "spread"})
 
     def version(self, model: LoadedModel) -> None:
         """The model serves from now on."""
@@ -98,9 +105,6 @@ class ReplicaMetrics:
     def _watch(self, model: LoadedModel, scores: list[float]) -> None:
         if model.window is None:
             return
-        for reading in model.window.add(scores):
-            tags = {"model": model.name, "version": model.place.version}
-            self._drift.set(reading.shift or 0.0, {**tags, "of": "shift"})
-            self._drift.set(reading.std_ratio or 0.0, {**tags, "of": "spread"})
+        model.window.add(scores)
         if said := model.window.warning():
             logger.warning("%s %s: %s", model.name, model.place.version, said)

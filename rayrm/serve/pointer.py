@@ -38,9 +38,9 @@ class Pointer:
             {**self.last_roll, name: {"version": place.version, "at": at, "error": None}},
         )
 
-    def refused(self, name: str, place: ModelPlace, at: float, error: str) -> Pointer:
+    def refused(self, name: str, version: str, at: float, error: str) -> Pointer:
         """After a roll that changed nothing."""
-        roll = {"version": place.version, "at": at, "error": error}
+        roll = {"version": version, "at": at, "error": error}
         return dataclasses.replace(self, last_roll={**self.last_roll, name: roll})
 
 

@@ -9,6 +9,7 @@ killed) follows the pointer by itself, within a health check.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import time
@@ -19,8 +20,9 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve._private.constants import SERVE_LOGGER_NAME
 
-from rayrm.errors import RayrmError
+from rayrm.errors import RayrmError, RewardUnavailableError
 from rayrm.serve.batch_loop import BatchLoop
 from rayrm.serve.loaded import LoadedModel
 from rayrm.serve.pointer import first_pointer, key_of, read_pointer
@@ -53,6 +55,7 @@ class RewardReplica:
     def __init__(self, plan: ReplicaPlan) -> None:
         from rayrm.serve.metrics import ReplicaMetrics
 
+        _log_with_serve()
         self._plan = plan
         self._key = key_of(serve.get_replica_context().app_name, plan.deployed)
         places = {**plan.models, **first_pointer(self._key, plan.models).current}
@@ -78,16 +81,20 @@ class RewardReplica:
         answers = await asyncio.gather(
             *(self._loop.score(request) for request in requests), return_exceptions=True
         )
-        found: list[ScoreResult | RayrmError] = []
-        for answer in answers:
-            if isinstance(answer, ScoreResult | RayrmError):
-                if isinstance(answer, RayrmError):
-                    self._metrics.error(answer)
-                found.append(answer)
-            else:
-                self._metrics.error(answer)
-                raise answer
-        return found
+        return [self._answer(answer) for answer in answers]
+
+    def _answer(self, answer: ScoreResult | BaseException) -> ScoreResult | RayrmError:
+        if isinstance(answer, ScoreResult):
+            return answer
+        self._metrics.error(answer)
+        if isinstance(answer, RayrmError):
+            return answer
+        if not isinstance(answer, Exception):
+            raise answer
+        logger.error("a request failed", exc_info=answer)
+        return RewardUnavailableError(
+            f"the reward service failed: {type(answer).__name__}: {answer}. Its replica's log has the trace."
+        )
 
     async def stage(self, name: str, place: ModelPlace) -> None:
         """Load a version beside the one that serves, and check it. Raises what is wrong with it."""
@@ -127,6 +134,12 @@ class RewardReplica:
             "leaving": self._loop.leaving(),
             "num_waiting": self._loop.num_waiting,
             "waiting_tokens": self._loop.waiting_tokens,
+            "weights": self._loop.weights,
+            "drift": {
+                name: dataclasses.asdict(model.window.reading)
+                for name, model in self._loop.models.items()
+                if model.window is not None and model.window.reading is not None
+            },
             "refused": {f"{name} {version}": said for (name, version), (_, said) in self._refused.items()},
         }
 
@@ -134,7 +147,8 @@ class RewardReplica:
         """Called by Serve, which replaces the replica when this raises."""
         if (failure := self._loop.failure()) is not None:
             raise RuntimeError("the replica's batch loop has ended") from failure
-        self._metrics.queue(self._loop)
+        self._loop.start()
+        self._metrics.state(self._loop)
         now = time.time()
         for key, model in list(self._staged.items()):
             if now - model.loaded_at > _STAGED_S:
@@ -162,3 +176,11 @@ class RewardReplica:
 
     def _load(self, name: str, place: ModelPlace) -> LoadedModel:
         return LoadedModel.load(name, place, self._plan.max_tokens_per_batch)
+
+
+def _log_with_serve() -> None:
+    """What the service says goes into the replica's own log file, among Serve's lines."""
+    ours = logging.getLogger("rayrm")
+    for handler in logging.getLogger(SERVE_LOGGER_NAME).handlers:
+        ours.addHandler(handler)
+    ours.setLevel(logging.INFO)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from rayrm.errors import PublishError, RayrmError, RollError
 from rayrm.serve.pointer import Pointer, read_pointer, write_pointer
@@ -54,12 +56,16 @@ def roll(
         raise RollError(f"the service {application!r} is being removed. Deploy the version instead.")
     name = _name_of(model, pointer)
     old = pointer.current[name]
-    place = _place_of(version, name, pointer)
+    try:
+        place = _place_of(version, name, pointer)
+    except PublishError as error:
+        write_pointer(key, pointer.refused(name, str(version), time.time(), str(error)))
+        raise
     if place == old:
         return RollResult(name, place.version, old.version, len(statuses), time.monotonic() - began)
-    if refusals := _stage(handle, name, place, began + wait_s):
-        handle.broadcast("unstage", name, place).results(return_exceptions=True)
-        write_pointer(key, pointer.refused(name, place, time.time(), refusals[0]))
+    if refusals := _stage(handle, application, name, place, began + wait_s):
+        _broadcast(handle, "unstage", name, place)
+        write_pointer(key, pointer.refused(name, place.version, time.time(), refusals[0]))
         raise RollError(
             f"{application!r} refused version {place.version} of {name!r}: {refusals[0]} "
             f"{old.version} serves on."
@@ -67,7 +73,7 @@ def roll(
     write_pointer(key, pointer.rolled(name, place, time.time()))
     # From here on the roll has happened: what remains is to see it on every replica.
     while True:
-        handle.broadcast("follow").results(return_exceptions=True)
+        _broadcast(handle, "follow")
         statuses = _statuses(handle, application, max(began + wait_s - time.monotonic(), 1.0))
         if all(status["models"][name] == place.version for status in statuses):
             break
@@ -103,25 +109,41 @@ def _statuses(handle: Any, application: str, wait_s: float) -> list[dict[str, An
     """Of every replica that answers; waits for one."""
     deadline = time.monotonic() + wait_s
     while True:
-        found = handle.broadcast("status").results(return_exceptions=True, timeout_s=wait_s)
+        found = _broadcast(handle, "status", timeout_s=wait_s)
         answers = [answer for answer in found if isinstance(answer, Mapping)]
         if answers:
             return [dict(answer) for answer in answers]
-        if time.monotonic() > deadline:
-            raise RollError(f"no replica of {application!r} answers. Look at `serve status`.")
-        time.sleep(_PAUSE_S)
+        _wait_for_replicas(application, deadline)
 
 
-def _stage(handle: Any, name: str, place: ModelPlace, deadline: float) -> list[str]:
-    """Why replicas refuse the version; empty: all have it. One that died follows when it is back."""
-    found = handle.broadcast("stage", name, place).results(
-        return_exceptions=True, timeout_s=max(deadline - time.monotonic(), 1.0)
-    )
-    return [_said(answer) for answer in found if isinstance(answer, Exception) and not _is_lost(answer)]
+def _stage(handle: Any, application: str, name: str, place: ModelPlace, deadline: float) -> list[str]:
+    """Why replicas refuse the version; empty: those that live have it, at least one. One that died follows
+    when it is back."""
+    while True:
+        found = _broadcast(handle, "stage", name, place, timeout_s=max(deadline - time.monotonic(), 1.0))
+        living = [answer for answer in found if not isinstance(answer, RayActorError)]
+        if living:
+            return [_said(answer) for answer in living if isinstance(answer, Exception)]
+        _wait_for_replicas(application, deadline)
 
 
-def _is_lost(error: Exception) -> bool:
-    return isinstance(error, RayActorError)
+def _broadcast(handle: Any, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+    """What each replica answers, or raised; empty while there is none."""
+    try:
+        answers: list[Any] = handle.broadcast(method, *arguments).results(
+            return_exceptions=True, timeout_s=timeout_s
+        )
+    except DeploymentUnavailableError:
+        return []
+    return answers
+
+
+def _wait_for_replicas(application: str, deadline: float) -> None:
+    if application not in serve.status().applications:
+        raise RollError(f"no application {application!r} runs on this cluster: it was removed.")
+    if time.monotonic() > deadline:
+        raise RollError(f"no replica of {application!r} answers. Look at `serve status`.")
+    time.sleep(_PAUSE_S)
 
 
 def _said(error: Exception) -> str:
@@ -156,4 +178,11 @@ def _place_of(version: str | Path | None, name: str, pointer: Pointer) -> ModelP
         published = open_published(Path(version))
     else:
         published = open_published(old.parent, version=str(version))
+    home = published.path.resolve().parent
+    if (old / MANIFEST).is_file() and home.name != old.resolve().parent.name:
+        raise PublishError(
+            f"version ({str(version)!r}) is published as {home.name!r}, and the model that serves as "
+            f"{old.resolve().parent.name!r}: a later deployment of that would not find it. Publish it with "
+            f"`--name {old.resolve().parent.name}`."
+        )
     return ModelPlace(str(published.path.resolve()), published.version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import pickle
 import signal
@@ -24,12 +25,14 @@ from rayrm.errors import (
     ClusterError,
     ConfigError,
     PublishError,
+    RayrmError,
     RewardUnavailableError,
     ScoreError,
 )
 from rayrm.serve.client import RewardClient
 from rayrm.serve.deployment import deploy
 from rayrm.serve.registry import PublishedModel, publish
+from rayrm.serve.request import ScoreRequest
 from rayrm.serve.scorer import RewardModel
 
 # The handle and the process compute the same float32 numbers in other batches.
@@ -89,6 +92,61 @@ def test_a_bad_input_fails_its_own_request_only(client: RewardClient) -> None:
 
 
 @pytest.mark.ray
+def test_what_breaks_one_call_breaks_none_that_travels_with_it(
+    client: RewardClient, published: PublishedModel
+) -> None:
+    """Ids whose dtype pickles into another process and nothing there can take."""
+    prompts, completions = texts(6)
+    expected = RewardModel.from_pretrained(published.path).score(prompts, completions)
+
+    async def together() -> list[Any]:
+        odd = client.ask(ScoreRequest([object()]))  # type: ignore[list-item]
+        good = [client.score_async([p], [c]) for p, c in zip(prompts, completions, strict=True)]
+        return await asyncio.gather(odd, *good, return_exceptions=True)
+
+    failure, *answers = asyncio.run(together())
+    assert isinstance(failure, RayrmError)
+    assert [answer.scores[0] for answer in answers] == pytest.approx(expected, abs=SAME)
+
+
+@pytest.mark.ray
+def test_two_clients_of_a_process_may_differ_in_which_replica_they_ask_first(client: RewardClient) -> None:
+    expected = client(*texts(3))
+    for deadline_s in (30, 60):
+        local = RewardClient(client.name, prefer_local=True, deadline_s=deadline_s)
+        assert local(*texts(3)) == pytest.approx(expected, abs=SAME)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"deadline_s": float("nan")}, r"`deadline_s` \(nan\)"),
+        ({"deadline_s": -1}, r"`deadline_s` \(-1\)"),
+        ({"deadline_s": None}, r"`deadline_s` \(None\)"),
+        ({"deadline_s": "soon"}, r"`deadline_s` \('soon'\)"),
+        ({"hedge_after_s": 0}, r"`hedge_after_s` \(0\)"),
+        ({"name": ""}, r"`name` \(''\)"),
+    ],
+)
+def test_a_client_says_which_of_its_settings_cannot_be_meant(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RewardClient(**fields)
+
+
+@pytest.mark.ray
+def test_a_call_that_is_given_up_leaves_no_trace_in_the_log(
+    client: RewardClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(RewardUnavailableError):
+        RewardClient(client.name, deadline_s=0.001, coalesce=False).score(*texts(64))
+    for _ in range(3):
+        RewardClient(client.name, hedge_after_s=0.001, coalesce=False).score(*texts(64))
+    client.score(*texts(1))
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+@pytest.mark.ray
 def test_a_pickled_client_works_in_actors_sync_and_async(
     client: RewardClient, published: PublishedModel
 ) -> None:
@@ -125,8 +183,8 @@ def test_an_absent_application_is_named_with_those_that_run(client: RewardClient
 
 @pytest.mark.ray
 def test_no_answer_before_the_deadline_is_an_error(client: RewardClient) -> None:
-    hurried = RewardClient(client.name, deadline_s=0.0)
-    with pytest.raises(RewardUnavailableError, match="no answer within 0 s"):
+    hurried = RewardClient(client.name, deadline_s=0.001)
+    with pytest.raises(RewardUnavailableError, match="no answer within 0.001 s"):
         hurried(*texts(200))
     assert len(client(*texts(2))) == 2
 

@@ -49,7 +49,12 @@ def test_a_roll_is_followed_by_replicas_that_start_later(
         (pid,) = replica_pids("rolled")
         os.kill(pid, signal.SIGKILL)
         assert reward.score(*texts(4)).version == second.version
-        assert (pid,) != replica_pids("rolled")
+        (other,) = replica_pids("rolled")
+        assert other != pid
+        os.kill(other, signal.SIGKILL)
+        # Whoever asks while no replica is up waits for one.
+        assert reward.status()["models"] == {published.name: second.version}
+        os.kill(replica_pids("rolled")[0], signal.SIGKILL)
         assert reward.rollback().version == published.version
         assert reward.score(*texts(4)).version == published.version
         with pytest.raises(PublishError, match=r"no published model at .*Published versions there: "):
@@ -62,6 +67,7 @@ def test_a_version_that_is_damaged_or_scores_otherwise_is_refused_and_the_old_on
     ray_cluster: None, published: PublishedModel, second: PublishedModel
 ) -> None:
     home = published.path.parent
+    elsewhere = publish(second.path, home.parent, "elsewhere").path
     damaged, otherwise = (writable_copy(second.path, home / name) for name in ("damaged", "otherwise"))
     content = bytearray((damaged / "model.safetensors").read_bytes())
     content[-3] ^= 0xFF
@@ -74,6 +80,11 @@ def test_a_version_that_is_damaged_or_scores_otherwise_is_refused_and_the_old_on
         with served(published, "refusing", num_replicas=2) as reward:
             with pytest.raises(PublishError, match=r"model\.safetensors' differs from its checksum"):
                 reward.roll(damaged)
+            assert "checksum" in reward.status()["last_roll"][published.name]["error"]
+            with pytest.raises(PublishError, match=r"is published as 'elsewhere', and the model that serves"):
+                reward.roll(elsewhere)
+            with pytest.raises(ConfigError, match=r"`version` \(None\)"):
+                reward.roll(None)  # type: ignore[arg-type]
             with pytest.raises(RollError, match=f"refused version otherwise.*{published.version} serves on"):
                 reward.roll("otherwise")
             status = reward.status()

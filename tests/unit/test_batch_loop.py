@@ -227,8 +227,10 @@ def test_a_pinned_version_that_is_not_served_is_refused(places: Any) -> None:
 
 
 def test_above_the_limit_new_requests_are_refused_at_once(gated: tuple[BatchLoop, Gate]) -> None:
+    """They are told to come back in half the time that the waiting ones take, by late batches' own time."""
     loop, gate = gated
     loop.max_queued = 3
+    loop._rated.extend([(3, 2.0), (1, 1.0), (0, 1.0)])
 
     async def story() -> int:
         waiting = [asyncio.create_task(loop.score(ask(2, str(n)))) for n in range(3)]
@@ -237,7 +239,7 @@ def test_above_the_limit_new_requests_are_refused_at_once(gated: tuple[BatchLoop
             OverloadedError, match="3 requests waiting, and `max_queued_requests` is 3"
         ) as raised:
             await loop.score(ask(1))
-        assert raised.value.retry_after_s > 0
+        assert raised.value.retry_after_s == pytest.approx(3 * (4.0 / 4) / 2)
         gate.open()
         await asyncio.gather(*waiting)
         return len((await loop.score(ask(1))).scores)
@@ -279,15 +281,22 @@ def test_an_idle_model_leaves_the_device_and_comes_back(places: Any, right: Any)
     moved: list[str] = []
     model.model.offload = lambda: moved.append("away")  # type: ignore[method-assign]
 
+    async def gone(times: int) -> None:
+        while len(moved) < times:
+            await asyncio.sleep(0.01)
+
     async def story() -> list[ScoreResult]:
+        loop.start()
+        await gone(1)  # nobody has called yet
         first = await loop.score(ask(3))
-        while not moved:
-            await asyncio.sleep(0.01)
+        await gone(2)
         await asyncio.sleep(0.2)
-        assert moved == ["away"]  # once, and not again while it is away
+        assert moved == ["away"] * 2  # once, and not again while it is away
+        assert loop.weights == "on_cpu"
         second = await loop.score(ask(3))
-        while len(moved) < 2:
-            await asyncio.sleep(0.01)
+        await gone(3)
+        loop.swap(model)  # a version that was loaded while the service is idle leaves too
+        await gone(4)
         return [first, second]
 
     first, second = run(loop, story)
