@@ -99,7 +99,7 @@ def test_several_models_and_an_ensemble_under_one_name(
             assert RewardClient("several", model=name)(*texts(6)) == pytest.approx(expected, abs=SAME)
         worst = RewardClient("several", model="worst").score(*texts(6))
         assert worst.scores == pytest.approx([min(pair) for pair in zip(*scores, strict=True)], abs=SAME)
-        assert worst.version == f"{published.version}+{other.version}"
+        assert worst.version == f"{published.version}.{other.version}"
         assert len(worst.spread or []) == 6
         with pytest.raises(ScoreError, match="the service has one, two, worst"):
             RewardClient("several")(*texts(1))

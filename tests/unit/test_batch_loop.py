@@ -269,7 +269,7 @@ def test_several_models_and_an_ensemble_of_them(places: Any, right: Any, reduce:
     }[reduce]  # fmt: skip
     assert both.scores == pytest.approx(expected, abs=SAME)
     assert both.spread == pytest.approx(members.std(0), abs=SAME)
-    assert (both.model, both.version) == ("both", "v0+v2")
+    assert (both.model, both.version) == ("both", "v0.v2")
 
 
 def test_an_idle_model_leaves_the_device_and_comes_back(places: Any, right: Any) -> None:

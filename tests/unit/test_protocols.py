@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,9 +19,8 @@ import torch
 from starlette.testclient import TestClient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rayrm.data.tokenize import TextInput
-from rayrm.errors import ScoreError, UnknownModelError, VersionError
-from rayrm.serve.http import build_app
+from rayrm.errors import UnknownModelError, VersionError
+from rayrm.serve.http import HttpLimits, build_app
 from rayrm.serve.protocols import ROUTES
 from rayrm.serve.request import ScoreRequest, ScoreResult
 from rayrm.serve.scorer import RewardModel
@@ -44,30 +44,17 @@ def service_of(model: RewardModel) -> Callable[[ScoreRequest], Any]:
 
     async def score(wanted: ScoreRequest) -> ScoreResult:
         await asyncio.sleep(0)
-        if wanted.model not in (None, "reward"):
+        if wanted.model not in (None, "reward") and not wanted.any_model:
             raise UnknownModelError(f"`model` ({wanted.model}): the service has reward. Send that name.")
         if wanted.version not in (None, VERSION):
             raise VersionError("that version does not answer; the current one does.", VERSION)
-        sequences, errors, cut = {}, {}, []
-        for place, entry in enumerate(wanted.inputs):
-            try:
-                if isinstance(entry, TextInput):
-                    (ids,) = model.encode([entry], truncation=wanted.truncation)
-                    if len(ids) == model.max_positions:
-                        cut.append(place)
-                else:
-                    ids = entry
-                model._check_ids([ids])
-                sequences[place] = ids
-            except ScoreError as error:
-                if not wanted.partial:
-                    raise
-                errors[place] = str(error)
+        encoded = model.encode_request(wanted)
         scores = [float("nan")] * len(wanted.inputs)
-        for place, found in zip(sequences, model.score_ids(list(sequences.values())), strict=True):
-            scores[place] = found
-        num_tokens = [len(sequences.get(place, ())) for place in range(len(scores))]
-        return ScoreResult(scores, VERSION, "reward", num_tokens, cut, errors=errors)
+        given = model.score_ids(list(encoded.sequences.values()))
+        for place, score in zip(encoded.sequences, given, strict=True):
+            scores[place] = score
+        num_tokens = [len(encoded.sequences.get(place, ())) for place in range(len(scores))]
+        return ScoreResult(scores, VERSION, "reward", num_tokens, encoded.truncated, errors=encoded.errors)
 
     return score
 
@@ -325,14 +312,103 @@ def test_the_own_shape_tells_details_and_scores_beside_a_bad_text(served: Served
     assert answer["num_tokens"] == [len(served.ids[0]), 0, len(served.ids[1])]
     assert set(answer["timing"]) == {"tokenize_s", "queue_s", "compute_s", "total_s"}
     assert (answer["version"], answer["model"], answer["truncated"]) == (VERSION, "reward", [])
+    assert answer["errors"][0]["message"].startswith("input 1 has")
     cut = http.post("/v1/score?truncation=left", json=body)
     assert cut.json()["truncated"] == [1]
     assert cut.headers["Rayrm-Truncated"] == "1"
 
 
+HALF = "half \ud800"
+BAD_TEXTS: dict[str, Any] = {
+    "null": None,
+    "number": 5,
+    "object": {},
+    "half a character": HALF,
+    "long": "c" * 3000,
+}
+BAD_DIALOGUES: dict[str, Any] = {
+    "no message": [],
+    "the user's": [{"role": "user", "content": "a"}],
+    "no object": ["a"],
+    "no role": [{"content": "a"}],
+    "a role that is none": [{"role": "robot", "content": "a"}],
+    "no content": [{"role": "assistant"}],
+    "half a character": [{"role": "assistant", "content": HALF}],
+    "long": [{"role": "assistant", "content": "c" * 3000}],
+}
+
+
+@pytest.mark.parametrize("field", ["prompts", "completions"])
+def test_with_partial_no_bad_text_takes_the_others_along(served: Served, field: str) -> None:
+    http = TestClient(build_app(service_of(served.model), ready, HttpLimits(max_characters=2500)))
+    good: Body = {"prompts": [p for p, _ in served.parts], "completions": [c for _, c in served.parts]}
+    bad, extra = BAD_TEXTS, {"rendered": True}
+    if served.model.text_form == "conversational":
+        good = {"prompts": [user(p) for p in PROMPTS], "completions": [assistant(a) for a in ANSWERS]}
+        bad, extra = BAD_TEXTS | BAD_DIALOGUES, {}
+    may_stand_before = ("no message", "the user's")
+    for name, text in bad.items():
+        if field == "prompts" and name in may_stand_before:
+            continue
+        texts = [text if place == 2 else one for place, one in enumerate(good[field])]
+        body = {**good, **extra, field: texts}
+        content = json.dumps(body).encode()  # escapes half a character, as httpx does not
+        refused = http.post("/v1/score", content=content, headers={"Content-Type": "application/json"})
+        assert refused.status_code == (413 if name == "long" else 422), (name, refused.text)
+        named = "completions[2]" if name == "long" else f"{field}[2]"
+        assert named in refused.json()["error"]["message"], name
+        content = json.dumps({**body, "partial": True}).encode()
+        answer = http.post("/v1/score", content=content, headers={"Content-Type": "application/json"}).json()
+        assert answer["scores"] == [
+            None if place == 2 else pytest.approx(score, abs=STOCK)
+            for place, score in enumerate(served.wanted)
+        ], name
+        (error,) = answer["errors"]
+        assert error["index"] == 2
+        assert named in error["message"], name
+
+
+@pytest.mark.parametrize(
+    "bad", [[], [-1], [2**40], ["a"], [1.5], [True], "a", None, 5, [399, 400], [5] * 600]
+)
+def test_with_partial_bad_ids_do_not_take_the_others_along(
+    served: Served, http: TestClient, bad: Any
+) -> None:
+    body = {"ids": [served.ids[0], bad, served.ids[1]]}
+    assert http.post("/v1/score", json=body).status_code == 422
+    answer = http.post("/v1/score", json=body | {"partial": True}).json()
+    assert answer["scores"] == [pytest.approx(served.wanted[0], abs=STOCK), None, pytest.approx(
+        served.wanted[1], abs=STOCK
+    )]  # fmt: skip
+    assert [error["index"] for error in answer["errors"]] == [1]
+
+
+def test_tools_beside_messages_change_the_score_on_every_route_that_takes_messages(tmp_path: Path) -> None:
+    served = Served(tmp_path, "conversational")
+    http = TestClient(served.app)
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    dialogue = user(PROMPTS[0]) + assistant(ANSWERS[0])
+    wanted = served.model.score([None], [dialogue], tools=tools)
+    assert abs(wanted[0] - served.wanted[0]) > 20 * STOCK
+    answer = http.post("/classify", json={"messages": dialogue, "tools": tools}).json()
+    assert answer["data"][0]["probs"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_an_answer_of_nothing_is_scored_in_both_forms(served: Served, http: TestClient) -> None:
+    """A policy may write nothing, and what it gets for that is a score."""
+    conversational = served.model.text_form == "conversational"
+    body = {
+        "prompts": [user("a") if conversational else "a"],
+        "completions": [assistant("") if conversational else ""],
+    }
+    assert http.post("/v1/score", json=body).status_code == 200
+    if conversational:
+        assert http.post("/reward", json={"prompt": user("a"), "response": ""}).status_code == 200
+
+
 def test_an_ensembles_spread_is_in_the_answer() -> None:
     async def score(wanted: ScoreRequest) -> ScoreResult:
-        return ScoreResult([1.0, float("nan")], "a+b", "both", spread=[0.5, float("nan")], errors={1: "why"})
+        return ScoreResult([1.0, float("nan")], "a.b", "both", spread=[0.5, float("nan")], errors={1: "why"})
 
     http = TestClient(build_app(score, ready))
     answer = http.post("/v1/score", json={"ids": [[1], [2]], "partial": True})
