@@ -173,19 +173,19 @@ def _templated(
         texts.clear()  # one by one then, so that each gets its own reason
     for place in dialogues.keys() - texts.keys():
         texts[place] = _templated_alone(tokenizer, inputs[place], dialogues[place])
-    for place, text in texts.items():
-        if isinstance(text, str) and _shows_parts(text, dialogues[place]):
-            texts[place] = ScoreError(
-                "the chat template prints content as it is, and here it is a list of parts "
-                "[{'type': 'text', ...}]; pass the text as one string, or a template that takes parts"
-            )
+    for place, dialogue in dialogues.items():
+        for message in dialogue:
+            if isinstance(message["content"], list) and _shows(message["content"], texts[place]):
+                texts[place] = ScoreError(
+                    "the chat template prints content as it is, and here it is a list of parts "
+                    "[{'type': 'text', ...}]; pass the text as one string, or a template that takes parts"
+                )
     return texts
 
 
-def _shows_parts(text: str, dialogue: Sequence[Message]) -> bool:
-    """Whether some content that is a list stands in the text as Python prints it."""
-    parts = [message["content"] for message in dialogue if isinstance(message["content"], list)]
-    return any(content and str(content) in text for content in parts)
+def _shows(parts: list[Any], text: str | ScoreError) -> bool:
+    """Whether parts stand in the text as Python prints them."""
+    return bool(parts) and isinstance(text, str) and str(parts) in text
 
 
 def _templated_alone(tokenizer: Any, entry: TextInput, dialogue: list[Message]) -> str | ScoreError:
