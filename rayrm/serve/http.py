@@ -198,7 +198,7 @@ def _read(
     wanted = _with_query(shape.to_request(body), query)
     if not wanted.partial:
         check_none_refused(wanted.inputs)
-    inputs = _within_limits(wanted, limits, lambda place: shape.name_of(fields, place))
+    inputs = _within_limits(wanted, limits, lambda place: shape.name_of(fields, place, len(wanted.inputs)))
     return shape, body, dataclasses.replace(wanted, inputs=inputs)
 
 

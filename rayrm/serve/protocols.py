@@ -137,7 +137,7 @@ OWN = WireShape(
     body=OwnBody,
     to_request=_own_request,
     to_answer=_own_answer,
-    each_alone=("prompts", "completions"),
+    each_alone=("prompts", "completions", "ids"),
     examples={
         "rendered text": {
             "prompts": ["What is 2 + 2? ", "What is 2 + 2? "],

@@ -90,11 +90,10 @@ class WireShape:
         except ValidationError as problems:
             raise ScoreError(_complaint(problems, self)) from None
 
-    def name_of(self, fields: Mapping[str, Any], place: int) -> str:
-        """What the caller calls input `place` of the request that a body with these fields became."""
+    def name_of(self, fields: Mapping[str, Any], place: int, count: int) -> str:
+        """What the caller calls input `place` of the `count` that a body with these fields became."""
         name = next(name for name in self.told_by if fields.get(name) is not None)
-        value = fields[name]
-        several = isinstance(value, list) and not isinstance(value[0], int) and name != "messages"
+        several = isinstance(fields[name], list) and len(fields[name]) == count
         return f"{name}[{place}]" if several else name
 
 

@@ -103,6 +103,25 @@ def test_a_request_beyond_a_limit_is_refused_and_one_at_it_is_scored() -> None:
             assert "limit of this service" in error_of(answer)["message"]
 
 
+def test_a_text_beyond_the_limit_is_named_as_its_caller_names_it() -> None:
+    http, long = client(limits=HttpLimits(max_characters=10)), "a" * 11
+    said = {"role": "assistant", "content": long}
+    for path, body, name in (
+        ("/v1/score", {"completions": ["a", long]}, "completions[1]"),
+        ("/v1/score", {"ids": [[1], [1] * 11]}, "ids[1]"),
+        ("/get_reward", {"query": ["a", long]}, "query[1]"),
+        ("/classify", {"input": long}, "input"),
+        ("/classify", {"messages": [{"role": "user", "content": "a"}, said]}, "messages"),
+        ("/score", {"text_1": "a", "text_2": ["a", long]}, "text_2[1]"),
+        ("/predict", {"inputs": ["a", long], "raw_scores": True}, "inputs"),
+        ("/v1/score/evaluation", {"messages": ["a", long]}, "messages[1]"),
+        ("/reward", {"prompt": "a", "response": long}, "response"),
+    ):  # fmt: skip
+        answer = http.post(path, json=body)
+        assert answer.status_code == 413
+        assert f"`{name}` has " in error_of(answer)["message"]
+
+
 def test_a_prompt_that_is_repeated_counts_for_each_text() -> None:
     http = client(limits=HttpLimits(max_body_bytes=5000, max_texts=1000))
     assert http.post("/score", json={"text_1": "a" * 900, "text_2": ["b"] * 5}).status_code == 200

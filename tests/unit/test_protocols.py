@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from starlette.testclient import TestClient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rayrm.errors import UnknownModelError, VersionError
-from rayrm.serve.http import HttpLimits, build_app
+from rayrm.serve.http import build_app
 from rayrm.serve.protocols import ROUTES
 from rayrm.serve.request import ScoreRequest, ScoreResult
 from rayrm.serve.scorer import RewardModel
@@ -316,71 +315,6 @@ def test_the_own_shape_tells_details_and_scores_beside_a_bad_text(served: Served
     cut = http.post("/v1/score?truncation=left", json=body)
     assert cut.json()["truncated"] == [1]
     assert cut.headers["Rayrm-Truncated"] == "1"
-
-
-HALF = "half \ud800"
-BAD_TEXTS: dict[str, Any] = {
-    "null": None,
-    "number": 5,
-    "object": {},
-    "half a character": HALF,
-    "long": "c" * 3000,
-}
-BAD_DIALOGUES: dict[str, Any] = {
-    "no message": [],
-    "the user's": [{"role": "user", "content": "a"}],
-    "no object": ["a"],
-    "no role": [{"content": "a"}],
-    "a role that is none": [{"role": "robot", "content": "a"}],
-    "no content": [{"role": "assistant"}],
-    "half a character": [{"role": "assistant", "content": HALF}],
-    "long": [{"role": "assistant", "content": "c" * 3000}],
-}
-
-
-@pytest.mark.parametrize("field", ["prompts", "completions"])
-def test_with_partial_no_bad_text_takes_the_others_along(served: Served, field: str) -> None:
-    http = TestClient(build_app(service_of(served.model), ready, HttpLimits(max_characters=2500)))
-    good: Body = {"prompts": [p for p, _ in served.parts], "completions": [c for _, c in served.parts]}
-    bad, extra = BAD_TEXTS, {"rendered": True}
-    if served.model.text_form == "conversational":
-        good = {"prompts": [user(p) for p in PROMPTS], "completions": [assistant(a) for a in ANSWERS]}
-        bad, extra = BAD_TEXTS | BAD_DIALOGUES, {}
-    may_stand_before = ("no message", "the user's")
-    for name, text in bad.items():
-        if field == "prompts" and name in may_stand_before:
-            continue
-        texts = [text if place == 2 else one for place, one in enumerate(good[field])]
-        body = {**good, **extra, field: texts}
-        content = json.dumps(body).encode()  # escapes half a character, as httpx does not
-        refused = http.post("/v1/score", content=content, headers={"Content-Type": "application/json"})
-        assert refused.status_code == (413 if name == "long" else 422), (name, refused.text)
-        named = "completions[2]" if name == "long" else f"{field}[2]"
-        assert named in refused.json()["error"]["message"], name
-        content = json.dumps({**body, "partial": True}).encode()
-        answer = http.post("/v1/score", content=content, headers={"Content-Type": "application/json"}).json()
-        assert answer["scores"] == [
-            None if place == 2 else pytest.approx(score, abs=STOCK)
-            for place, score in enumerate(served.wanted)
-        ], name
-        (error,) = answer["errors"]
-        assert error["index"] == 2
-        assert named in error["message"], name
-
-
-@pytest.mark.parametrize(
-    "bad", [[], [-1], [2**40], ["a"], [1.5], [True], "a", None, 5, [399, 400], [5] * 600]
-)
-def test_with_partial_bad_ids_do_not_take_the_others_along(
-    served: Served, http: TestClient, bad: Any
-) -> None:
-    body = {"ids": [served.ids[0], bad, served.ids[1]]}
-    assert http.post("/v1/score", json=body).status_code == 422
-    answer = http.post("/v1/score", json=body | {"partial": True}).json()
-    assert answer["scores"] == [pytest.approx(served.wanted[0], abs=STOCK), None, pytest.approx(
-        served.wanted[1], abs=STOCK
-    )]  # fmt: skip
-    assert [error["index"] for error in answer["errors"]] == [1]
 
 
 def test_tools_beside_messages_change_the_score_on_every_route_that_takes_messages(tmp_path: Path) -> None:

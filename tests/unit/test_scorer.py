@@ -28,7 +28,7 @@ from rayrm.errors import PublishError, ScoreError
 from rayrm.model.reward_model import LoadedModel
 from rayrm.serve import scorer
 from rayrm.serve.registry import publish
-from rayrm.serve.request import Refused, ScoreRequest, id_inputs, row_inputs
+from rayrm.serve.request import ScoreRequest, row_inputs
 from rayrm.serve.scorer import RewardModel
 from tests.tiny import WORDS, save_tiny, tiny_tokenizer
 
@@ -259,62 +259,6 @@ def test_an_input_that_cannot_be_scored_is_named(standard: Path, chat: Path) -> 
     for ids in (np.zeros(0, np.int32), np.asarray([400]), np.asarray([-1]), np.ones((2, 2), int), np.ones(2)):
         with pytest.raises(ScoreError, match=r"`sequences\[0\]`"):
             model.score_ids([ids])
-
-
-@pytest.mark.parametrize(
-    ("prompts", "completions", "options", "says"),
-    [
-        ([None], [None], {}, r"`completions\[0\]` \(None\) is NoneType; it must be a string or a list of"),
-        ([5], [5], {}, r"`prompts\[0\]` \(5\) is int; it must be a string"),
-        (["a", "a"], ["b", None], {}, r"`completions\[1\]` \(None\) is NoneType"),
-        (None, ["b"], {}, r"`prompts` \(NoneType\) must be a list"),
-        (["a"], [b"b"], {}, r"`completions\[0\]` .* is bytes"),
-        (["a"], ["b"], {"tools": "[{nojson"}, r"`tools` \('\[\{nojson'\) is not JSON"),
-        (["a"], ["b"], {"tools": 5}, r"`tools` \(5\) must be a list of tool schemas"),
-        (["a"], ["b"], {"chat_template_kwargs": [1]}, r"`chat_template_kwargs` \(\[1\]\) must be an object"),
-        (["a"], ["b"], {"tools": [{"name": "add"}]}, "input 0 of 1: `tools` beside a string"),
-        (["a"], ["b"], {"chat_template_kwargs": {"deep": 1}}, "`chat_template_kwargs` beside a string"),
-        (["a"], ["b"], {"tools": [{"name": "add"}], "rendered": True}, "`tools` beside `rendered`"),
-    ],
-)  # fmt: skip
-def test_what_is_no_text_or_would_be_ignored_is_refused_by_its_name(
-    standard: Path, prompts: Any, completions: Any, options: Any, says: str
-) -> None:
-    model = RewardModel.from_pretrained(standard)
-    with pytest.raises(ScoreError, match=says):
-        model.score(prompts, completions, **options)
-
-
-@pytest.mark.parametrize("given", [None, 5, "ids", {}])
-def test_sequences_that_are_no_list_are_refused_by_their_type(standard: Path, given: Any) -> None:
-    for take in (RewardModel.from_pretrained(standard).score_ids, id_inputs):
-        with pytest.raises(ScoreError, match=f"`sequences` is {type(given).__name__} and must be a list"):
-            take(given)
-
-
-def test_inputs_are_checked_as_texts_are(standard: Path, chat: Path) -> None:
-    plain, talk = RewardModel.from_pretrained(standard), RewardModel.from_pretrained(chat)
-    for text in (None, 5, b"a"):
-        with pytest.raises(ScoreError, match=r"input 0 of 1: `completion` .* is "):
-            plain.score_inputs([TextInput("a", text)])  # type: ignore[arg-type]
-    ask, answer = messages("a", "b")
-    with pytest.raises(ScoreError, match="input 0 of 1: `completion` ends with a message of role 'user'"):
-        talk.score_inputs([TextInput(None, answer + ask)])
-    half = [{"role": "assistant", "content": "b", "tool_calls": [{"name": "\ud800"}]}]
-    talk.tokenizer.chat_template += "{{ messages[-1].tool_calls }}{{ messages[-1].tool_calls[0].name }}"
-    with pytest.raises(ScoreError, match="input 0 of 1: `the rendered text` holds"):
-        talk.score_inputs([TextInput(ask, half)])
-    with pytest.raises(ScoreError, match="the chat template refuses these messages"):
-        talk.score_inputs([TextInput(ask, answer, chat_template_kwargs=[1])])  # type: ignore[arg-type]
-
-
-def test_a_refused_input_is_told_in_a_partial_answer_and_else_raised(standard: Path) -> None:
-    model = RewardModel.from_pretrained(standard)
-    inputs = [TextInput("a", " b"), Refused("`x[1]` is bad.")]
-    found = model.encode_request(ScoreRequest(inputs, partial=True))
-    assert (list(found.sequences), found.errors) == ([0], {1: "`x[1]` is bad."})
-    with pytest.raises(ScoreError, match=r"^`x\[1\]` is bad\.$"):
-        model.encode_request(ScoreRequest(inputs))
 
 
 def test_texts_and_ids_of_one_request_are_encoded_alike_and_what_was_cut_is_told(standard: Path) -> None:
