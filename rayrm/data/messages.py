@@ -25,7 +25,7 @@ def parse_text(name: str, value: Any) -> Text:
     raise RowError(
         "wrong-type",
         f"`{name}` ({shown(value)}) is {type(value).__name__}; it must be a string or a list of messages "
-        "[{'role': ..., 'content': ...}]; convert the column",
+        "[{'role': ..., 'content': ...}]; convert it",
     )
 
 
@@ -69,28 +69,33 @@ def check_completion(side: str, completion: Text, *, explicit_prompt: bool) -> N
                 f"`{side}` ({completion!r}) is empty; a completion needs text; drop the row",
             )
         return
+    check_roles(side, completion, explicit_prompt=explicit_prompt)
+    if not completion[-1].get("tool_calls") and not _content_text(completion[-1]["content"]).strip():
+        raise RowError(
+            "empty-completion",
+            f"`{side}[{len(completion) - 1}].content` is empty; the judged message needs text or "
+            "`tool_calls`; drop the row",
+        )
+
+
+def check_roles(side: str, completion: Sequence[Message], *, explicit_prompt: bool) -> None:
+    """`RowError` (empty-completion, bad-roles) unless the message that is judged is the assistant's."""
     if not completion:
         raise RowError(
-            "empty-completion", f"`{side}` ([]) has no message; add the assistant's; or drop the row"
+            "empty-completion", f"`{side}` ([]) has no message; add the assistant's, or leave it out"
         )
     first, last = completion[0]["role"], completion[-1]["role"]
     if last != "assistant":
         raise RowError(
             "bad-roles",
             f"`{side}` ends with a message of role {last!r}; the last message is what is judged and must be "
-            "the assistant's; cut the dialogue there or drop the row",
+            "the assistant's; cut the dialogue there, or leave it out",
         )
     if explicit_prompt and first != "assistant":
         raise RowError(
             "bad-roles",
             f"`{side}` starts with a message of role {first!r}; with a `prompt`, a completion starts with "
             "the assistant's message; move what comes before it to `prompt`",
-        )
-    if not completion[-1].get("tool_calls") and not _content_text(completion[-1]["content"]).strip():
-        raise RowError(
-            "empty-completion",
-            f"`{side}[{len(completion) - 1}].content` is empty; the judged message needs text or "
-            "`tool_calls`; drop the row",
         )
 
 
@@ -103,7 +108,7 @@ def _message(name: str, value: Any) -> Message:
         raise RowError(
             "wrong-type",
             f"`{name}` ({shown(value)}) is {type(value).__name__}; a message is an object "
-            "{'role': ..., 'content': ...}; convert the column",
+            "{'role': ..., 'content': ...}; convert it",
         )
     role, content = value.get("role"), value.get("content")
     if role not in ROLES:

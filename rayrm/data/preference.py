@@ -96,8 +96,8 @@ def parse_row(row: Mapping[str, Any]) -> PreferenceRow:
         ranks,
         prompt,
         margin,
-        _tools(row.get("tools")),
-        _template_kwargs(row.get("chat_template_kwargs")),
+        parse_tools("tools", row.get("tools")),
+        parse_template_kwargs("chat_template_kwargs", row.get("chat_template_kwargs")),
         names=names,
     )
 
@@ -222,40 +222,42 @@ def _margin(value: Any) -> float:
     return float(value)
 
 
-def _tools(value: Any) -> list[Any] | None:
+def parse_tools(name: str, value: Any) -> list[Any] | None:
+    """Tool schemas, given as a list or as its JSON; `RowError` (bad-tools) for anything else."""
     tools = value
     if isinstance(value, str):
         try:
             tools = json.loads(value)
         except ValueError as error:
             raise RowError(
-                "bad-tools", f"`tools` ({shown(value)}) is not JSON: {error}; correct it"
+                "bad-tools", f"`{name}` ({shown(value)}) is not JSON: {error}; correct it"
             ) from None
     if tools is None:
         return None
     if not is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError(
             "bad-tools",
-            f"`tools` ({shown(value)}) must be a list of tool schemas (objects), or that list as a JSON "
+            f"`{name}` ({shown(value)}) must be a list of tool schemas (objects), or that list as a JSON "
             "string; wrap a single tool in a list",
         )
     return list(tools)
 
 
-def _template_kwargs(value: Any) -> dict[str, Any]:
+def parse_template_kwargs(name: str, value: Any) -> dict[str, Any]:
+    """Variables of the chat template; `RowError` (bad-template-kwargs) for what is none."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         raise RowError(
             "bad-template-kwargs",
-            f"`chat_template_kwargs` ({shown(value)}) must be an object of template variables, such as "
-            "{'enable_thinking': false}; convert the column",
+            f"`{name}` ({shown(value)}) must be an object of template variables, such as "
+            "{'enable_thinking': false}; convert it",
         )
     reserved = sorted(set(value) & set(_NOT_FOR_TEMPLATE))
     if reserved:
         raise RowError(
             "bad-template-kwargs",
-            f"`chat_template_kwargs.{reserved[0]}` ({shown(value[reserved[0]])}) is no template variable: "
+            f"`{name}.{reserved[0]}` ({shown(value[reserved[0]])}) is no template variable: "
             "it would change how the text becomes ids; remove it",
         )
     return {str(key): entry for key, entry in value.items() if entry is not None}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from rayrm.data.messages import Message, Text, check_messages, check_text
+from rayrm.data.messages import Message, Text, check_roles, check_text, parse_text
 from rayrm.errors import ConfigError, RowError, ScoreError
 
 TextForm = Literal["standard", "conversational"]
@@ -39,7 +39,7 @@ class TextInput:
 def render(
     tokenizer: Any, text_form: TextForm, inputs: Sequence[TextInput], *, checked: bool = False
 ) -> list[str | ScoreError]:
-    """The text of each input, or why it has none. `checked`: messages are as `check_messages` gives them.
+    """The text of each input, or why it has none. `checked`: texts are as `parse_row` gives them.
 
     Raises `ConfigError` where the tokenizer has no chat template for messages.
     """
@@ -58,7 +58,7 @@ def render(
             text = ""
         texts.append(text)
     for place, rendered in _templated(tokenizer, inputs, dialogues).items():
-        texts[place] = rendered
+        texts[place] = rendered if checked else _whole(rendered)
     plain = text_form == "standard"
     if plain or any(entry.rendered for entry in inputs):
         opening = _opening_token(tokenizer, plain)
@@ -71,7 +71,7 @@ def render(
 def _text_or_messages(
     tokenizer: Any, text_form: TextForm, entry: TextInput, checked: bool
 ) -> str | list[Message]:
-    texts = [entry.completion] if entry.prompt is None else [entry.prompt, entry.completion]
+    texts = _texts_of(entry) if checked else _parsed(entry)
     kinds = {isinstance(text, str) for text in texts}
     if len(kinds) > 1:
         raise ScoreError(
@@ -96,30 +96,59 @@ def _text_or_messages(
             "text that went through the chat template already"
         )
     if not messages:
+        if not checked:
+            _check_no_template(entry)
         return _plain_text(tokenizer, text_form, entry)
     if not tokenizer.chat_template and "chat_template" not in entry.chat_template_kwargs:
         raise ConfigError(
             f"the tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) has no chat template, "
             "which message lists need; set `chat_template_path` to a .jinja file, or to a tokenizer with one"
         )
-    dialogue = [message for text in texts if not isinstance(text, str) for message in text]
-    if checked:
-        return dialogue
+    dialogues = [text for text in texts if not isinstance(text, str)]
+    if not checked:
+        try:
+            check_roles("completion", dialogues[-1], explicit_prompt=any(dialogues[:-1]))
+        except RowError as error:
+            raise ScoreError(str(error)) from None
+    return [message for dialogue in dialogues for message in dialogue]
+
+
+def _texts_of(entry: TextInput) -> list[Text]:
+    return [entry.completion] if entry.prompt is None else [entry.prompt, entry.completion]
+
+
+def _parsed(entry: TextInput) -> list[Text]:
+    """The prompt, if there is one, and the completion, whatever callers gave as such."""
     try:
-        return check_messages("messages", dialogue)
+        before = [] if entry.prompt is None else [parse_text("prompt", entry.prompt)]
+        return [*before, parse_text("completion", entry.completion)]
     except RowError as error:
         raise ScoreError(str(error)) from None
+
+
+def _check_no_template(entry: TextInput) -> None:
+    for name in ("tools", "chat_template_kwargs"):
+        if getattr(entry, name):
+            raise ScoreError(
+                f"`{name}` beside a string: only the chat template reads it, and no string goes through it; "
+                f"remove `{name}`, or pass messages to a model that was trained on messages"
+            )
+
+
+def _whole(text: str | ScoreError) -> str | ScoreError:
+    """Whatever of a message the template wrote: names and tool calls are not looked at before."""
+    if isinstance(text, ScoreError):
+        return text
+    try:
+        return check_text("the rendered text", text)
+    except RowError as error:
+        return ScoreError(str(error))
 
 
 def _plain_text(tokenizer: Any, text_form: TextForm, entry: TextInput) -> str:
     prompt, completion = entry.prompt or "", entry.completion
     assert isinstance(prompt, str)
     assert isinstance(completion, str)
-    try:
-        check_text("prompt", prompt)
-        check_text("completion", completion)
-    except RowError as error:
-        raise ScoreError(str(error)) from None
     eos = tokenizer.eos_token
     if text_form == "standard" and eos and not completion.endswith(eos):
         completion += eos
@@ -144,17 +173,30 @@ def _templated(
         texts.clear()  # one by one then, so that each gets its own reason
     for place in dialogues.keys() - texts.keys():
         texts[place] = _templated_alone(tokenizer, inputs[place], dialogues[place])
+    for place, dialogue in dialogues.items():
+        for message in dialogue:
+            if isinstance(message["content"], list) and _shows(message["content"], texts[place]):
+                texts[place] = ScoreError(
+                    "the chat template prints content as it is, and here it is a list of parts "
+                    "[{'type': 'text', ...}]; pass the text as one string, or a template that takes parts"
+                )
     return texts
 
 
+def _shows(parts: list[Any], text: str | ScoreError) -> bool:
+    """Whether parts stand in the text as Python prints them."""
+    return bool(parts) and isinstance(text, str) and str(parts) in text
+
+
 def _templated_alone(tokenizer: Any, entry: TextInput, dialogue: list[Message]) -> str | ScoreError:
-    options = {"tools": entry.tools, **entry.chat_template_kwargs}
     try:
+        options = {"tools": entry.tools, **entry.chat_template_kwargs}
         rendered: str = tokenizer.apply_chat_template(dialogue, tokenize=False, **options)
     except _TEMPLATE_FAILURES as error:
         roles = ", ".join(str(message["role"]) for message in dialogue)
+        said = str(error).encode("utf-8", "backslashreplace").decode("utf-8")  # it may quote half characters
         refusal = ScoreError(
-            f"the chat template refuses these messages (roles: {roles}): {error}; change the messages, or "
+            f"the chat template refuses these messages (roles: {roles}): {said}; change the messages, or "
             "the template with `chat_template_path`"
         )
         refusal.__cause__ = error

@@ -88,7 +88,7 @@ class BatchLoop:
         # All are bound before any is waited for: a roll between them would mix what was not tried together.
         ensemble = self.ensembles[name]
         members = [self.models[member] for member in ensemble.members]
-        version = "+".join(member.place.version for member in members)
+        version = ".".join(member.place.version for member in members)
         if request.version not in (None, version):
             raise _other_version(name, request.version, version)
         found = await _all(asyncio.ensure_future(self._score_by(one, request)) for one in members)

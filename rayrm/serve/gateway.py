@@ -146,7 +146,9 @@ def _routes(settings: ServeConfig, token_sha256: str | None) -> Any:
     async def status() -> dict[str, Any]:
         found = await asyncio.to_thread(client.status, wait_s=5.0)
         models: dict[str, Any] = {name: {"version": one} for name, one in found["models"].items()}
-        models |= {name: {"members": members} for name, members in found["ensembles"].items()}
+        for name, members in found["ensembles"].items() if found["models"] else ():
+            version = ".".join(found["models"][member] for member in members)
+            models[name] = {"version": version, "members": members}
         return {"ready": True, "models": models}
 
     limits = HttpLimits(

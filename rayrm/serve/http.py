@@ -32,6 +32,7 @@ from rayrm.data.tokenize import TextInput
 from rayrm.errors import (
     ConfigError,
     OverloadedError,
+    RayrmError,
     RewardUnavailableError,
     ScoreError,
     UnknownModelError,
@@ -46,8 +47,16 @@ from rayrm.serve.http_guard import (
     log_failure,
 )
 from rayrm.serve.protocols import ROUTES
-from rayrm.serve.request import Scorable, ScoreRequest, ScoreResult, Truncation, check_truncation
-from rayrm.serve.wire import WireShape, choose_shape, read_json
+from rayrm.serve.request import (
+    Refused,
+    Scorable,
+    ScoreRequest,
+    ScoreResult,
+    Truncation,
+    check_none_refused,
+    check_truncation,
+)
+from rayrm.serve.wire import WireShape, check_characters, choose_shape, read_json
 from rayrm.settings import nearest
 
 Score = Callable[[ScoreRequest], Awaitable[ScoreResult]]
@@ -63,9 +72,7 @@ _QUERY_PARAMETERS = [
         "name": name,
         "in": "query",
         "required": False,
-        "schema": {"type": "string", "enum": list(get_args(Truncation))}
-        if name == "truncation"
-        else {"type": "string"},
+        "schema": {"type": "string"} | ({"enum": list(get_args(Truncation))} if name == "truncation" else {}),
         "description": "As the field of that name of /v1/score, for clients that can only set a URL.",
     }
     for name in _QUERY_NAMES
@@ -186,10 +193,13 @@ def _read(
     fields = read_json(content)
     shape = choose_shape(shapes, fields)
     _check_lengths(fields, shape, limits)
+    check_characters(content, fields, but=shape.each_alone)
     body = shape.parse(fields)
     wanted = _with_query(shape.to_request(body), query)
-    _check_limits(wanted.inputs, limits)
-    return shape, body, wanted
+    if not wanted.partial:
+        check_none_refused(wanted.inputs)
+    inputs = _within_limits(wanted, limits, lambda place: shape.name_of(fields, place, len(wanted.inputs)))
+    return shape, body, dataclasses.replace(wanted, inputs=inputs)
 
 
 def _with_query(wanted: ScoreRequest, query: Sequence[tuple[str, str]]) -> ScoreRequest:
@@ -201,12 +211,17 @@ def _with_query(wanted: ScoreRequest, query: Sequence[tuple[str, str]]) -> Score
                 f"the URL's parameter `{name[:60]}` is none of {', '.join(_QUERY_NAMES)}."
                 f"{nearest(name[:60], _QUERY_NAMES) or ' Remove it.'}"
             )
-        if getattr(wanted, name) not in (None, value):
-            raise ScoreError(f"the body's `{name}` and the URL's are not the same. Send one of them.")
+        of_body = None if name == "model" and wanted.any_model else getattr(wanted, name)
+        if of_body not in (None, value):
+            raise ScoreError(
+                f"the body asks for the {name} {of_body[:60]!r} and the URL (`?{name}=`) for {value[:60]!r}, "
+                "which are not the same. Leave it out of one of them."
+            )
     if len(named) != len(query):
         raise ScoreError("a parameter of the URL is given twice. Keep one.")
     check_truncation(named.get("truncation"))
-    return dataclasses.replace(wanted, **named)
+    # A URL is written for this service, where a body's model may be what a framework puts there by itself.
+    return dataclasses.replace(wanted, any_model=wanted.any_model and "model" not in named, **named)
 
 
 def _check_lengths(fields: Mapping[str, Any], shape: WireShape, limits: HttpLimits) -> None:
@@ -222,7 +237,9 @@ def _check_lengths(fields: Mapping[str, Any], shape: WireShape, limits: HttpLimi
                 )
 
 
-def _check_limits(inputs: Sequence[Scorable], limits: HttpLimits) -> None:
+def _within_limits(wanted: ScoreRequest, limits: HttpLimits, name: Callable[[int], str]) -> list[Scorable]:
+    """The inputs; of a partial request those that are too large are refused, else they are its error."""
+    inputs = list(wanted.inputs)
     if len(inputs) > limits.max_texts:
         raise _TooLargeError(
             f"the request has {len(inputs)} texts, the limit of this service is {limits.max_texts}. Send "
@@ -232,22 +249,26 @@ def _check_limits(inputs: Sequence[Scorable], limits: HttpLimits) -> None:
     total = 0
     for place, entry in enumerate(inputs):
         size = _characters(entry, sizes)
-        total += size
         if size > limits.max_characters:
-            raise _TooLargeError(
-                f"text {place} has {size} characters (or ids) with its prompt and tools, the limit of this "
-                f"service is {limits.max_characters}. Shorten it."
+            said = (
+                f"`{name(place)}` has {size} characters (or ids) with its prompt and tools, the limit of "
+                f"this service is {limits.max_characters}. Shorten it."
             )
+            if not wanted.partial:
+                raise _TooLargeError(said)
+            inputs[place], size = Refused(said), 0
+        total += size
         if total > limits.max_body_bytes:
             raise _TooLargeError(
                 f"the request's texts have more than {limits.max_body_bytes} characters, counting a "
                 "prompt and tools for each text. Send them in several requests."
             )
+    return inputs
 
 
 def _characters(entry: Scorable, sizes: dict[int, int]) -> int:
     if not isinstance(entry, TextInput):
-        return len(entry)
+        return 0 if isinstance(entry, Refused) else len(entry)
     parts = (entry.prompt, entry.completion, entry.tools, entry.chat_template_kwargs or None)
     size = 0
     for part in parts:
@@ -336,6 +357,9 @@ def _add_status_routes(app: FastAPI, status: Status) -> None:
     async def told() -> dict[str, Any]:
         try:
             return await asyncio.wait_for(status(), _STATUS_TIMEOUT_S)
+        except (RayrmError, TimeoutError) as error:
+            said = str(error) if isinstance(error, RayrmError) else "no replica answers yet"
+            return {"ready": False, "reason": said}
         except Exception as error:  # not ready, whatever the reason
             log_failure(error)
             return {"ready": False, "reason": "the service does not tell its state; its log says why"}
@@ -347,22 +371,23 @@ def _add_status_routes(app: FastAPI, status: Status) -> None:
     @app.get("/ready", summary="Whether requests are scored now", responses={503: {"description": "not yet"}})
     async def ready() -> Response:
         state = await told()
-        if state.get("ready"):
-            return JSONResponse({"ready": True})
-        message = str(state.get("reason") or "no model is loaded yet")
-        return error_response(503, "unavailable", message, _retry_after(1.0))
+        return JSONResponse({"ready": True}) if state.get("ready") else _not_ready(state)
 
     @app.get("/v1/models", summary="The models and ensembles by name, and their versions")
     async def models() -> Response:
         state = await told()
         if "models" not in state:
-            message = str(state.get("reason") or "no model is loaded yet")
-            return error_response(503, "unavailable", message, _retry_after(1.0))
+            return _not_ready(state)
         listed = [
             {"id": name, "object": "model", "owned_by": "rayrm", **about}
             for name, about in state["models"].items()
         ]
         return JSONResponse({"object": "list", "data": listed})
+
+
+def _not_ready(state: Mapping[str, Any]) -> Response:
+    reason = state.get("reason") or "no model is loaded yet"
+    return error_response(503, "unavailable", reason, _retry_after(1.0))
 
 
 def _openapi(shapes: Sequence[WireShape]) -> dict[str, Any]:

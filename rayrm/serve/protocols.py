@@ -24,14 +24,13 @@ from rayrm.serve.protocols_inference import (
     VLLM_SCORE,
 )
 from rayrm.serve.protocols_rl import LLAMA_FACTORY, OPENRLHF, SLIME
-from rayrm.serve.request import Scorable, ScoreRequest, ScoreResult, Truncation, text_inputs
+from rayrm.serve.request import Refused, Scorable, ScoreRequest, ScoreResult, Truncation, text_scorables
 from rayrm.serve.wire import (
     EXACT,
     WireShape,
     check_template_names,
     finite_or_null,
     read_ids,
-    read_messages,
 )
 
 _MESSAGES = {"type": "array", "items": {"type": "object"}}
@@ -92,11 +91,13 @@ def _own_inputs(body: OwnBody) -> Sequence[Scorable]:
     # Without prompts each completion is the whole text; what is no list is refused below.
     count = len(body.completions) if isinstance(body.completions, list) else 0
     prompts: Any = [None] * count if body.prompts is None else body.prompts
-    inputs = text_inputs(prompts, body.completions, **extra, rendered=body.rendered)
-    for place, entry in enumerate(inputs):
-        for name, text in (("prompts", entry.prompt), ("completions", entry.completion)):
-            if text is not None and not isinstance(text, str):
-                read_messages(f"{name}[{place}]", text)
+    inputs = text_scorables(prompts, body.completions, **extra, rendered=body.rendered)
+    for place, prompt in enumerate(body.prompts or ()):
+        if prompt is None:
+            inputs[place] = Refused(
+                f"`prompts[{place}]` is null and must be a string or a message list. Leave `prompts` out "
+                "where completions are whole texts."
+            )
     return inputs
 
 
@@ -136,6 +137,7 @@ OWN = WireShape(
     body=OwnBody,
     to_request=_own_request,
     to_answer=_own_answer,
+    each_alone=("prompts", "completions", "ids"),
     examples={
         "rendered text": {
             "prompts": ["What is 2 + 2? ", "What is 2 + 2? "],

@@ -3,7 +3,8 @@
 Texts are rendered. Whatever asks for an activation is refused, since a reward is never squashed: vLLM's
 `use_activation` may be left out (its answer for a model saved with problem_type "regression" is the bare
 output), TEI's `raw_scores` may not, since a client that leaves it out expects a sigmoid. Fields that change
-ids (`add_special_tokens`) are tolerated and change nothing: BOS is put once, by the model's own rule.
+ids (`add_special_tokens`) are tolerated and change nothing: BOS is put once, by the model's own rule. An
+unknown `model` stands for the service's only one: verl sends the path of its own copy, and nothing else.
 Sources: vLLM `entrypoints/pooling`, SGLang `managers/io_struct.py`, TEI `router/src/http/types.rs`, verl
 `experimental/reward_loop`.
 """
@@ -31,10 +32,12 @@ from rayrm.serve.wire import (
     read_strings,
     read_texts,
     refuse_activation,
+    whole_texts,
 )
 
 _LABEL = "LABEL_0"  # transformers' name for the only output of a one-label model
 _TEXT = "What is 2 + 2? 4"
+_VERLS_MODEL = "/shared/models/reward"
 
 TeiInputs = Annotated[
     Any,
@@ -57,6 +60,7 @@ class VllmTextsBody(BaseModel):
 
     input: Texts = None
     messages: Messages = None
+    tools: list[Any] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = False
@@ -79,6 +83,12 @@ def _vllm_texts_request(body: VllmTextsBody) -> ScoreRequest:
         raise ScoreError("`input` (texts, token ids) or `messages` (one dialogue): send exactly one of them.")
     inputs: list[Scorable]
     if body.messages is None:
+        for name in ("tools", "chat_template_kwargs"):
+            if getattr(body, name):
+                raise ScoreError(
+                    f"`{name}` beside `input`: only the chat template reads it, and `input` went through one "
+                    "already. Send `messages`, or remove it."
+                )
         inputs = read_texts("input", body.input)
     else:
         for name in ("chat_template", "add_generation_prompt", "continue_final_message"):
@@ -87,8 +97,9 @@ def _vllm_texts_request(body: VllmTextsBody) -> ScoreRequest:
                     f"`{name}`: messages are rendered as the model was trained. Remove it, or render the "
                     "text yourself and send it as `input`."
                 )
-        inputs = [dialogue_input("messages", body.messages, body.chat_template_kwargs)]
-    return ScoreRequest(inputs, body.model, _vllm_cut(body.truncate_prompt_tokens, body.truncation_side))
+        inputs = [dialogue_input("messages", body.messages, body.tools, body.chat_template_kwargs)]
+    cut = _vllm_cut(body.truncate_prompt_tokens, body.truncation_side)
+    return ScoreRequest(inputs, body.model, cut, any_model=True)
 
 
 def _vllm_classify_answer(body: VllmTextsBody, result: ScoreResult) -> dict[str, Any]:
@@ -149,6 +160,7 @@ def _vllm_score_request(body: VllmScoreBody) -> ScoreRequest:
         [TextInput(p, c, rendered=True) for p, c in zip(prompts, completions, strict=True)],
         body.model,
         _vllm_cut(body.truncate_prompt_tokens, body.truncation_side),
+        any_model=True,
     )
 
 
@@ -171,12 +183,12 @@ def _sglang_classify_request(body: SglangClassifyBody) -> ScoreRequest:
         raise ScoreError("`text` or `input_ids`: send exactly one of them.")
     if body.text is not None:
         texts = _one_or_more("text", body.text)
-        return ScoreRequest([TextInput(None, text, rendered=True) for text in texts], body.model)
+        return ScoreRequest(whole_texts("text", texts), body.model, any_model=True)
     if isinstance(body.input_ids, str) or (body.input_ids and isinstance(body.input_ids[0], str)):
         raise ScoreError(
             f"`input_ids` ({reprlib.repr(body.input_ids)}) must be token ids; `text` takes strings."
         )
-    return ScoreRequest(read_texts("input_ids", body.input_ids), body.model)
+    return ScoreRequest(read_texts("input_ids", body.input_ids), body.model, any_model=True)
 
 
 def _sglang_classify_answer(body: SglangClassifyBody, result: ScoreResult) -> Any:
@@ -198,11 +210,14 @@ class EmbeddingsBody(BaseModel):
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Truncation | None = None
 
 
 def _embeddings_request(body: EmbeddingsBody) -> ScoreRequest:
     _one_number(body.dimensions)
-    return ScoreRequest(read_texts("input", body.input), body.model)
+    cut = _vllm_cut(body.truncate_prompt_tokens, body.truncation_side)
+    return ScoreRequest(read_texts("input", body.input), body.model, cut, any_model=True)
 
 
 def _embeddings_answer(body: EmbeddingsBody, result: ScoreResult) -> dict[str, Any]:
@@ -319,6 +334,7 @@ VLLM_CLASSIFY = WireShape(
     to_answer=_vllm_classify_answer,
     examples={
         "vLLM": {"input": [_TEXT], "use_activation": False},
+        "verl": {"model": _VERLS_MODEL, "input": _TEXT, "use_activation": False},
         "vLLM, token ids": {"input": [[5, 6, 7]], "use_activation": False},
     },
 )
@@ -346,7 +362,7 @@ VLLM_POOLING = WireShape(
 VLLM_SCORE = WireShape(
     title="vLLM's /score",
     description="vLLM's /score: `text_1` is the prompt and `text_2` its completion, or several.",
-    told_by=("text_1", "queries", "data_1"),
+    told_by=("text_2", "documents", "items", "data_2"),
     body=VllmScoreBody,
     to_request=_vllm_score_request,
     to_answer=_vllm_score_answer,
@@ -360,7 +376,7 @@ SGLANG_EMBEDDINGS = WireShape(
     body=EmbeddingsBody,
     to_request=_embeddings_request,
     to_answer=_embeddings_answer,
-    examples={"text": {"input": _TEXT}},
+    examples={"text": {"input": _TEXT}, "verl": {"model": _VERLS_MODEL, "input": _TEXT}},
 )
 
 TEI_PREDICT = WireShape(

@@ -14,7 +14,7 @@ from pydantic import BaseModel, WithJsonSchema
 
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import ScoreError
-from rayrm.serve.request import ScoreRequest, ScoreResult
+from rayrm.serve.request import ScoreRequest, ScoreResult, text_scorable
 from rayrm.serve.wire import TOLERANT, Strings, WireShape, read_messages, whole_texts
 
 StringOrMessages = Annotated[
@@ -58,7 +58,8 @@ def _slime_request(body: SlimeBody) -> ScoreRequest:
     if isinstance(body.prompt, str):
         return ScoreRequest([TextInput(body.prompt, body.response, rendered=True)])
     prompt = read_messages("prompt", body.prompt)
-    return ScoreRequest([TextInput(prompt, [{"role": "assistant", "content": body.response}])])
+    dialogue = TextInput(prompt, [{"role": "assistant", "content": body.response}])
+    return ScoreRequest([text_scorable("prompt", "response", dialogue)])
 
 
 def _slime_answer(body: SlimeBody, result: ScoreResult) -> float:
@@ -73,7 +74,7 @@ class LlamaFactoryBody(BaseModel):
 
     messages: Strings
     model: str | None = None
-    """The client always sends the word `model`, which stands for the service's only one."""
+    """The client always sends the word `model`; an unknown name stands for the service's only one."""
     max_length: int | None = None
 
 
@@ -83,7 +84,7 @@ def _llama_factory_request(body: LlamaFactoryBody) -> ScoreRequest:
             f"`max_length` ({body.max_length}): texts are scored up to the model's own position limit. "
             "Leave it out; to cut texts beyond that limit add ?truncation=left (or right) to the URL."
         )
-    return ScoreRequest(whole_texts("messages", body.messages), None if body.model == "model" else body.model)
+    return ScoreRequest(whole_texts("messages", body.messages), body.model, any_model=True)
 
 
 def _llama_factory_answer(body: LlamaFactoryBody, result: ScoreResult) -> dict[str, Any]:
@@ -117,7 +118,7 @@ SLIME = WireShape(
     "sample, and the body of the answer is the reward. A string prompt is taken as rendered, as slime's "
     "`--apply-chat-template` leaves it; a model trained on messages then sees of the response's end what the "
     "response holds of it.",
-    told_by=("prompt", "response"),
+    told_by=("response",),
     body=SlimeBody,
     to_request=_slime_request,
     to_answer=_slime_answer,

@@ -28,7 +28,15 @@ from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import choose_layout, plain_reach
 from rayrm.model.reward_model import LoadedModel, load_saved
 from rayrm.serve.registry import CURRENT, MANIFEST, open_published
-from rayrm.serve.request import Scorable, ScoreRequest, Truncation, check_truncation, text_inputs
+from rayrm.serve.request import (
+    Refused,
+    Scorable,
+    ScoreRequest,
+    Truncation,
+    check_truncation,
+    id_inputs,
+    text_inputs,
+)
 from rayrm.serve.scheduler import Layout, ScoreQueue
 
 logger = logging.getLogger(__name__)
@@ -136,6 +144,7 @@ class RewardModel:
 
         Sequences that begin alike are computed together, and what they begin with once.
         """
+        sequences = id_inputs(sequences)
         if not sequences:
             return []
         self._check_ids(sequences)
@@ -163,7 +172,7 @@ class RewardModel:
         for place, ids in enumerate(self._tokenized(request.inputs)):
             try:
                 if isinstance(ids, ScoreError):
-                    raise ScoreError(f"input {place} of {len(request.inputs)}: {ids}") from ids.__cause__
+                    raise ids
                 kept = self._within_limit(ids, place, request)
             except ScoreError as error:
                 if not request.partial:
@@ -222,7 +231,20 @@ class RewardModel:
         """The ids of each input, given or made, or why a text has none."""
         texts = [entry for entry in inputs if isinstance(entry, TextInput)]
         made = iter(encode_each(self.tokenizer, self.text_form, texts))
-        return [next(made) if isinstance(entry, TextInput) else entry for entry in inputs]
+        found: list[Ids | ScoreError] = []
+        for place, entry in enumerate(inputs):
+            if isinstance(entry, Refused):
+                found.append(ScoreError(entry.reason))
+            elif isinstance(entry, TextInput):
+                ids = next(made)
+                if isinstance(ids, ScoreError):
+                    named = ScoreError(f"input {place} of {len(inputs)}: {ids}")
+                    named.__cause__ = ids.__cause__
+                    ids = named
+                found.append(ids)
+            else:
+                found.append(entry)
+        return found
 
     def _within_limit(self, ids: Ids, place: int, request: ScoreRequest) -> Ids:
         """The ids of input `place` as they are to be scored. Raises ScoreError naming it."""
@@ -244,7 +266,7 @@ class RewardModel:
 
     def _check_ids(self, sequences: Sequence[Ids]) -> None:
         for index, ids in enumerate(sequences):
-            self._check_vocabulary(ids, f"sequence {index}")
+            self._check_vocabulary(ids, f"`sequences[{index}]`")
             if self.max_positions is not None and len(ids) > self.max_positions:
                 _cut(ids, self.max_positions, None, index)
 

@@ -20,7 +20,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
 
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import ScoreError
-from rayrm.serve.request import Scorable, ScoreRequest, ScoreResult, id_inputs
+from rayrm.serve.request import (
+    Refused,
+    Scorable,
+    ScoreRequest,
+    ScoreResult,
+    id_scorable,
+    template_arguments,
+    text_scorable,
+)
 from rayrm.settings import nearest
 
 MAX_DEPTH = 64
@@ -32,7 +40,7 @@ TOLERANT = ConfigDict(strict=True, extra="ignore", use_attribute_docstrings=True
 
 EXACT = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
 
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAX_PROBLEMS = 3
 
 # Reading ten million empty lists takes as long as scoring thousands of texts. A body of the largest size that
@@ -63,7 +71,7 @@ class WireShape:
 
     `to_request` raises ScoreError for what the shape can say and a reward model cannot do; `to_answer` gives
     the body of the answer from the request's body and the result. `examples`: bodies that work, by name; the
-    first for models of both text forms.
+    first for models of both text forms. `each_alone`: fields whose texts are refused each by itself.
     """
 
     title: str
@@ -73,6 +81,7 @@ class WireShape:
     to_request: Callable[[Any], ScoreRequest]
     to_answer: Callable[[Any, ScoreResult], Any]
     examples: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    each_alone: tuple[str, ...] = ()
 
     def parse(self, fields: Mapping[str, Any]) -> BaseModel:
         """The body as this shape's model. Raises ScoreError naming the field, the rule and the fix."""
@@ -80,6 +89,12 @@ class WireShape:
             return self.body.model_validate(fields)
         except ValidationError as problems:
             raise ScoreError(_complaint(problems, self)) from None
+
+    def name_of(self, fields: Mapping[str, Any], place: int, count: int) -> str:
+        """What the caller calls input `place` of the `count` that a body with these fields became."""
+        name = next(name for name in self.told_by if fields.get(name) is not None)
+        several = isinstance(fields[name], list) and len(fields[name]) == count
+        return f"{name}[{place}]" if several else name
 
 
 def choose_shape(shapes: Sequence[WireShape], fields: Mapping[str, Any]) -> WireShape:
@@ -123,9 +138,22 @@ def read_json(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ScoreError(f"the body is a JSON {_kind(value)} and must be an object {{...}}. /docs shows one.")
     _check_depth(value)
-    if _SURROGATE_ESCAPE.search(body.decode("utf-8")):
-        _check_whole_characters(value)
     return value
+
+
+def check_characters(body: bytes, fields: Mapping[str, Any], but: Sequence[str] = ()) -> None:
+    """Raise ScoreError naming the field, if not one of `but`, that holds half of a surrogate pair."""
+    if not _SURROGATE_ESCAPE.search(body):
+        return
+    for name, value in fields.items():
+        parts = enumerate(value) if isinstance(value, list) else [(None, value)]
+        for place, part in parts if name not in but else ():
+            if not _is_whole({name: part}):
+                where = ascii(name)[1:-1] + ("" if place is None else f"[{place}]")
+                raise ScoreError(
+                    f"`{where}` holds half of a surrogate pair (an escape between \\ud800 and \\udfff "
+                    "without its other half), which UTF-8 cannot express. Write the whole character."
+                )
 
 
 def read_texts(name: str, value: Any) -> list[Scorable]:
@@ -140,7 +168,7 @@ def read_texts(name: str, value: Any) -> list[Scorable]:
         )
     if isinstance(many[0], str):
         return whole_texts(name, many)
-    return list(read_ids(name, [many] if type(many[0]) is int else many))
+    return read_ids(name, [many] if type(many[0]) is int else many)
 
 
 def whole_texts(name: str, value: Any) -> list[Scorable]:
@@ -161,27 +189,33 @@ def read_strings(name: str, value: Any) -> list[str]:
     return value
 
 
-def read_ids(name: str, value: Any) -> Sequence[Scorable]:
-    """Lists of token ids -> int32 arrays. Raises ScoreError naming the first that holds anything else."""
+def read_ids(name: str, value: Any) -> list[Scorable]:
+    """Lists of token ids -> int32 arrays, with `Refused` in the place of what is none."""
     if not isinstance(value, list):
         raise ScoreError(f"`{name}` ({reprlib.repr(value)}) must be a list of lists of token ids.")
-    for place, ids in enumerate(value):
-        if not isinstance(ids, list) or any(type(each) is not int for each in ids):
-            raise ScoreError(
-                f"`{name}[{place}]` ({reprlib.repr(ids)}) must be a list of token ids, whole numbers. Send "
-                "[tokenizer(text).input_ids, ...], or texts alone."
-            )
-    return id_inputs(value)
+    return [_ids(f"{name}[{place}]", ids) for place, ids in enumerate(value)]
 
 
-def dialogue_input(name: str, messages: Any, chat_template_kwargs: Mapping[str, Any] | None) -> TextInput:
+def _ids(name: str, value: Any) -> Scorable:
+    if not isinstance(value, list) or any(type(each) is not int for each in value):
+        return Refused(
+            f"`{name}` ({reprlib.repr(value)}) must be a list of token ids, whole numbers. Send "
+            "[tokenizer(text).input_ids, ...], or texts alone."
+        )
+    return id_scorable(name, value)
+
+
+def dialogue_input(
+    name: str, messages: Any, tools: Any, chat_template_kwargs: Mapping[str, Any] | None
+) -> Scorable:
     """One dialogue whose last message is what is judged. Raises ScoreError unless it is a message list."""
     check_template_names(chat_template_kwargs)
-    return TextInput(None, read_messages(name, messages), None, dict(chat_template_kwargs or {}))
+    shown, variables = template_arguments(tools, chat_template_kwargs)
+    return text_scorable(name, name, TextInput(None, read_messages(name, messages), shown, variables))
 
 
 def read_messages(name: str, value: Any) -> list[dict[str, Any]]:
-    """`value` itself if it is a list of objects: what they hold is checked where they are rendered."""
+    """`value` itself if it is a list of objects, whatever they hold. Raises ScoreError otherwise."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ScoreError(
             f"`{name}` ({reprlib.repr(value)}) must be a list of messages "
@@ -281,14 +315,12 @@ def _refuse_depth() -> NoReturn:
     raise ScoreError(f"the body nests lists and objects deeper than {MAX_DEPTH}. Flatten it.")
 
 
-def _check_whole_characters(value: dict[str, Any]) -> None:
+def _is_whole(value: Any) -> bool:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise ScoreError(
-            "the body holds half of a surrogate pair (an escape between \\ud800 and \\udfff without its "
-            "other half), which UTF-8 cannot express. Write the whole character, or remove the escape."
-        ) from None
+        return False
+    return True
 
 
 _DECODER = json.JSONDecoder(

@@ -89,6 +89,12 @@ def test_a_bad_input_fails_its_own_request_only(client: RewardClient) -> None:
         client([[{"role": "user", "content": "a"}]], [[{"role": "assistant", "content": "b"}]])
     with pytest.raises(ScoreError, match="`prompts` has 1 entries and `completions` 2"):
         client(["a"], ["b", "c"])
+    with pytest.raises(ScoreError, match=r"`completions\[1\]` \(None\) is NoneType"):
+        client(["a", "a"], ["b", None])  # type: ignore[list-item]
+    with pytest.raises(ScoreError, match="`sequences` is NoneType"):
+        client.score_ids(None)  # type: ignore[arg-type]
+    with pytest.raises(ScoreError, match="input 0 of 1: `tools` beside a string"):
+        client.score(["a"], ["b"], tools=[{"name": "add"}])
 
 
 @pytest.mark.ray

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from rayrm.serve.scorer import RewardModel
 from rayrm.serve_settings import Ensemble
 
 # The handle and the process compute the same float32 numbers in other batches.
-from tests.served import SAME, replica_pids, served, texts, writable_copy
+from tests.served import SAME, free_port, post, replica_pids, served, texts, writable_copy
 from tests.tiny import save_tiny
 
 
@@ -104,13 +105,25 @@ def test_several_models_and_an_ensemble_under_one_name(
     ray_cluster: None, published: PublishedModel, other: PublishedModel
 ) -> None:
     ensembles = {"worst": Ensemble(members=["one", "two"], reduce="min")}
-    with served({"one": published, "two": other}, "several", ensembles=ensembles):
+    port = free_port()
+    with served({"one": published, "two": other}, "several", ensembles=ensembles, http_port=port):
         scores = [RewardModel.from_pretrained(model.path).score(*texts(6)) for model in (published, other)]
         for name, expected in (("one", scores[0]), ("two", scores[1])):
             assert RewardClient("several", model=name)(*texts(6)) == pytest.approx(expected, abs=SAME)
         worst = RewardClient("several", model="worst").score(*texts(6))
         assert worst.scores == pytest.approx([min(pair) for pair in zip(*scores, strict=True)], abs=SAME)
-        assert worst.version == f"{published.version}+{other.version}"
+        assert worst.version == f"{published.version}.{other.version}"
+        url = f"http://127.0.0.1:{port}"
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
+            listed = {entry["id"]: entry for entry in json.load(answer)["data"]}
+        assert listed["worst"]["version"] == worst.version
+        assert listed["worst"]["members"] == ["one", "two"]
+        # A version as it is listed, in a URL; and verl's body, which names a path that the service has not.
+        text = "".join(part[0] for part in texts(6))
+        verls = {"model": "/models/reward", "input": text, "use_activation": False}
+        assert post(f"{url}/classify", verls)[0] == 404
+        code, found = post(f"{url}/classify?model=worst&version={worst.version}", verls)
+        assert (code, found["data"][0]["probs"]) == (200, pytest.approx(worst.scores[:1], abs=SAME))
         assert len(worst.spread or []) == 6
         with pytest.raises(ScoreError, match="the service has one, two, worst"):
             RewardClient("several")(*texts(1))

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from rayrm.data.tokenize import TextInput
-from rayrm.errors import OverloadedError, RewardUnavailableError, ScoreError, VersionError
+from rayrm.errors import (
+    OverloadedError,
+    RewardUnavailableError,
+    ScoreError,
+    UnknownModelError,
+    VersionError,
+)
 from rayrm.serve.batch_loop import BatchLoop, BatchReport
 from rayrm.serve.loaded import LoadedModel
 from rayrm.serve.request import ModelPlace, ScoreRequest, ScoreResult
@@ -247,6 +253,19 @@ def test_above_the_limit_new_requests_are_refused_at_once(gated: tuple[BatchLoop
     assert run(loop, story) == 1
 
 
+def test_an_unknown_name_stands_for_the_only_model_where_the_request_says_so(places: Any) -> None:
+    asked = ask(1, model="/models/reward", any_model=True)
+
+    async def by(loop: BatchLoop) -> str:
+        return (await loop.score(asked)).model
+
+    only = BatchLoop({"a": loaded(places[0], "a")})
+    assert run(only, lambda: by(only)) == "a"
+    several = BatchLoop({name: loaded(place, name) for name, place in zip("ab", places[:2], strict=True)})
+    with pytest.raises(UnknownModelError, match=r"'/models/reward'.* is none of them"):
+        run(several, lambda: by(several))
+
+
 @pytest.mark.parametrize("reduce", ["mean", "min", "mean-std"])
 def test_several_models_and_an_ensemble_of_them(places: Any, right: Any, reduce: Any) -> None:
     models = {name: loaded(place, name) for name, place in zip("abc", places, strict=True)}
@@ -271,7 +290,7 @@ def test_several_models_and_an_ensemble_of_them(places: Any, right: Any, reduce:
     }[reduce]  # fmt: skip
     assert both.scores == pytest.approx(expected, abs=SAME)
     assert both.spread == pytest.approx(members.std(0), abs=SAME)
-    assert (both.model, both.version) == ("both", "v0+v2")
+    assert (both.model, both.version) == ("both", "v0.v2")
 
 
 def test_an_idle_model_leaves_the_device_and_comes_back(places: Any, right: Any) -> None:

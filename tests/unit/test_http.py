@@ -241,9 +241,21 @@ def test_health_is_always_told_and_readiness_as_the_service_says_it() -> None:
         return {"ready": False, "reason": "version v2 is being loaded"}
 
     async def broken() -> dict[str, Any]:
-        raise RuntimeError
+        raise RuntimeError("a secret")
 
-    for status, code, message in ((ready, 200, ""), (loading, 503, "is being loaded"), (broken, 503, "log")):
+    async def unavailable() -> dict[str, Any]:
+        raise RewardUnavailableError("no application 'reward'")
+
+    async def late() -> dict[str, Any]:
+        raise TimeoutError
+
+    for status, code, message in (
+        (ready, 200, ""),
+        (loading, 503, "is being loaded"),
+        (broken, 503, "the service does not tell its state; its log says why"),
+        (unavailable, 503, "no application 'reward'"),
+        (late, 503, "no replica answers yet"),
+    ):
         http = client(status=status)
         assert http.get("/health").json() == {"status": "alive"}
         answer = http.get("/ready")

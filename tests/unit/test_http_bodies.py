@@ -43,8 +43,10 @@ from tests.unit.test_protocols import ready
         (b"[" * 100_000, "deeper than 64"),
         (b'{"label": [' + b"[]," * 2_000_000 + b"1]}", "opening brackets"),
         (b'{"a":' * 100_000, "deeper than 64"),
-        (b'{"prompt": "\\ud800", "response": "b"}', "surrogate"),
-        (b'{"prompt": "a", "response": "b", "label": {"\\udfff": 1}}', "surrogate"),
+        (b'{"prompt": "\\ud800", "response": "b"}', "`prompt` holds half of a surrogate pair"),
+        (b'{"prompt": "a", "response": "b", "label": {"\\udfff": 1}}', "`label` holds half"),
+        (b'{"prompt": "a", "response": "b", "label": [0, ["\\udfff"]]}', "`label[1]` holds half"),
+        (b'{"prompt": "a", "response": "b", "\\udfff": 1}', "`\\udfff` holds half"),
     ],
     ids=lambda value: repr(value)[:40],
 )  # fmt: skip
@@ -84,8 +86,8 @@ def test_a_request_beyond_a_limit_is_refused_and_one_at_it_is_scored() -> None:
         ("/v1/score", {"ids": [[1] * 101]}, False),
         ("/score", {"text_1": "a" * 60, "text_2": ["b" * 40]}, True),
         ("/score", {"text_1": "a" * 60, "text_2": ["b" * 41]}, False),
-        ("/v1/score", {"completions": [[{"role": "user", "content": "a" * 40}]]}, True),
-        ("/v1/score", {"completions": [[{"role": "user", "content": "a" * 100}]]}, False),
+        ("/v1/score", {"completions": [[{"role": "assistant", "content": "a" * 40}]]}, True),
+        ("/v1/score", {"completions": [[{"role": "assistant", "content": "a" * 100}]]}, False),
         ("/v1/score", {"completions": ["a"], "tools": tools}, False),
         ("/v1/score", {"completions": ["a"], "chat_template_kwargs": {"t": "x" * 90}}, True),
         ("/v1/score", {"completions": [[]] * 4}, False),
@@ -99,6 +101,25 @@ def test_a_request_beyond_a_limit_is_refused_and_one_at_it_is_scored() -> None:
         if not passes:
             assert error_of(answer)["type"] == "too_large"
             assert "limit of this service" in error_of(answer)["message"]
+
+
+def test_a_text_beyond_the_limit_is_named_as_its_caller_names_it() -> None:
+    http, long = client(limits=HttpLimits(max_characters=10)), "a" * 11
+    said = {"role": "assistant", "content": long}
+    for path, body, name in (
+        ("/v1/score", {"completions": ["a", long]}, "completions[1]"),
+        ("/v1/score", {"ids": [[1], [1] * 11]}, "ids[1]"),
+        ("/get_reward", {"query": ["a", long]}, "query[1]"),
+        ("/classify", {"input": long}, "input"),
+        ("/classify", {"messages": [{"role": "user", "content": "a"}, said]}, "messages"),
+        ("/score", {"text_1": "a", "text_2": ["a", long]}, "text_2[1]"),
+        ("/predict", {"inputs": ["a", long], "raw_scores": True}, "inputs"),
+        ("/v1/score/evaluation", {"messages": ["a", long]}, "messages[1]"),
+        ("/reward", {"prompt": "a", "response": long}, "response"),
+    ):  # fmt: skip
+        answer = http.post(path, json=body)
+        assert answer.status_code == 413
+        assert f"`{name}` has " in error_of(answer)["message"]
 
 
 def test_a_prompt_that_is_repeated_counts_for_each_text() -> None:

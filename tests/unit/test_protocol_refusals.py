@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from starlette.testclient import TestClient
 
 from rayrm.serve.http import build_app
 from rayrm.serve.request import ScoreRequest, ScoreResult
 from tests.unit.test_protocols import VERSION, Body, ready
+
+USER = [{"role": "user", "content": "a"}]
+JUDGED = [{"role": "assistant", "content": "b"}]
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -36,8 +42,8 @@ from tests.unit.test_protocols import VERSION, Body, ready
         ("/classify", {"text": [["a", "b"]]}, ["`text[0]`"]),
         ("/classify", {"input_ids": ["a"]}, ["`input_ids`", "`text` takes strings"]),
         ("/classify", {"input_ids": "a"}, ["`input_ids`"]),
-        ("/classify", {"input_ids": [[]]}, ["at least one"]),
-        ("/classify", {"input_ids": [[2**40]]}, ["token ids"]),
+        ("/classify", {"input_ids": [[1], []]}, ["`input_ids[1]`", "at least one"]),
+        ("/classify", {"input_ids": [[2**40]]}, ["`input_ids[0]`", "token ids"]),
         ("/pooling", {"input": "a", "encoding_format": "base64"}, ["`encoding_format` ('base64')"]),
         ("/v1/embeddings", {"input": "a", "dimensions": 8}, ["`dimensions` (8)", "one number"]),
         ("/v1/embeddings", {}, ["`input` is missing"]),
@@ -60,7 +66,39 @@ from tests.unit.test_protocols import VERSION, Body, ready
         ("/v1/score", {"prompts": ["a", "b"], "completions": ["c"]}, ["2 entries", "Repeat the prompt"]),
         ("/v1/score", {"completions": "a"}, ["`completions` (str)", "completions=[...]"]),
         ("/v1/score", {"completions": [{"role": "user", "content": "a"}]}, ["is one message list"]),
-        ("/v1/score", {"completions": [["a"]]}, ["`completions[0]` (['a'])", "messages"]),
+        ("/v1/score", {"completions": [["a"]]}, ["`completions[0][0]` ('a') is str", "'role'"]),
+        ("/v1/score", {"completions": ["a", None]}, ["`completions[1]` (None) is NoneType", "a string or"]),
+        ("/v1/score", {"prompts": ["a", 5], "completions": ["b", "c"]}, ["`prompts[1]` (5) is int"]),
+        ("/v1/score", {"prompts": ["a", None], "completions": ["b", "c"]}, ["`prompts[1]` is null"]),
+        ("/v1/score", {"completions": ["a", {}]}, ["`completions[1]` ({}) is dict"]),
+        ("/v1/score", {"completions": ["a", "\ud800"]}, ["`completions[1]` holds '\\ud800'", "UTF-8"]),
+        ("/v1/score", {"completions": [[]]}, ["`completions[0]` ([]) has no message"]),
+        ("/v1/score", {"completions": [USER]}, ["`completions[0]` ends with a message of role 'user'"]),
+        (
+            "/v1/score",
+            {"prompts": [USER], "completions": [USER + JUDGED]},
+            ["`completions[0]` starts with a message of role 'user'"],
+        ),
+        ("/v1/score", {"ids": [[1], []]}, ["`ids[1]`", "at least one"]),
+        ("/v1/score", {"ids": [[1], [-1]]}, ["`ids[1]`", "none negative"]),
+        ("/v1/score", {"ids": [[1], [True]]}, ["`ids[1]` ([True])", "whole numbers"]),
+        ("/v1/score", {"completions": ["a"], "tools": [1]}, ["`tools` ([1])", "list of tool schemas"]),
+        (
+            "/v1/score",
+            {"completions": ["a"], "rendered": True, "tools": [{"name": "add"}]},
+            ["`tools` beside `rendered`"],
+        ),
+        (
+            "/v1/score",
+            {"completions": ["a"], "rendered": True, "chat_template_kwargs": {"deep": True}},
+            ["`chat_template_kwargs` beside `rendered`"],
+        ),
+        ("/classify", {"input": "a", "tools": [{"name": "add"}]}, ["`tools` beside `input`"]),
+        ("/classify", {"messages": USER}, ["`messages` ends with a message of role 'user'"]),
+        ("/classify", {"messages": [{"role": "robot"}]}, ["`messages[0].role` ('robot')"]),
+        ("/reward", {"prompt": [{"role": "robot"}], "response": "a"}, ["`prompt[0].role` ('robot')"]),
+        ("/get_reward", {"query": ["a", "b", "\udfff"]}, ["`query[2]` holds half"]),
+        ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": 128}, ["(128)", "Send -1"]),
         ("/v1/score", {"completions": ["a"], "truncation": "middle"}, ["`truncation` ('middle')"]),
         ("/v1/score", {"completions": ["a"], "partial": 1}, ["`partial` (1)"]),
         ("/v1/score", {"completions": ["a"], "tools": {}}, ["`tools` ({})"]),
@@ -80,7 +118,8 @@ def test_what_a_shape_says_and_a_reward_model_cannot_do_is_refused(
         asked.append(wanted)
         return ScoreResult([0.0] * len(wanted.inputs), VERSION)
 
-    answer = TestClient(build_app(score, ready)).post(path, json=body)
+    content = json.dumps(body)  # with escapes, in which half a character can be written
+    answer = TestClient(build_app(score, ready)).post(path, content=content, headers=JSON)
     assert answer.status_code == 422, answer.text
     error = answer.json()["error"]
     assert error["type"] == "invalid_request"
@@ -99,8 +138,15 @@ def test_what_the_url_says_holds_where_the_body_says_nothing() -> None:
     http = TestClient(build_app(score, ready))
     http.post("/get_reward?model=m&truncation=left&version=v", json={"query": ["a"]})
     assert (asked[-1].model, asked[-1].truncation, asked[-1].version) == ("m", "left", "v")
-    http.post("/classify?truncation=right", json={"input": "a", "truncate_prompt_tokens": -1})
-    http.post("/classify?model=m", json={"input": "a", "model": "n"})
+    cuts = {"inputs": "a", "raw_scores": True, "truncate": True}
+    for path, body, says in (
+        ("/classify?truncation=right", {"input": "a", "truncate_prompt_tokens": -1}, "the truncation 'left'"),
+        ("/predict?truncation=left", cuts, "the truncation 'right' and the URL (`?truncation=`) for 'left'"),
+        ("/v1/score?model=m", {"completions": ["a"], "model": "n"}, "the model 'n' and the URL"),
+    ):
+        answer = http.post(path, json=body)
+        assert answer.status_code == 422
+        assert says in answer.json()["error"]["message"]
     assert len(asked) == 1
     for query, name in (("truncatoin=left", "Did you mean `truncation`?"), ("truncation=up", "'up'"),
                         ("model=a&model=b", "twice")):  # fmt: skip
@@ -130,11 +176,37 @@ def test_each_shapes_own_words_for_cutting_are_understood() -> None:
             "left",
         ),
         ("/v1/score", {"completions": ["a"], "truncation": "left"}, "left"),
+        ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": -1}, "left"),
     ]
     for path, body, wanted in cases:
         assert http.post(path, json=body).status_code == 200
         assert asked[-1].truncation == wanted
-    http.post("/v1/score/evaluation", json={"messages": ["a"], "model": "model"})
-    assert asked[-1].model is None  # LLaMA-Factory's client sends that word whatever the server
-    http.post("/v1/score/evaluation", json={"messages": ["a"], "model": "helpful"})
-    assert asked[-1].model == "helpful"
+
+
+def test_a_model_that_a_framework_names_by_itself_may_stand_for_the_only_one_unless_the_url_names_one() -> (
+    None
+):
+    asked: list[ScoreRequest] = []
+
+    async def score(wanted: ScoreRequest) -> ScoreResult:
+        asked.append(wanted)
+        return ScoreResult([0.0] * len(wanted.inputs), VERSION)
+
+    http = TestClient(build_app(score, ready))
+    path = "/shared/models/reward"
+    cases: list[tuple[str, Body]] = [
+        ("/classify", {"input": "a"}),
+        ("/classify", {"text": "a"}),
+        ("/classify", {"input_ids": [1]}),
+        ("/pooling", {"input": "a"}),
+        ("/score", {"text_1": "a", "text_2": "b"}),
+        ("/v1/embeddings", {"input": "a"}),
+        ("/v1/score/evaluation", {"messages": ["a"]}),
+    ]
+    for route, body in cases:
+        assert http.post(route, json={**body, "model": path}).status_code == 200
+        assert (asked[-1].model, asked[-1].any_model) == (path, True)
+        assert http.post(f"{route}?model=helpful", json={**body, "model": path}).status_code == 200
+        assert (asked[-1].model, asked[-1].any_model) == ("helpful", False)
+    http.post("/v1/score", json={"completions": ["a"], "model": path})
+    assert (asked[-1].model, asked[-1].any_model) == (path, False)

@@ -18,8 +18,7 @@ import torch
 from starlette.testclient import TestClient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rayrm.data.tokenize import TextInput
-from rayrm.errors import ScoreError, UnknownModelError, VersionError
+from rayrm.errors import UnknownModelError, VersionError
 from rayrm.serve.http import build_app
 from rayrm.serve.protocols import ROUTES
 from rayrm.serve.request import ScoreRequest, ScoreResult
@@ -44,30 +43,17 @@ def service_of(model: RewardModel) -> Callable[[ScoreRequest], Any]:
 
     async def score(wanted: ScoreRequest) -> ScoreResult:
         await asyncio.sleep(0)
-        if wanted.model not in (None, "reward"):
+        if wanted.model not in (None, "reward") and not wanted.any_model:
             raise UnknownModelError(f"`model` ({wanted.model}): the service has reward. Send that name.")
         if wanted.version not in (None, VERSION):
             raise VersionError("that version does not answer; the current one does.", VERSION)
-        sequences, errors, cut = {}, {}, []
-        for place, entry in enumerate(wanted.inputs):
-            try:
-                if isinstance(entry, TextInput):
-                    (ids,) = model.encode([entry], truncation=wanted.truncation)
-                    if len(ids) == model.max_positions:
-                        cut.append(place)
-                else:
-                    ids = entry
-                model._check_ids([ids])
-                sequences[place] = ids
-            except ScoreError as error:
-                if not wanted.partial:
-                    raise
-                errors[place] = str(error)
+        encoded = model.encode_request(wanted)
         scores = [float("nan")] * len(wanted.inputs)
-        for place, found in zip(sequences, model.score_ids(list(sequences.values())), strict=True):
-            scores[place] = found
-        num_tokens = [len(sequences.get(place, ())) for place in range(len(scores))]
-        return ScoreResult(scores, VERSION, "reward", num_tokens, cut, errors=errors)
+        given = model.score_ids(list(encoded.sequences.values()))
+        for place, score in zip(encoded.sequences, given, strict=True):
+            scores[place] = score
+        num_tokens = [len(encoded.sequences.get(place, ())) for place in range(len(scores))]
+        return ScoreResult(scores, VERSION, "reward", num_tokens, encoded.truncated, errors=encoded.errors)
 
     return score
 
@@ -325,14 +311,38 @@ def test_the_own_shape_tells_details_and_scores_beside_a_bad_text(served: Served
     assert answer["num_tokens"] == [len(served.ids[0]), 0, len(served.ids[1])]
     assert set(answer["timing"]) == {"tokenize_s", "queue_s", "compute_s", "total_s"}
     assert (answer["version"], answer["model"], answer["truncated"]) == (VERSION, "reward", [])
+    assert answer["errors"][0]["message"].startswith("input 1 has")
     cut = http.post("/v1/score?truncation=left", json=body)
     assert cut.json()["truncated"] == [1]
     assert cut.headers["Rayrm-Truncated"] == "1"
 
 
+def test_tools_beside_messages_change_the_score_on_every_route_that_takes_messages(tmp_path: Path) -> None:
+    served = Served(tmp_path, "conversational")
+    http = TestClient(served.app)
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    dialogue = user(PROMPTS[0]) + assistant(ANSWERS[0])
+    wanted = served.model.score([None], [dialogue], tools=tools)
+    assert abs(wanted[0] - served.wanted[0]) > 20 * STOCK
+    answer = http.post("/classify", json={"messages": dialogue, "tools": tools}).json()
+    assert answer["data"][0]["probs"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_an_answer_of_nothing_is_scored_in_both_forms(served: Served, http: TestClient) -> None:
+    """A policy may write nothing, and what it gets for that is a score."""
+    conversational = served.model.text_form == "conversational"
+    body = {
+        "prompts": [user("a") if conversational else "a"],
+        "completions": [assistant("") if conversational else ""],
+    }
+    assert http.post("/v1/score", json=body).status_code == 200
+    if conversational:
+        assert http.post("/reward", json={"prompt": user("a"), "response": ""}).status_code == 200
+
+
 def test_an_ensembles_spread_is_in_the_answer() -> None:
     async def score(wanted: ScoreRequest) -> ScoreResult:
-        return ScoreResult([1.0, float("nan")], "a+b", "both", spread=[0.5, float("nan")], errors={1: "why"})
+        return ScoreResult([1.0, float("nan")], "a.b", "both", spread=[0.5, float("nan")], errors={1: "why"})
 
     http = TestClient(build_app(score, ready))
     answer = http.post("/v1/score", json={"ids": [[1], [2]], "partial": True})

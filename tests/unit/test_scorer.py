@@ -257,7 +257,7 @@ def test_an_input_that_cannot_be_scored_is_named(standard: Path, chat: Path) -> 
     with pytest.raises(ScoreError, match="input 0 of 1: plain strings"):
         RewardModel.from_pretrained(chat).score(["a"], ["b"])
     for ids in (np.zeros(0, np.int32), np.asarray([400]), np.asarray([-1]), np.ones((2, 2), int), np.ones(2)):
-        with pytest.raises(ScoreError, match="sequence 0"):
+        with pytest.raises(ScoreError, match=r"`sequences\[0\]`"):
             model.score_ids([ids])
 
 
@@ -375,6 +375,14 @@ def test_the_columns_that_the_template_reads_travel_with_their_rows() -> None:
     assert [entry.chat_template_kwargs for entry in inputs] == [{}, {"deep": True}, {}]
     with pytest.raises(ScoreError, match="`tools` must be a list with one entry for each of 1 prompts"):
         row_inputs(["a"], ["b"], {"tools": [tools, tools]})
+    for name, bad, says in (
+        ("tools", "[{nojson", r"`tools\[1\]` .* is not JSON"),
+        ("tools", 5, r"`tools\[1\]` \(5\) must be a list"),
+        ("chat_template_kwargs", "{nojson", r"`chat_template_kwargs\[1\]` is not JSON"),
+        ("chat_template_kwargs", [1], r"`chat_template_kwargs\[1\]` \(\[1\]\) must be an object"),
+    ):
+        with pytest.raises(ScoreError, match=says):
+            row_inputs(["a"] * 2, ["b"] * 2, {name: [None, bad]})
 
 
 def test_a_score_is_a_finite_number_or_an_error(tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ def test_an_empty_completion_can_be_scored() -> None:
 
 
 MESSAGES: Any = [{"role": "user", "content": "why"}]
+ANSWER: Any = [{"role": "assistant", "content": "no"}]
 
 
 @pytest.mark.parametrize(
@@ -189,11 +190,48 @@ MESSAGES: Any = [{"role": "user", "content": "why"}]
         ("conversational", TextInput(None, MESSAGES, rendered=True), "rendered=False"),
         ("conversational", TextInput(None, [{"role": "robot", "content": "x"}]), "'robot'"),
         ("standard", TextInput("why", "\ud800"), "UTF-8"),
+        ("standard", TextInput("why", None), "`completion` .None. is NoneType"),  # type: ignore[arg-type]
+        ("conversational", TextInput(None, MESSAGES), "`completion` ends with a message of role 'user'"),
+        ("conversational", TextInput(MESSAGES, MESSAGES + ANSWER), "`completion` starts with"),
+        ("conversational", TextInput(MESSAGES, []), "has no message"),
+        ("standard", TextInput("why", "no", [{"name": "add"}]), "`tools` beside a string"),
     ],
 )
 def test_an_input_of_the_other_form_is_refused_with_the_fix(form: Any, entry: TextInput, says: str) -> None:
     with pytest.raises(ScoreError, match=says):
         encode(tiny_tokenizer(), form, [entry])
+
+
+def test_an_empty_answer_of_the_assistant_can_be_scored() -> None:
+    empty: Any = [{"role": "assistant", "content": ""}]
+    (ids,) = encode(tiny_tokenizer(), "conversational", [TextInput(MESSAGES, empty)])
+    assert len(ids) > 0
+
+
+@pytest.mark.parametrize("tools", [None, [{"name": "add"}]])
+def test_parts_that_the_template_prints_as_they_are_are_refused(tools: Any) -> None:
+    """In scoring and in training: it would be a Python list that is scored, and not the text."""
+    parts: Any = [{"role": "assistant", "content": [{"type": "text", "text": "it's so"}]}]
+    tokenizer = tiny_tokenizer()
+    entry = TextInput(MESSAGES, parts, tools)
+    with pytest.raises(ScoreError, match=r"prints content as it is.*pass the text as one string"):
+        encode(tokenizer, "conversational", [entry])
+    rows = [{"prompt": MESSAGES, "chosen": chosen, "rejected": ANSWER, "tools": tools} for chosen in (
+        parts, [{"role": "assistant", "content": "it is"}]
+    )]  # fmt: skip
+    refused, kept = tokenize_rows(tokenizer, [parse_row(row) for row in rows], None)
+    assert isinstance(kept, TokenizedRow)
+    assert isinstance(refused, RowError)
+    assert refused.reason == "template-refused"
+    assert "prints content as it is" in str(refused)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if m['content'] is string %}{{ m['content'] }}"
+        "{% else %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|end|>{% endfor %}"
+    )
+    string: Any = [{"role": "assistant", "content": "it's so"}]
+    in_parts, in_one = encode(tokenizer, "conversational", [entry, TextInput(MESSAGES, string, tools)])
+    assert in_parts.tolist() == in_one.tolist()
 
 
 def test_messages_without_a_chat_template_name_the_setting() -> None:
