@@ -13,6 +13,7 @@ from rayrm.errors import RowError
 Message = dict[str, Any]
 Text = str | list[Message]
 
+_TOOLS = ("tool", "function", "ipython")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -78,13 +79,20 @@ def check_completion(side: str, completion: Text, *, explicit_prompt: bool) -> N
         )
 
 
-def check_roles(side: str, completion: Sequence[Message], *, explicit_prompt: bool) -> None:
-    """`RowError` (empty-completion, bad-roles) unless the message that is judged is the assistant's."""
+def check_roles(
+    side: str, completion: Sequence[Message], *, explicit_prompt: bool, may_await: bool = False
+) -> None:
+    """`RowError` (empty-completion, bad-roles) unless the message that is judged is the assistant's.
+
+    `may_await`: results of the tools that it called may follow, as in a rollout that ends before it goes on.
+    """
     if not completion:
         raise RowError(
             "empty-completion", f"`{side}` ([]) has no message; add the assistant's, or leave it out"
         )
     first, last = completion[0]["role"], completion[-1]["role"]
+    if may_await:
+        last = next((m["role"] for m in reversed(completion) if m["role"] not in _TOOLS), last)
     if last != "assistant":
         raise RowError(
             "bad-roles",

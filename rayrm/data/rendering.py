@@ -107,7 +107,8 @@ def _text_or_messages(
     dialogues = [text for text in texts if not isinstance(text, str)]
     if not checked:
         try:
-            check_roles("completion", dialogues[-1], explicit_prompt=any(dialogues[:-1]))
+            explicit = any(dialogues[:-1])
+            check_roles("completion", dialogues[-1], explicit_prompt=explicit, may_await=True)
         except RowError as error:
             raise ScoreError(str(error)) from None
     return [message for dialogue in dialogues for message in dialogue]

@@ -23,10 +23,13 @@ from rayrm.serve.idle import IdleOffload, WeightsState
 from rayrm.serve.loaded import LoadedModel
 from rayrm.serve.request import ScoreRequest, ScoreResult
 from rayrm.serve.scheduler import QueuedText
+from rayrm.serve.scorer import Encoded
 from rayrm.serve_settings import Ensemble
 from rayrm.settings import nearest
 
 logger = logging.getLogger("rayrm.serve")
+_TOKENIZED_AT_ONCE = 256
+"""Texts. A request of thousands takes seconds, in which no other could begin."""
 _RATED = 32
 """Batches by whose time a caller is told when to come back."""
 
@@ -196,8 +199,7 @@ class BatchLoop:
     async def _score_by(self, model: LoadedModel, request: ScoreRequest) -> ScoreResult:
         began = time.monotonic()
         with self._bound_to(model):
-            running = asyncio.get_running_loop()
-            encoded = await running.run_in_executor(self._tokenizing, model.encode, request)
+            encoded = await self._encoded(model, request)
             now = time.monotonic()
             expires_at = None if request.left_s is None else began + request.left_s
             number, entry = model.add(encoded, now - began, expires_at)
@@ -206,6 +208,14 @@ class BatchLoop:
                 return await entry.answer
             finally:
                 model.remove(number)
+
+    async def _encoded(self, model: LoadedModel, request: ScoreRequest) -> Encoded:
+        """The request's ids, some texts at a time: in between, others have their turn at the tokenizer."""
+        running, encoded = asyncio.get_running_loop(), Encoded()
+        for start in range(0, max(len(request.inputs), 1), _TOKENIZED_AT_ONCE):
+            part = (request, start, start + _TOKENIZED_AT_ONCE)
+            encoded.extend(await running.run_in_executor(self._tokenizing, model.encode, *part))
+        return encoded
 
     @contextmanager
     def _bound_to(self, model: LoadedModel) -> Iterator[None]:

@@ -67,8 +67,9 @@ class LoadedModel:
         stored = Distribution.stored(manifest)
         return cls(name, place, model, model.queue(), ScoreWindow(stored) if stored else None)
 
-    def encode(self, request: ScoreRequest) -> Encoded:
-        return self.model.encode_request(request)
+    def encode(self, request: ScoreRequest, start: int, stop: int) -> Encoded:
+        """The ids of a part of the request."""
+        return self.model.encode_request(request, start, stop)
 
     def add(self, encoded: Encoded, tokenize_s: float, expires_at: float | None) -> tuple[int, Waiting]:
         """Queue what of a request can be scored; within an event loop."""

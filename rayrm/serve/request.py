@@ -155,7 +155,7 @@ def text_scorable(prompt_name: str, completion_name: str, entry: TextInput) -> T
         prompt = None if entry.prompt is None else parse_text(prompt_name, entry.prompt)
         completion = parse_text(completion_name, entry.completion)
         if not isinstance(completion, str):
-            check_roles(completion_name, completion, explicit_prompt=bool(prompt))
+            check_roles(completion_name, completion, explicit_prompt=bool(prompt), may_await=True)
     except RowError as error:
         return Refused(f"{error}.")
     return entry

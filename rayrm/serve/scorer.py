@@ -59,6 +59,12 @@ class Encoded:
     truncated: list[int] = field(default_factory=list)
     errors: dict[int, str] = field(default_factory=dict)
 
+    def extend(self, later: Encoded) -> None:
+        """Take in what comes after it."""
+        self.sequences.update(later.sequences)
+        self.truncated.extend(later.truncated)
+        self.errors.update(later.errors)
+
 
 class RewardModel:
     """A loaded reward model; `text_form` says whether it takes messages or plain strings.
@@ -161,15 +167,16 @@ class RewardModel:
         request = ScoreRequest(inputs, truncation=truncation)
         return list(self.encode_request(request).sequences.values())
 
-    def encode_request(self, request: ScoreRequest) -> Encoded:
-        """The token ids of a request's texts; its ids are checked and cut by the same rules.
+    def encode_request(self, request: ScoreRequest, start: int = 0, stop: int | None = None) -> Encoded:
+        """The token ids of a request's texts, or of those in a part of it; ids are checked and cut alike.
 
         Raises ScoreError naming the first input that cannot be scored, unless the request is `partial`: then
         it is told in `errors`. Texts are tokenized in one call, also beside bad ones.
         """
         check_truncation(request.truncation)
         encoded = Encoded()
-        for place, ids in enumerate(self._tokenized(request.inputs)):
+        places = range(len(request.inputs))[start:stop]
+        for place, ids in zip(places, self._tokenized(request.inputs, places), strict=True):
             try:
                 if isinstance(ids, ScoreError):
                     raise ids
@@ -227,12 +234,13 @@ class RewardModel:
             self._scorer.to(self._device)
             self._is_offloaded = False
 
-    def _tokenized(self, inputs: Sequence[Scorable]) -> list[Ids | ScoreError]:
-        """The ids of each input, given or made, or why a text has none."""
-        texts = [entry for entry in inputs if isinstance(entry, TextInput)]
+    def _tokenized(self, inputs: Sequence[Scorable], places: range) -> list[Ids | ScoreError]:
+        """The ids of the inputs at `places`, given or made, or why a text has none."""
+        texts = [entry for place in places if isinstance(entry := inputs[place], TextInput)]
         made = iter(encode_each(self.tokenizer, self.text_form, texts))
         found: list[Ids | ScoreError] = []
-        for place, entry in enumerate(inputs):
+        for place in places:
+            entry = inputs[place]
             if isinstance(entry, Refused):
                 found.append(ScoreError(entry.reason))
             elif isinstance(entry, TextInput):

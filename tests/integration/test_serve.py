@@ -190,7 +190,7 @@ def test_an_absent_application_is_named_with_those_that_run(client: RewardClient
 @pytest.mark.ray
 def test_no_answer_before_the_deadline_is_an_error(client: RewardClient) -> None:
     hurried = RewardClient(client.name, deadline_s=0.001)
-    with pytest.raises(RewardUnavailableError, match="no answer within 0.001 s"):
+    with pytest.raises(RewardUnavailableError, match=r"no answer within 0\.001 s"):
         hurried(*texts(200))
     assert len(client(*texts(2))) == 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,41 @@ def test_the_event_loop_runs_while_the_model_computes(gated: tuple[BatchLoop, Ga
         return ticks
 
     assert run(loop, story) == 20
+
+
+def test_a_request_of_thousands_leaves_the_tokenizer_to_others(
+    places: Any, right: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small request is encoded between the parts of a large one, whose places and errors stay its own."""
+    loop = BatchLoop({"reward": loaded(places[0], max_tokens=4096)})
+    model = loop.models["reward"]
+    seen: list[tuple[int, int]] = []
+    encode = model.model.encode_request
+
+    def noted(request: ScoreRequest, start: int, stop: int) -> Any:
+        seen.append((len(request.inputs), start))
+        return encode(request, start, stop)
+
+    monkeypatch.setattr(model.model, "encode_request", noted)
+    long = np.full(600, 5, np.int32)
+    large = ScoreRequest([*inputs(600), long, *inputs(20)], truncation="right")
+
+    async def story() -> Any:
+        first = asyncio.create_task(loop.score(large))
+        await asyncio.sleep(0)
+        answers = await asyncio.gather(first, loop.score(ask(3)))
+        with pytest.raises(ScoreError, match="input 600 has 600 tokens"):
+            await loop.score(replace(large, truncation=None))
+        return [*answers, await loop.score(replace(large, truncation=None, partial=True))]
+
+    whole, small, partial = run(loop, story)
+    assert seen[:4] == [(621, 0), (3, 0), (621, 256), (621, 512)]
+    expected = right[0].score_inputs([*inputs(600), long[:512], *inputs(20)])
+    assert whole.scores == pytest.approx(expected, abs=SAME)
+    assert whole.truncated == [600]
+    assert small.scores == pytest.approx(expected[:3], abs=SAME)
+    assert list(partial.errors) == [600]
+    assert partial.scores[601:] == pytest.approx(expected[601:], abs=SAME)
 
 
 def test_what_is_cancelled_or_has_expired_is_not_computed(gated: tuple[BatchLoop, Gate]) -> None:

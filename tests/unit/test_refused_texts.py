@@ -168,3 +168,14 @@ def test_a_refused_input_is_told_in_a_partial_answer_and_else_raised(standard: P
     assert (list(found.sequences), found.errors) == ([0], {1: "`x[1]` is bad."})
     with pytest.raises(ScoreError, match=r"^`x\[1\]` is bad\.$"):
         model.encode_request(ScoreRequest(inputs))
+
+
+def test_a_rollout_that_ends_with_what_its_tools_answered_is_scored(chat: Path) -> None:
+    """A policy may be cut off before it goes on: reinforcement learning must not end there."""
+    model = RewardModel.from_pretrained(chat)
+    called = [{"role": "assistant", "content": "I look it up"}, {"role": "tool", "content": "four"}]
+    [score] = model.score([user("what is 2 + 2?")], [called])
+    assert score != model.score([user("what is 2 + 2?")], [called[:1]])[0]
+    for unjudged in ([*called, *user("and 3?")], called[1:]):
+        with pytest.raises(ScoreError, match=r"completions\[0\]"):
+            model.score([user("what is 2 + 2?")], [unjudged])
