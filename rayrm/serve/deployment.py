@@ -7,8 +7,6 @@ Everything wrong with a model's files is raised by `deploy` before Serve starts.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 import secrets
 import signal
 import threading
@@ -25,6 +23,7 @@ from rayrm.serve.caller import REPLICAS
 from rayrm.serve.client import RewardClient
 from rayrm.serve.connect import connect
 from rayrm.serve.gateway import (
+    DRAIN_S,
     MAX_ONGOING_REQUESTS,
     check_port,
     gateway,
@@ -32,6 +31,7 @@ from rayrm.serve.gateway import (
     no_token_for,
     proxied,
 )
+from rayrm.serve.http_guard import token_sha256_in
 from rayrm.serve.pointer import drop_pointers, key_of
 from rayrm.serve.registry import CURRENT, MANIFEST, PublishedModel, content_version, open_published
 from rayrm.serve.replica import ReplicaPlan, RewardReplica
@@ -76,8 +76,8 @@ def deploy(
         RewardUnavailableError: the replicas could not start; the message holds Serve's.
     """
     settings = _settings(config, name, fields)
-    places, token = _checked_models(model, settings), _http_token(settings)
-    return _deployed(settings, places, token, wait_s=wait_s, check_resources=check_resources)
+    places, token_sha256 = _checked_models(model, settings), _http_token(settings)
+    return _deployed(settings, places, token_sha256, wait_s=wait_s, check_resources=check_resources)
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -103,15 +103,15 @@ def app(args: dict[str, Any]) -> serve.Application:
         )
     settings = ServeConfig(**fields)
     places = _checked_models(model, settings)
-    token = os.environ.get(settings.http_token_env) or None
+    token_sha256 = token_sha256_in(settings.http_token_env)
     by_proxy = str(http).lower() == "true"
-    return _application(settings, places, secrets.token_hex(8), token, by_proxy=by_proxy)
+    return _application(settings, places, secrets.token_hex(8), token_sha256, by_proxy=by_proxy)
 
 
 def _deployed(
     settings: ServeConfig,
     places: Mapping[str, ModelPlace],
-    token: str | None,
+    token_sha256: str | None,
     *,
     wait_s: float = _WAIT_S,
     check_resources: bool = True,
@@ -127,7 +127,7 @@ def _deployed(
     # Handles, and a gateway of our own, are the way in: Serve's HTTP proxy is not started for it.
     serve.start(proxy_location="Disabled")
     deployed = secrets.token_hex(8)
-    application = _application(settings, places, deployed, token)
+    application = _application(settings, places, deployed, token_sha256)
     target = serve.RunTarget(application, name=settings.name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
@@ -152,16 +152,17 @@ def serve_forever(
     life.
     """
     settings = config or ServeConfig()
-    places, token = _checked_models(model, settings), _http_token(settings)
+    places, token_sha256 = _checked_models(model, settings), _http_token(settings)
     started_here = connect(address)
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
     try:
-        _deployed(settings, places, token)
+        _deployed(settings, places, token_sha256)
         print(_how_to_call(settings, places), flush=True)
         while not stop.wait(timeout=0.5):
             pass
+        print(f"stopping {settings.name!r}: requests in flight are answered first", flush=True)
         serve.delete(settings.name)
         drop_pointers(settings.name)
         print(f"removed {settings.name!r}", flush=True)
@@ -176,7 +177,7 @@ def _application(
     settings: ServeConfig,
     places: Mapping[str, ModelPlace],
     deployed: str,
-    token: str | None,
+    token_sha256: str | None,
     *,
     by_proxy: bool = False,
 ) -> serve.Application:
@@ -210,12 +211,12 @@ def _application(
         # The files were checked: a replica that cannot load them once will not the second time.
         max_constructor_retry_count=1,
         graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=DRAIN_S,
         **options,
     ).bind(plan)
-    digest = None if token is None else hashlib.sha256(token.encode()).hexdigest()
     if by_proxy:
-        return proxied(settings, replicas, digest)
-    return replicas if settings.http_port is None else gateway(settings, replicas, digest)
+        return proxied(settings, replicas, token_sha256)
+    return replicas if settings.http_port is None else gateway(settings, replicas, token_sha256)
 
 
 def _settings(config: ServeConfig | None, name: str | None, fields: dict[str, Any]) -> ServeConfig:
@@ -254,13 +255,13 @@ def _checked_model(model: Model) -> tuple[str | None, ModelPlace]:
 
 
 def _http_token(settings: ServeConfig) -> str | None:
-    """The token that callers must send; ConfigError where one is needed and not set."""
-    token = os.environ.get(settings.http_token_env) or None
-    if settings.http_port is None or token is not None:
-        return token
-    if not is_loopback(settings.http_host):
+    """The SHA-256 of the token that callers must send; ConfigError where one is needed and not set."""
+    if settings.http_port is None:
+        return None
+    token_sha256 = token_sha256_in(settings.http_token_env)
+    if token_sha256 is None and not is_loopback(settings.http_host):
         raise ConfigError(no_token_for("`http_host`", settings.http_host, settings))
-    return None
+    return token_sha256
 
 
 def _how_to_call(settings: ServeConfig, places: Mapping[str, ModelPlace]) -> str:

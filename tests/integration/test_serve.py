@@ -261,7 +261,7 @@ def test_serving_ends_with_its_signal_and_removes_its_application_alone(
     finally:
         process.kill()
     assert process.returncode == 0
-    assert "removed 'forever'" in rest
+    assert "stopping 'forever': requests in flight are answered first\nremoved 'forever'" in rest
     assert "forever" not in serve.status().applications
     assert client.score(*texts(3)).version == published.version
 
