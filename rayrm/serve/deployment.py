@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import ValidationError
 from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import RayActorOptionsSchema
 
 from rayrm.errors import ClusterError, ConfigError, RewardUnavailableError
 from rayrm.serve.caller import REPLICAS
@@ -37,7 +40,7 @@ from rayrm.serve.registry import CURRENT, MANIFEST, PublishedModel, content_vers
 from rayrm.serve.replica import ReplicaPlan, RewardReplica
 from rayrm.serve.request import ModelPlace
 from rayrm.serve_settings import ServeConfig
-from rayrm.settings import nearest
+from rayrm.settings import nearest, readable
 
 _WAIT_S = 600.0
 _SERVES_OWN = {
@@ -76,7 +79,7 @@ def deploy(
         RewardUnavailableError: the replicas could not start; the message holds Serve's.
     """
     settings = _settings(config, name, fields)
-    places, token_sha256 = _checked_models(model, settings), _http_token(settings)
+    places, token_sha256 = _checked(model, settings), _http_token(settings)
     return _deployed(settings, places, token_sha256, wait_s=wait_s, check_resources=check_resources)
 
 
@@ -102,7 +105,7 @@ def app(args: dict[str, Any]) -> serve.Application:
             f"`args.model` ({model!r}) must be a published model's directory, or a table of several by name."
         )
     settings = ServeConfig(**fields)
-    places = _checked_models(model, settings)
+    places = _checked(model, settings)
     token_sha256 = token_sha256_in(settings.http_token_env)
     by_proxy = str(http).lower() == "true"
     return _application(settings, places, secrets.token_hex(8), token_sha256, by_proxy=by_proxy)
@@ -152,7 +155,7 @@ def serve_forever(
     life.
     """
     settings = config or ServeConfig()
-    places, token_sha256 = _checked_models(model, settings), _http_token(settings)
+    places, token_sha256 = _checked(model, settings), _http_token(settings)
     started_here = connect(address)
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -190,20 +193,12 @@ def _application(
         max_queued,
         settings.idle_offload_s,
     )
-    options: dict[str, Any] = {"num_replicas": settings.num_replicas}
-    if settings.autoscaling is not None:
-        options = {"autoscaling_config": settings.autoscaling}
-    if settings.placement_group_bundles is not None:
-        options["placement_group_bundles"] = settings.placement_group_bundles
-        options["placement_group_strategy"] = settings.placement_group_strategy
+    options = {name: value for part in _serve_options(settings).values() for name, value in part.items()}
+    if settings.autoscaling is None:
+        options["num_replicas"] = settings.num_replicas
     replicas = serve.deployment(
         RewardReplica,
         name=REPLICAS,
-        ray_actor_options={
-            "num_cpus": settings.num_cpus,
-            "num_gpus": settings.num_gpus,
-            **(settings.ray_actor_options or {}),
-        },
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         health_check_period_s=1.0,
         # A log line for each request would be one for each step of every caller.
@@ -219,14 +214,61 @@ def _application(
     return replicas if settings.http_port is None else gateway(settings, replicas, token_sha256)
 
 
+def _serve_options(settings: ServeConfig) -> dict[str, dict[str, Any]]:
+    """What settings that are Serve's own come to there, by the setting's name."""
+    actor = {
+        "num_cpus": settings.num_cpus,
+        "num_gpus": settings.num_gpus,
+        **(settings.ray_actor_options or {}),
+    }
+    options: dict[str, dict[str, Any]] = {"ray_actor_options": {"ray_actor_options": actor}}
+    if settings.placement_group_bundles is not None:
+        options["placement_group_bundles"] = {
+            "placement_group_bundles": settings.placement_group_bundles,
+            "placement_group_strategy": settings.placement_group_strategy,
+        }
+    if settings.autoscaling is not None:
+        options["autoscaling"] = {"autoscaling_config": settings.autoscaling}
+    return options
+
+
+def _check_serve_options(settings: ServeConfig) -> None:
+    """Raise ConfigError for what Serve refuses, or would not read."""
+    for setting, names in (
+        ("autoscaling", AutoscalingConfig.model_fields),
+        ("ray_actor_options", RayActorOptionsSchema.model_fields),
+    ):
+        for name in getattr(settings, setting) or {}:
+            if name not in names:
+                raise ConfigError(
+                    f"`{setting}.{name}` is no option of Serve's. It has {', '.join(sorted(names))}."
+                    f"{nearest(name, names)}"
+                )
+    given: dict[str, Any] = {}
+    for setting, options in _serve_options(settings).items():
+        given |= options
+        try:
+            if setting == "autoscaling":
+                AutoscalingConfig.model_validate(settings.autoscaling)
+            serve.deployment(RewardReplica, name=REPLICAS, **given)
+        except (ValueError, TypeError, ImportError, AttributeError) as error:
+            said = readable(error, AutoscalingConfig) if isinstance(error, ValidationError) else str(error)
+            raise ConfigError(
+                f"`{setting}` is refused by Serve: {' '.join(said.split()).rstrip('.!')}. Change that, or "
+                f"delete `{setting}`."
+            ) from error
+
+
 def _settings(config: ServeConfig | None, name: str | None, fields: dict[str, Any]) -> ServeConfig:
     if name is not None:
         fields = {"name": name, **fields}
     return ServeConfig(**fields) if config is None else dataclasses.replace(config, **fields)
 
 
-def _checked_models(model: Model | Mapping[str, Model], settings: ServeConfig) -> dict[str, ModelPlace]:
-    """Where each model lies; PublishError for anything that is not a sound reward model."""
+def _checked(model: Model | Mapping[str, Model], settings: ServeConfig) -> dict[str, ModelPlace]:
+    """Where each model lies; PublishError for anything that is not a sound reward model, ConfigError for
+    settings that Serve or the models contradict."""
+    _check_serve_options(settings)
     if isinstance(model, Mapping):
         places = {name: _checked_model(one)[1] for name, one in model.items()}
     else:

@@ -207,6 +207,8 @@ def test_a_bad_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
             deploy(model)
     with pytest.raises(ConfigError, match="num_replica"):
         deploy(tmp_path / "model", num_replica=2)
+    with pytest.raises(ConfigError, match=r"`autoscaling\.max_replica` .*Did you mean `max_replicas`"):
+        deploy(tmp_path / "model", autoscaling={"max_replica": 2})
     assert ray.is_initialized() == started
 
 
