@@ -24,7 +24,7 @@ from ray.serve.schema import RayActorOptionsSchema
 from rayrm.errors import ClusterError, ConfigError, RewardUnavailableError
 from rayrm.serve.caller import REPLICAS
 from rayrm.serve.client import RewardClient
-from rayrm.serve.connect import connect
+from rayrm.serve.connect import connect, shows_token
 from rayrm.serve.gateway import (
     DRAIN_S,
     MAX_ONGOING_REQUESTS,
@@ -317,6 +317,8 @@ def _how_to_call(settings: ServeConfig, places: Mapping[str, ModelPlace]) -> str
         "    from rayrm import RewardClient",
         f"    RewardClient({settings.name!r}{which})(prompts=[...], completions=[...])",
     ]
+    if shows_token():
+        lines += ["what joins by ray.init(address=...) types export RAY_AUTH_MODE=token first (Ray's token)"]
     if settings.http_port is not None:
         root = f"http://{settings.http_host}:{settings.http_port}"
         lines += [f"or over HTTP: {root}/v1/score (every route: {root}/docs)"]

@@ -255,8 +255,9 @@ def test_serving_ends_with_its_signal_and_removes_its_application_alone(
     )
     try:
         assert process.stdout is not None
-        first_line = process.stdout.readline()
-        assert "'forever'" in first_line
+        told = "".join(iter(process.stdout.readline, "stop with Ctrl-C\n"))
+        assert "'forever'" in told.splitlines()[0]
+        assert "types export RAY_AUTH_MODE=token first" in told
         assert RewardClient("forever").score(*texts(3)).version == published.version
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=120)
@@ -271,6 +272,23 @@ def test_serving_ends_with_its_signal_and_removes_its_application_alone(
 def test_the_client_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, rayrm.serve.client; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.ray
+def test_a_process_that_is_given_an_address_shows_this_machine_s_token(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """Ray protects the tests' cluster by a token, as each that it starts; a driver with an address shows none."""
+    code = "import ray; from rayrm.serve.connect import connect; print(connect(start=False))"
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    del environment["RAY_AUTH_MODE"]
+    command = [sys.executable, "-c", code]
+    joined = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert joined.stdout == "False\n", joined.stderr
+    environment |= {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "no authentication token was found. Start" in refused.stderr
+    assert "copy its head's ~/.ray/auth_token to this machine" in refused.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_named() -> None:
