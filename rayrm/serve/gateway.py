@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 
 from rayrm.errors import ClusterError, ConfigError, RewardUnavailableError
@@ -192,7 +193,14 @@ def proxied(
 
 
 def _check_proxy(settings: ServeConfig, token_sha256: str | None) -> None:
-    host = _get_global_client().http_config.host
+    client = _get_global_client()
+    if ray.get(client._controller.get_proxy_location.remote()) == ProxyLocation.Disabled:
+        raise ConfigError(
+            "Serve runs here without its HTTP proxy, as `rayrm serve` or `deploy` started it, so nobody would "
+            "answer at `http_options`. Type `serve shutdown`, which removes every application, and deploy the "
+            "Serve config first; or set `args.http: false`, for callers inside the cluster alone."
+        )
+    host = client.http_config.host
     if token_sha256 is None and host is not None and not is_loopback(host):
         raise ConfigError(no_token_for("Serve's proxy (`http_options.host`)", host, settings))
 

@@ -28,7 +28,7 @@ from rayrm.errors import (
     ScoreError,
 )
 from rayrm.serve.client import RewardClient
-from rayrm.serve.deployment import deploy
+from rayrm.serve.deployment import app, deploy
 from rayrm.serve.registry import PublishedModel, publish
 from rayrm.serve.scorer import RewardModel
 
@@ -242,6 +242,27 @@ def test_a_model_that_loads_and_cannot_score_does_not_start(ray_cluster: None, t
 
 
 @pytest.mark.ray
+def test_a_serve_config_whose_http_nobody_would_answer_says_so(
+    client: RewardClient, published: PublishedModel
+) -> None:
+    """`deploy` started Serve, without its proxy."""
+    application = app({"model": str(published.path), **LIGHT})
+    try:
+        with pytest.raises(RuntimeError, match="failed"):
+            serve.run(application, name="unanswered", route_prefix="/unanswered")
+        deployments = serve.status().applications["unanswered"].deployments
+        assert "Type `serve shutdown`" in deployments["HttpGateway"].message
+    finally:
+        serve.delete("unanswered")
+    inside = app({"model": str(published.path), "http": False, **LIGHT})
+    serve.run(inside, name="inside", route_prefix=None)
+    try:
+        assert RewardClient("inside").score(*texts(2)).version == published.version
+    finally:
+        serve.delete("inside")
+
+
+@pytest.mark.ray
 def test_serving_ends_with_its_signal_and_removes_its_application_alone(
     client: RewardClient, published: PublishedModel
 ) -> None:
@@ -278,7 +299,7 @@ def test_the_client_loads_neither_torch_nor_transformers() -> None:
 def test_a_process_that_is_given_an_address_shows_this_machine_s_token(
     ray_cluster: None, tmp_path: Path
 ) -> None:
-    """Ray protects the tests' cluster by a token, as each that it starts; a driver with an address shows none."""
+    """Ray protects the tests' cluster by a token; a driver that has its address shows none by itself."""
     code = "import ray; from rayrm.serve.connect import connect; print(connect(start=False))"
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     del environment["RAY_AUTH_MODE"]
