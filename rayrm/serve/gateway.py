@@ -196,9 +196,9 @@ def _check_proxy(settings: ServeConfig, token_sha256: str | None) -> None:
     client = _get_global_client()
     if ray.get(client._controller.get_proxy_location.remote()) == ProxyLocation.Disabled:
         raise ConfigError(
-            "Serve runs here without its HTTP proxy, as `rayrm serve` or `deploy` started it, so nobody would "
-            "answer at `http_options`. Type `serve shutdown`, which removes every application, and deploy the "
-            "Serve config first; or set `args.http: false`, for callers inside the cluster alone."
+            "Serve runs here without its HTTP proxy, as `rayrm serve` or `deploy` started it, so nobody "
+            "would answer at `http_options`. Type `serve shutdown`, which removes every application, and "
+            "deploy the Serve config first; or set `args.http: false`, for callers in the cluster alone."
         )
     host = client.http_config.host
     if token_sha256 is None and host is not None and not is_loopback(host):
