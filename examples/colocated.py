@@ -18,6 +18,7 @@ import torch
 
 from rayrm import RewardClient, deploy
 from rayrm.serve.connect import connect
+from rayrm.serve_commands import model_directory
 
 GPU = torch.cuda.is_available()
 PROMPTS = ["What is two and two?", "Name a colour."]
@@ -44,25 +45,28 @@ class Policy:
 
 
 def main(model: str) -> None:
+    from ray import serve
+
     from rayrm.serve.saved import saved_files
 
+    directory = model_directory(model, "registry")  # of a published name, its current version
+    conversational = saved_files(directory).text_form == "conversational"
     connect()
     reward = deploy(
-        model,
+        directory,
         "colocated",
         placement_group_bundles=[{"CPU": 0.5, "GPU": 0.2} if GPU else {"CPU": 0.5}],
         num_cpus=0.5,
         num_gpus=0.2 if GPU else 0,
         idle_offload_s=5,
     )
-    conversational = saved_files(model).text_form == "conversational"
-    nearby = RewardClient("colocated", model=reward.model, prefer_local=True)
-    policies = [Policy.remote(nearby, conversational) for _ in range(2)]  # type: ignore[attr-defined]
-    for scores, version in ray.get([policy.step.remote() for policy in policies]):
-        print(f"{version}: {', '.join(f'{score:.4f}' for score in scores)}")
-    from ray import serve
-
-    serve.delete("colocated")
+    try:
+        nearby = RewardClient("colocated", model=reward.model, prefer_local=True)
+        policies = [Policy.remote(nearby, conversational) for _ in range(2)]  # type: ignore[attr-defined]
+        for scores, version in ray.get([policy.step.remote() for policy in policies]):
+            print(f"{version}: {', '.join(f'{score:.4f}' for score in scores)}")
+    finally:
+        serve.delete("colocated")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,14 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerC
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from rayrm.errors import OverloadedError, RayrmError, RewardUnavailableError, VersionError
+from rayrm.errors import (
+    ClusterError,
+    OverloadedError,
+    RayrmError,
+    RewardUnavailableError,
+    VersionError,
+)
+from rayrm.serve.connect import connect
 from rayrm.serve.request import ScoreRequest, ScoreResult
 from rayrm.settings import frozen_settings
 
@@ -198,14 +205,10 @@ class Caller:
 
     def _connected(self) -> Any:
         name = self.settings.name
-        if not ray.is_initialized():
-            try:
-                ray.init(address="auto", log_to_driver=False)
-            except ConnectionError as error:
-                raise RewardUnavailableError(
-                    f"RewardClient({name!r}): no Ray cluster runs on this machine. Start the service with "
-                    "`rayrm serve MODEL`, or connect first with ray.init(address=...)."
-                ) from error
+        try:
+            connect(start=False)
+        except ClusterError as error:
+            raise RewardUnavailableError(f"RewardClient({name!r}): {error}") from error
         try:
             serve.get_app_handle(name)  # of an application that is not there a deployment's would wait
         except RayServeException as error:

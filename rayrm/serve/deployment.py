@@ -7,8 +7,6 @@ Everything wrong with a model's files is raised by `deploy` before Serve starts.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 import secrets
 import signal
 import threading
@@ -18,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import ValidationError
 from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import RayActorOptionsSchema
 
 from rayrm.errors import ClusterError, ConfigError, RewardUnavailableError
 from rayrm.serve.caller import REPLICAS
 from rayrm.serve.client import RewardClient
-from rayrm.serve.connect import connect
+from rayrm.serve.connect import connect, shows_token
 from rayrm.serve.gateway import (
+    DRAIN_S,
     MAX_ONGOING_REQUESTS,
     check_port,
     gateway,
@@ -32,12 +34,13 @@ from rayrm.serve.gateway import (
     no_token_for,
     proxied,
 )
+from rayrm.serve.http_guard import token_sha256_in
 from rayrm.serve.pointer import drop_pointers, key_of
 from rayrm.serve.registry import CURRENT, MANIFEST, PublishedModel, content_version, open_published
 from rayrm.serve.replica import ReplicaPlan, RewardReplica
 from rayrm.serve.request import ModelPlace
 from rayrm.serve_settings import ServeConfig
-from rayrm.settings import nearest
+from rayrm.settings import nearest, readable
 
 _WAIT_S = 600.0
 _SERVES_OWN = {
@@ -76,8 +79,8 @@ def deploy(
         RewardUnavailableError: the replicas could not start; the message holds Serve's.
     """
     settings = _settings(config, name, fields)
-    places, token = _checked_models(model, settings), _http_token(settings)
-    return _deployed(settings, places, token, wait_s=wait_s, check_resources=check_resources)
+    places, token_sha256 = _checked(model, settings), _http_token(settings)
+    return _deployed(settings, places, token_sha256, wait_s=wait_s, check_resources=check_resources)
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -102,16 +105,16 @@ def app(args: dict[str, Any]) -> serve.Application:
             f"`args.model` ({model!r}) must be a published model's directory, or a table of several by name."
         )
     settings = ServeConfig(**fields)
-    places = _checked_models(model, settings)
-    token = os.environ.get(settings.http_token_env) or None
+    places = _checked(model, settings)
+    token_sha256 = token_sha256_in(settings.http_token_env)
     by_proxy = str(http).lower() == "true"
-    return _application(settings, places, secrets.token_hex(8), token, by_proxy=by_proxy)
+    return _application(settings, places, secrets.token_hex(8), token_sha256, by_proxy=by_proxy)
 
 
 def _deployed(
     settings: ServeConfig,
     places: Mapping[str, ModelPlace],
-    token: str | None,
+    token_sha256: str | None,
     *,
     wait_s: float = _WAIT_S,
     check_resources: bool = True,
@@ -127,7 +130,7 @@ def _deployed(
     # Handles, and a gateway of our own, are the way in: Serve's HTTP proxy is not started for it.
     serve.start(proxy_location="Disabled")
     deployed = secrets.token_hex(8)
-    application = _application(settings, places, deployed, token)
+    application = _application(settings, places, deployed, token_sha256)
     target = serve.RunTarget(application, name=settings.name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
@@ -152,16 +155,17 @@ def serve_forever(
     life.
     """
     settings = config or ServeConfig()
-    places, token = _checked_models(model, settings), _http_token(settings)
+    places, token_sha256 = _checked(model, settings), _http_token(settings)
     started_here = connect(address)
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
     try:
-        _deployed(settings, places, token)
+        _deployed(settings, places, token_sha256)
         print(_how_to_call(settings, places), flush=True)
         while not stop.wait(timeout=0.5):
             pass
+        print(f"stopping {settings.name!r}: requests in flight are answered first", flush=True)
         serve.delete(settings.name)
         drop_pointers(settings.name)
         print(f"removed {settings.name!r}", flush=True)
@@ -176,7 +180,7 @@ def _application(
     settings: ServeConfig,
     places: Mapping[str, ModelPlace],
     deployed: str,
-    token: str | None,
+    token_sha256: str | None,
     *,
     by_proxy: bool = False,
 ) -> serve.Application:
@@ -189,20 +193,12 @@ def _application(
         max_queued,
         settings.idle_offload_s,
     )
-    options: dict[str, Any] = {"num_replicas": settings.num_replicas}
-    if settings.autoscaling is not None:
-        options = {"autoscaling_config": settings.autoscaling}
-    if settings.placement_group_bundles is not None:
-        options["placement_group_bundles"] = settings.placement_group_bundles
-        options["placement_group_strategy"] = settings.placement_group_strategy
+    options = {name: value for part in _serve_options(settings).values() for name, value in part.items()}
+    if settings.autoscaling is None:
+        options["num_replicas"] = settings.num_replicas
     replicas = serve.deployment(
         RewardReplica,
         name=REPLICAS,
-        ray_actor_options={
-            "num_cpus": settings.num_cpus,
-            "num_gpus": settings.num_gpus,
-            **(settings.ray_actor_options or {}),
-        },
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         health_check_period_s=1.0,
         # A log line for each request would be one for each step of every caller.
@@ -210,12 +206,57 @@ def _application(
         # The files were checked: a replica that cannot load them once will not the second time.
         max_constructor_retry_count=1,
         graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=DRAIN_S,
         **options,
     ).bind(plan)
-    digest = None if token is None else hashlib.sha256(token.encode()).hexdigest()
     if by_proxy:
-        return proxied(settings, replicas, digest)
-    return replicas if settings.http_port is None else gateway(settings, replicas, digest)
+        return proxied(settings, replicas, token_sha256)
+    return replicas if settings.http_port is None else gateway(settings, replicas, token_sha256)
+
+
+def _serve_options(settings: ServeConfig) -> dict[str, dict[str, Any]]:
+    """What settings that are Serve's own come to there, by the setting's name."""
+    actor = {
+        "num_cpus": settings.num_cpus,
+        "num_gpus": settings.num_gpus,
+        **(settings.ray_actor_options or {}),
+    }
+    options: dict[str, dict[str, Any]] = {"ray_actor_options": {"ray_actor_options": actor}}
+    if settings.placement_group_bundles is not None:
+        options["placement_group_bundles"] = {
+            "placement_group_bundles": settings.placement_group_bundles,
+            "placement_group_strategy": settings.placement_group_strategy,
+        }
+    if settings.autoscaling is not None:
+        options["autoscaling"] = {"autoscaling_config": settings.autoscaling}
+    return options
+
+
+def _check_serve_options(settings: ServeConfig) -> None:
+    """Raise ConfigError for what Serve refuses, or would not read."""
+    for setting, names in (
+        ("autoscaling", AutoscalingConfig.model_fields),
+        ("ray_actor_options", RayActorOptionsSchema.model_fields),
+    ):
+        for name in getattr(settings, setting) or {}:
+            if name not in names:
+                raise ConfigError(
+                    f"`{setting}.{name}` is no option of Serve's. It has {', '.join(sorted(names))}."
+                    f"{nearest(name, names)}"
+                )
+    given: dict[str, Any] = {}
+    for setting, options in _serve_options(settings).items():
+        given |= options
+        try:
+            if setting == "autoscaling":
+                AutoscalingConfig.model_validate(settings.autoscaling)
+            serve.deployment(RewardReplica, name=REPLICAS, **given)
+        except (ValueError, TypeError, ImportError, AttributeError) as error:
+            said = readable(error, AutoscalingConfig) if isinstance(error, ValidationError) else str(error)
+            raise ConfigError(
+                f"`{setting}` is refused by Serve: {' '.join(said.split()).rstrip('.!')}. Change that, or "
+                f"delete `{setting}`."
+            ) from error
 
 
 def _settings(config: ServeConfig | None, name: str | None, fields: dict[str, Any]) -> ServeConfig:
@@ -224,8 +265,10 @@ def _settings(config: ServeConfig | None, name: str | None, fields: dict[str, An
     return ServeConfig(**fields) if config is None else dataclasses.replace(config, **fields)
 
 
-def _checked_models(model: Model | Mapping[str, Model], settings: ServeConfig) -> dict[str, ModelPlace]:
-    """Where each model lies; PublishError for anything that is not a sound reward model."""
+def _checked(model: Model | Mapping[str, Model], settings: ServeConfig) -> dict[str, ModelPlace]:
+    """Where each model lies; PublishError for anything that is not a sound reward model, ConfigError for
+    settings that Serve or the models contradict."""
+    _check_serve_options(settings)
     if isinstance(model, Mapping):
         places = {name: _checked_model(one)[1] for name, one in model.items()}
     else:
@@ -254,13 +297,13 @@ def _checked_model(model: Model) -> tuple[str | None, ModelPlace]:
 
 
 def _http_token(settings: ServeConfig) -> str | None:
-    """The token that callers must send; ConfigError where one is needed and not set."""
-    token = os.environ.get(settings.http_token_env) or None
-    if settings.http_port is None or token is not None:
-        return token
-    if not is_loopback(settings.http_host):
+    """The SHA-256 of the token that callers must send; ConfigError where one is needed and not set."""
+    if settings.http_port is None:
+        return None
+    token_sha256 = token_sha256_in(settings.http_token_env)
+    if token_sha256 is None and not is_loopback(settings.http_host):
         raise ConfigError(no_token_for("`http_host`", settings.http_host, settings))
-    return None
+    return token_sha256
 
 
 def _how_to_call(settings: ServeConfig, places: Mapping[str, ModelPlace]) -> str:
@@ -274,6 +317,8 @@ def _how_to_call(settings: ServeConfig, places: Mapping[str, ModelPlace]) -> str
         "    from rayrm import RewardClient",
         f"    RewardClient({settings.name!r}{which})(prompts=[...], completions=[...])",
     ]
+    if shows_token():
+        lines += ["what joins by ray.init(address=...) types export RAY_AUTH_MODE=token first (Ray's token)"]
     if settings.http_port is not None:
         root = f"http://{settings.http_host}:{settings.http_port}"
         lines += [f"or over HTTP: {root}/v1/score (every route: {root}/docs)"]

@@ -13,20 +13,83 @@ import ipaddress
 import socket
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 
-from rayrm.errors import ClusterError, ConfigError
+from rayrm.errors import ClusterError, ConfigError, RewardUnavailableError
+from rayrm.serve.caller import REPLICAS
+from rayrm.serve.client import RewardClient
+from rayrm.serve.request import ScoreRequest, ScoreResult
 from rayrm.serve_settings import ServeConfig
 
-_BIND_WAIT_S = 30.0
+DRAIN_S = 20.0
+"""So long replicas that are told to go finish their requests, and the gateway waits for the answers."""
+_LEAVE_S = 5
+"""What is then left to the server: to write its last answers, and to close."""
+_BIND_WAIT_S = DRAIN_S + 2 * _LEAVE_S + 10
 """The gateway of the deployment before may still be leaving."""
-_LEAVE_S = 10
+_POLL_S = 0.1
 # A replica's queue is its own; Serve's limit (5 unless raised) would keep requests from meeting in a batch.
 MAX_ONGOING_REQUESTS = 4096
+
+
+class InFlight:
+    """`ask`, until `leave`: new requests are refused from then on, those in flight answered or cut.
+
+    A request that is cut, and one that is refused, raises RewardUnavailableError, which is a 503.
+    """
+
+    def __init__(self, ask: Callable[[ScoreRequest], Awaitable[ScoreResult]]) -> None:
+        self._ask = ask
+        self._asked: set[asyncio.Future[ScoreResult]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._leaving = self._cut = False
+
+    async def ask(self, request: ScoreRequest) -> ScoreResult:
+        """The answer to `request`; called in the server's event loop alone."""
+        if self._leaving:
+            raise _stopped()
+        self._loop = asyncio.get_running_loop()
+        asked = asyncio.ensure_future(self._ask(request))
+        self._asked.add(asked)
+        try:
+            return await asked
+        except asyncio.CancelledError:
+            if self._cut:
+                raise _stopped() from None
+            raise
+        finally:
+            self._asked.discard(asked)
+
+    def leave(self, wait_s: float, may_answer: Callable[[], bool]) -> None:
+        """Refuse what comes, and return when nothing is in flight; called in another thread than `ask`.
+
+        What waits after `wait_s` seconds, or when `may_answer` says that nothing can answer it, is cut.
+        """
+        self._leaving = True
+        deadline = time.monotonic() + wait_s
+        while self._asked and time.monotonic() < deadline and may_answer():
+            time.sleep(_POLL_S)
+        if self._loop is not None:
+            # Also for a request that came as this began.
+            self._loop.call_soon_threadsafe(self._cut_all)
+
+    def _cut_all(self) -> None:
+        self._cut = True
+        for asked in self._asked:
+            asked.cancel()
+
+
+def _stopped() -> RewardUnavailableError:
+    return RewardUnavailableError(
+        "the service is being stopped, or deployed again. Send the request again later."
+    )
 
 
 class HttpGateway:
@@ -38,8 +101,11 @@ class HttpGateway:
         # Serve makes what an application is bound with a part of it.
         self._replicas = replicas
         listening = _bound(settings.http_host, settings.http_port or 0)
+        self._application = serve.get_replica_context().app_name
+        client = _client()
+        self._in_flight = InFlight(client.ask)
         config = uvicorn.Config(
-            _routes(settings, token_sha256),
+            _routes(settings, token_sha256, client, self._in_flight.ask),
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -57,10 +123,19 @@ class HttpGateway:
             raise RuntimeError("the HTTP server has ended")
 
     def __del__(self) -> None:
+        """Called by Serve when it is told to remove the gateway, which it then waits for."""
         server, thread = getattr(self, "_server", None), getattr(self, "_thread", None)
-        if server is not None and thread is not None:
+        if server is not None and thread is not None and not server.should_exit:
+            self._in_flight.leave(DRAIN_S, self._has_replicas)
             server.should_exit = True
-            thread.join(_LEAVE_S)
+            thread.join(2 * _LEAVE_S)
+
+    def _has_replicas(self) -> bool:
+        """Whether a replica is left: they are told to go when the gateway is, and may be gone first."""
+        wanted = DeploymentID(REPLICAS, self._application)
+        names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        replicas = [ReplicaID.from_full_id_str(name) for name in names if ReplicaID.is_full_id_str(name)]
+        return any(replica.deployment_id == wanted for replica in replicas)
 
 
 def gateway(
@@ -74,6 +149,9 @@ def gateway(
         ray_actor_options={"num_cpus": 0, "resources": {f"node:{here}": 0.001}},
         health_check_period_s=1.0,
         max_constructor_retry_count=1,
+        # Serve counts no request of ours: it says at once that the gateway must go, and gives it the time.
+        graceful_shutdown_wait_loop_s=0.0,
+        graceful_shutdown_timeout_s=DRAIN_S + 2 * _LEAVE_S + 5,
         logging_config={"enable_access_log": False},
     ).bind(settings, token_sha256, replicas)
 
@@ -95,7 +173,8 @@ def proxied(
 
     def routes() -> Any:
         _check_proxy(settings, token_sha256)
-        return _routes(settings, token_sha256)
+        client = _client()
+        return _routes(settings, token_sha256, client, client.ask)
 
     @serve.ingress(routes)
     class HttpProxied:
@@ -114,7 +193,14 @@ def proxied(
 
 
 def _check_proxy(settings: ServeConfig, token_sha256: str | None) -> None:
-    host = _get_global_client().http_config.host
+    client = _get_global_client()
+    if ray.get(client._controller.get_proxy_location.remote()) == ProxyLocation.Disabled:
+        raise ConfigError(
+            "Serve runs here without its HTTP proxy, as `rayrm serve` or `deploy` started it, so nobody "
+            "would answer at `http_options`. Type `serve shutdown`, which removes every application, and "
+            "deploy the Serve config first; or set `args.http: false`, for callers in the cluster alone."
+        )
+    host = client.http_config.host
     if token_sha256 is None and host is not None and not is_loopback(host):
         raise ConfigError(no_token_for("Serve's proxy (`http_options.host`)", host, settings))
 
@@ -136,12 +222,18 @@ def no_token_for(setting: str, host: str, settings: ServeConfig) -> str:
     )
 
 
-def _routes(settings: ServeConfig, token_sha256: str | None) -> Any:
-    from rayrm.serve.client import RewardClient
-    from rayrm.serve.http import HttpLimits, build_app
-
+def _client() -> RewardClient:
     # A full queue is told to who asks, who may go elsewhere.
-    client = RewardClient(serve.get_replica_context().app_name, retry_overload=False)
+    return RewardClient(serve.get_replica_context().app_name, retry_overload=False)
+
+
+def _routes(
+    settings: ServeConfig,
+    token_sha256: str | None,
+    client: RewardClient,
+    ask: Callable[[ScoreRequest], Awaitable[ScoreResult]],
+) -> Any:
+    from rayrm.serve.http import HttpLimits, build_app
 
     async def status() -> dict[str, Any]:
         found = await asyncio.to_thread(client.status, wait_s=5.0)
@@ -156,7 +248,7 @@ def _routes(settings: ServeConfig, token_sha256: str | None) -> Any:
         max_texts=settings.http_max_texts,
         max_characters=settings.http_max_characters,
     )
-    return build_app(client.ask, status, limits, token_sha256)
+    return build_app(ask, status, limits, token_sha256)
 
 
 def _bound(host: str, port: int) -> socket.socket:

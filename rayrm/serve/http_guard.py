@@ -13,6 +13,8 @@ import binascii
 import hashlib
 import hmac
 import logging
+import os
+import re
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -21,12 +23,31 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rayrm.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 # How much of a body that is too large is still read and thrown away: a client that is cut off while it sends
 # sees a broken connection and never the answer.
 _DRAINED = 4
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
+
+
+def token_sha256_in(variable: str) -> str | None:
+    """The SHA-256 (hexadecimal) of the token in an environment variable; None: there is none.
+
+    White space around it is no part of the token (a file or a secret often ends with a newline). Raises
+    ConfigError for a token that no caller could send in a header.
+    """
+    token = os.environ.get(variable, "").strip()
+    if not token:
+        return None
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError(
+            f"the token in `{variable}` holds white space, a control character or one beyond ASCII, which a "
+            f'header cannot carry. Type export {variable}="$(openssl rand -hex 32)".'
+        )
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
 def error_response(

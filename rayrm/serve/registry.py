@@ -21,12 +21,15 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from rayrm.errors import PublishError
 from rayrm.hashed_file import write_hashed
 from rayrm.serve.probe import ProbeTexts, check_same_probe, probe_record, read_probe
 from rayrm.serve.saved import SavedFiles, file_sha256, read_json, saved_files
+from rayrm.settings import readable
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ MANIFEST = "manifest.json"
 CURRENT = "current.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COPY_BYTES = 1 << 20
+_Read = TypeVar("_Read", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,32 @@ class PublishedModel:
     version: str
     path: Path
     is_new: bool = field(default=False, compare=False)
+
+
+class _File(BaseModel):
+    sha256: str
+    bytes: int
+
+
+class _Probe(BaseModel):
+    inputs: list[dict[str, Any]]
+    scores: list[float]
+
+
+class Current(BaseModel):
+    """What is read of current.json."""
+
+    version: str
+
+
+class Manifest(Current):
+    """What is read of a manifest; it says more."""
+
+    name: str
+    created: str
+    source: str
+    files: dict[str, _File]
+    probe: _Probe | None = None
 
 
 def publish(
@@ -116,20 +146,17 @@ def open_published(
             f"{_versions_sentence(home)} "
             "Publish one with `rayrm publish CHECKPOINT --registry DIR --name NAME`."
         )
-    manifest = read_json(directory / MANIFEST)
+    manifest = _checked(Manifest, directory / MANIFEST)
     _verify(directory, manifest)
-    return PublishedModel(str(manifest["name"]), str(manifest["version"]), directory)
+    return PublishedModel(manifest.name, manifest.version, directory)
 
 
 def list_versions(registry: str | Path, name: str) -> list[str]:
     """The versions published under `name`, oldest first; empty when there are none."""
     home = Path(registry) / name
-    manifests = [
-        read_json(path) for path in home.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")
-    ]
-    return [
-        str(m["version"]) for m in sorted(manifests, key=lambda m: (str(m["created"]), str(m["version"])))
-    ]
+    paths = home.glob(f"*/{MANIFEST}")
+    manifests = [_checked(Manifest, path) for path in paths if not path.parent.name.startswith(".")]
+    return [m.version for m in sorted(manifests, key=lambda m: (m.created, m.version))]
 
 
 def current_version(home: str | Path) -> str:
@@ -140,7 +167,7 @@ def current_version(home: str | Path) -> str:
             f"no published model at {str(home)!r}: there is no {CURRENT}. {_versions_sentence(Path(home))} "
             "Publish one with `rayrm publish CHECKPOINT --registry DIR --name NAME`, or pass a version."
         )
-    return str(read_json(pointer)["version"])
+    return _checked(Current, pointer).version
 
 
 def set_current(registry: str | Path, name: str, version: str) -> None:
@@ -179,7 +206,7 @@ def _publish_files(
     version, digests = _version_of(saved)
     target = home / version
     if (target / MANIFEST).is_file():
-        check_same_probe(read_json(target / MANIFEST), probe)
+        check_same_probe(_checked(Manifest, target / MANIFEST).model_dump(), probe)
         logger.info("%s %s is already published at %s: nothing was written", name, version, target)
         return PublishedModel(name, version, target, is_new=False)
     home.mkdir(parents=True, exist_ok=True)
@@ -194,7 +221,7 @@ def _publish_files(
             # Another publisher of the same content was first: its directory is as good as ours.
             if not (target / MANIFEST).is_file():
                 raise
-            check_same_probe(read_json(target / MANIFEST), probe)
+            check_same_probe(_checked(Manifest, target / MANIFEST).model_dump(), probe)
             return PublishedModel(name, version, target, is_new=False)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -256,8 +283,7 @@ def _merge_adapter(saved: SavedFiles, into: Path) -> None:
         loaded = load_saved(saved.directory, device="cpu")
     except (OSError, ValueError) as error:
         raise PublishError(
-            f"adapter {str(saved.directory)!r} cannot be merged into its base: {error}. Make the base "
-            "model's "
+            f"adapter {str(saved.directory)!r} cannot be merged into its base: {error}. Make the base's "
             "directory readable at the path in adapter_config.json, or publish with `merge_lora=False`."
         ) from error
     save_model(loaded.model, loaded.tokenizer, into, text_form=loaded.text_form)
@@ -277,7 +303,9 @@ def training_records(checkpoint: Path) -> tuple[str | None, dict[str, float]]:
         if not evaluation and (place / "metrics.jsonl").is_file():
             for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
                 row = json.loads(line) if line.strip() else {}
-                found = {k: float(v) for k, v in row.items() if k.startswith("eval_") and _is_number(v)}
+                found = {
+                    k: float(v) for k, v in row.items() if k.startswith("eval_") and type(v) in (int, float)
+                }
                 evaluation = {"step": float(row["step"]), **found} if found and "step" in row else evaluation
     return run_text, evaluation
 
@@ -305,23 +333,31 @@ def _card(manifest: Mapping[str, Any], *, has_run: bool) -> str:
         question = '[[{"role": "user", "content": "2+2?"}]], [[{"role": "assistant", "content": "4"}]]'
     lines += [f"RewardModel.from_pretrained(PATH).score({question})", "```"]
     if manifest["is_adapter"]:
-        lines += [
-            "",
-            "This is a LoRA adapter; in PEFT: "
-            "`AutoPeftModelForSequenceClassification.from_pretrained(PATH, num_labels=1)`.",
-        ]
+        loading = "AutoPeftModelForSequenceClassification.from_pretrained(PATH, num_labels=1)"
+        lines += ["", f"This is a LoRA adapter; in PEFT: `{loading}`."]
     return "\n".join(lines) + "\n"
 
 
-def _verify(directory: Path, manifest: Mapping[str, Any]) -> None:
-    for file, expected in manifest["files"].items():
+def _checked(kind: type[_Read], path: Path) -> _Read:
+    """The file as `publish` writes it; PublishError naming the file and the key that is not so."""
+    try:
+        return kind.model_validate(read_json(path), strict=True)
+    except ValidationError as problems:
+        said = (
+            f"{str(path)!r} is not as `rayrm publish` wrote it: {' '.join(readable(problems, kind).split())}"
+        )
+        raise PublishError(f"{said} Publish the checkpoint again.") from problems
+
+
+def _verify(directory: Path, manifest: Manifest) -> None:
+    for file, expected in manifest.files.items():
         path = directory / file
         if not path.is_file():
             raise PublishError(f"{str(path)!r} is missing: the published model is damaged. Publish it again.")
-        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+        if path.stat().st_size != expected.bytes or file_sha256(path) != expected.sha256:
             raise PublishError(
                 f"{str(path)!r} differs from its checksum in {MANIFEST}: the file is corrupt. "
-                f"Remove {str(directory)!r} and publish the checkpoint again ({manifest['source']!r})."
+                f"Remove {str(directory)!r} and publish the checkpoint again ({manifest.source!r})."
             )
 
 
@@ -336,10 +372,6 @@ def _check_name(name: str) -> None:
 def _versions_sentence(home: Path) -> str:
     known = list_versions(home.parent, home.name)
     return f"Published versions there: {', '.join(known)}." if known else "No version is published there."
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _now() -> str:

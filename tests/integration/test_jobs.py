@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray import serve
 
-from examples import quickstart, trl_migration
+from examples import colocated, quickstart, trl_migration
+from rayrm.errors import PublishError
+from rayrm.serve.registry import publish
 from tests.integration.test_cli import write_rows
 from tests.tiny import save_tiny, tiny_rows
 
@@ -88,6 +91,20 @@ def test_the_quickstart_serves_the_scores_it_computes(
     assert len(served) == len(quickstart.ANSWERS)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("+", "-"))]
     assert [line[0] for line in lines] == [line[1] for line in lines]
+
+
+def test_a_service_beside_actors_takes_a_published_name_s_directory_and_is_removed(
+    ray_cluster: None, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = publish(home / "base", home / "registry", "helpful")
+    colocated.main(str(published.path.parent))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines if line.startswith(published.version)] == [
+        published.version
+    ] * 2
+    with pytest.raises(PublishError, match="nowhere"):
+        colocated.main(str(home / "nowhere"))
+    assert "colocated" not in serve.status().applications
 
 
 def test_a_trl_script_runs_with_its_import_line_changed(ray_cluster: None, home: Path) -> None:

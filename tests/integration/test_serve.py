@@ -30,7 +30,7 @@ from rayrm.errors import (
     ScoreError,
 )
 from rayrm.serve.client import RewardClient
-from rayrm.serve.deployment import deploy
+from rayrm.serve.deployment import app, deploy
 from rayrm.serve.registry import PublishedModel, publish
 from rayrm.serve.request import ScoreRequest
 from rayrm.serve.scorer import RewardModel
@@ -271,6 +271,8 @@ def test_a_bad_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
             deploy(model)
     with pytest.raises(ConfigError, match="num_replica"):
         deploy(tmp_path / "model", num_replica=2)
+    with pytest.raises(ConfigError, match=r"`autoscaling\.max_replica` .*Did you mean `max_replicas`"):
+        deploy(tmp_path / "model", autoscaling={"max_replica": 2})
     assert ray.is_initialized() == started
 
 
@@ -304,6 +306,27 @@ def test_a_model_that_loads_and_cannot_score_does_not_start(ray_cluster: None, t
 
 
 @pytest.mark.ray
+def test_a_serve_config_whose_http_nobody_would_answer_says_so(
+    client: RewardClient, published: PublishedModel
+) -> None:
+    """`deploy` started Serve, without its proxy."""
+    application = app({"model": str(published.path), **LIGHT})
+    try:
+        with pytest.raises(RuntimeError, match="failed"):
+            serve.run(application, name="unanswered", route_prefix="/unanswered")
+        deployments = serve.status().applications["unanswered"].deployments
+        assert "Type `serve shutdown`" in deployments["HttpGateway"].message
+    finally:
+        serve.delete("unanswered")
+    inside = app({"model": str(published.path), "http": False, **LIGHT})
+    serve.run(inside, name="inside", route_prefix=None)
+    try:
+        assert RewardClient("inside").score(*texts(2)).version == published.version
+    finally:
+        serve.delete("inside")
+
+
+@pytest.mark.ray
 def test_serving_ends_with_its_signal_and_removes_its_application_alone(
     client: RewardClient, published: PublishedModel
 ) -> None:
@@ -317,15 +340,16 @@ def test_serving_ends_with_its_signal_and_removes_its_application_alone(
     )
     try:
         assert process.stdout is not None
-        first_line = process.stdout.readline()
-        assert "'forever'" in first_line
+        told = "".join(iter(process.stdout.readline, "stop with Ctrl-C\n"))
+        assert "'forever'" in told.splitlines()[0]
+        assert "types export RAY_AUTH_MODE=token first" in told
         assert RewardClient("forever").score(*texts(3)).version == published.version
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0
-    assert "removed 'forever'" in rest
+    assert "stopping 'forever': requests in flight are answered first\nremoved 'forever'" in rest
     assert "forever" not in serve.status().applications
     assert client.score(*texts(3)).version == published.version
 
@@ -333,6 +357,23 @@ def test_serving_ends_with_its_signal_and_removes_its_application_alone(
 def test_the_client_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, rayrm.serve.client; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.ray
+def test_a_process_that_is_given_an_address_shows_this_machine_s_token(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """Ray protects the tests' cluster by a token; a driver that has its address shows none by itself."""
+    code = "import ray; from rayrm.serve.connect import connect; print(connect(start=False))"
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    del environment["RAY_AUTH_MODE"]
+    command = [sys.executable, "-c", code]
+    joined = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert joined.stdout == "False\n", joined.stderr
+    environment |= {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "no authentication token was found. Start" in refused.stderr
+    assert "copy its head's ~/.ray/auth_token to this machine" in refused.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_named() -> None:

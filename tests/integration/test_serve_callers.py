@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,6 +105,35 @@ def test_http_answers_for_the_same_replicas_and_asks_for_its_token(
         status, refusal = post(f"{root}/v1/score", {**body, "prompts": ["one"]}, token="secret-of-the-test")
         assert status == 422
         assert "go in pairs" in refusal["error"]["message"]
+
+
+@pytest.mark.ray
+def test_a_service_that_is_removed_answers_every_http_request(
+    ray_cluster: None, published: PublishedModel
+) -> None:
+    """Those in flight get their scores or a 503, those that come a 503, and nobody a broken connection."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/v1/score"
+    with (
+        served(published, "leaving", http_port=port, max_tokens_per_batch=64),
+        ThreadPoolExecutor(4) as threads,
+    ):
+        large, small = (
+            dict(zip(("prompts", "completions"), texts(count), strict=True)) for count in (4000, 2)
+        )
+        assert post(url, small)[0] == 200
+        in_flight = [threads.submit(post, url, large) for _ in range(3)]
+        time.sleep(1)  # they have come to the replica, which has seconds of work by them
+        serve.delete("leaving", _blocking=False)
+        time.sleep(0.5)
+        status, refusal = post(url, small)
+        assert (status, refusal["error"]["type"]) == (503, "unavailable")
+        assert "is being stopped" in refusal["error"]["message"]
+        assert [asked.result()[0] for asked in in_flight] == [200] * 3
+        serve.delete("leaving")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
 
 
 @pytest.mark.ray

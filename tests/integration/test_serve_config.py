@@ -146,13 +146,25 @@ def test_a_proxy_that_others_reach_needs_a_token(published: PublishedModel, tmp_
         ({"model": None}, r"`args\.model` \(None\) must be"),
         ({"num_replica": 2}, "Did you mean `num_replicas`"),
         ({"http": "yes"}, r"`args\.http` \('yes'\) must be true or false"),
+        (
+            {"autoscaling": {"min_replicas": 1, "max_replica": 3}},
+            r"`autoscaling\.max_replica` .*`max_replicas`",
+        ),
+        ({"autoscaling": {"min_replicas": 3, "max_replicas": 1}}, r"`autoscaling` .*max_replicas \(1\) must"),
+        ({"autoscaling": {"min_replicas": "x"}}, r"`min_replicas` \('x'\): should be"),
+        ({"autoscaling": {"policy": {"policy_function": "no.such"}}}, "`autoscaling` .*No module named 'no'"),
+        ({"ray_actor_options": {"resorces": {"a": 1}}}, r"`ray_actor_options\.resorces` .*`resources`"),
+        ({"ray_actor_options": {"resources": {"a": -1}}}, "`ray_actor_options` .*cannot be negative"),
+        ({"placement_group_bundles": []}, "`placement_group_bundles` .*non-empty"),
+        ({"placement_group_bundles": [{"CPU": 0.5}]}, "`placement_group_bundles` .*only has 0.5 `CPU`"),
     ],
 )
 def test_bad_arguments_of_a_serve_config_are_refused(
     change: dict[str, Any], message: str, published: PublishedModel
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refused:
         app({"model": str(published.path), **change})
+    assert "\n" not in str(refused.value)
 
 
 def test_a_serve_config_names_a_model_that_is_there(tmp_path: Path) -> None:

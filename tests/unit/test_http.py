@@ -27,6 +27,7 @@ from rayrm.errors import (
     VersionError,
 )
 from rayrm.serve.http import HttpLimits, build_app
+from rayrm.serve.http_guard import token_sha256_in
 from rayrm.serve.protocols import ROUTES
 from rayrm.serve.request import ScoreRequest, ScoreResult
 from tests.unit.test_protocols import ready
@@ -66,6 +67,27 @@ def paths_of(app: FastAPI) -> list[tuple[str, str]]:
         "/docs",
     }
     return pairs
+
+
+@pytest.mark.parametrize("around", ["", "\n", " \t", "\r\n"])
+def test_white_space_around_the_service_s_token_is_no_part_of_it(
+    around: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_TOKEN", around + TOKEN + around)
+    gate = client(token_sha256=token_sha256_in("TEST_TOKEN"))
+    assert gate.get("/health", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+    monkeypatch.setenv("TEST_TOKEN", around)
+    assert token_sha256_in("TEST_TOKEN") is None
+
+
+@pytest.mark.parametrize("token", ["two words", "a\tb", "clé", "a\x7fb", "one\ntwo"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_TOKEN", token)
+    with pytest.raises(ConfigError, match=r'in `TEST_TOKEN`.*Type export TEST_TOKEN="\$\(openssl') as refused:
+        token_sha256_in("TEST_TOKEN")
+    assert token not in str(refused.value)
 
 
 def test_no_route_answers_without_the_token(caplog: pytest.LogCaptureFixture) -> None:

@@ -71,6 +71,8 @@ RAY_SERVICE = _object(
         rayClusterConfig=_object(
             ["headGroupSpec"],
             rayVersion=TEXT,
+            authOptions=_object([], mode={"enum": ["disabled", "token"]}, secretName=TEXT),
+            enableInTreeAutoscaling={"type": "boolean"},
             headGroupSpec=_object(["template"], rayStartParams=TEXTS, template=TEMPLATE),
             workerGroupSpecs=_list(
                 _object(
@@ -110,6 +112,7 @@ def test_the_manifest_is_a_ray_service(manifest: dict[str, Any]) -> None:
         lambda m: m["spec"].pop("rayClusterConfig"),
         lambda m: m["spec"]["rayClusterConfig"]["workerGroupSpecs"][0].update(replicas="2"),
         lambda m: m["spec"]["rayClusterConfig"]["workerGroupSpecs"][0].pop("groupName"),
+        lambda m: m["spec"]["rayClusterConfig"]["authOptions"].update(mode="basic"),
         lambda m: containers(m)[0]["resources"]["limits"].update(memory="4 gigabytes"),
         lambda m: containers(m)[0]["env"][0].update(valueFrom={"secretRef": {"name": "rayrm-http"}}),
     ],
@@ -141,8 +144,14 @@ def test_the_pods_have_what_the_serve_config_asks_for(manifest: dict[str, Any]) 
     [worker] = workers["template"]["spec"]["containers"]
     # Every replica has a place in the workers that are there to begin with.
     each = int(worker["resources"]["limits"]["cpu"]) // replicas["ray_actor_options"]["num_cpus"]
-    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+    # Without an autoscaler the operator keeps `replicas` workers, and other bounds would mean nothing.
+    assert cluster.get("enableInTreeAutoscaling", False) is False
+    assert workers["minReplicas"] == workers["replicas"] == workers["maxReplicas"]
     assert replicas["num_replicas"] <= each * workers["replicas"]
+    # Who reaches the dashboard can run anything: it asks for Ray's token, and no port is open for nothing.
+    assert cluster["authOptions"]["mode"] == "token"
+    ports = {port["name"] for port in containers(manifest)[0]["ports"]}
+    assert ports == {"gcs-server", "dashboard", "serve"}
     # HTTP is answered on a port that the pod opens, with a token that every pod knows, as it is bound to all
     # addresses; the application is built, and the gateway stands, wherever Ray puts them.
     assert config["http_options"]["host"] == "0.0.0.0"

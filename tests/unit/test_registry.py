@@ -75,6 +75,43 @@ def test_a_published_model_is_read_only_and_scores_as_its_checkpoint(
     assert json.loads((published.path / "rayrm.json").read_text())["text_form"] == "standard"
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("manifest.json", "files", None),
+        ("manifest.json", "files", [1]),
+        ("manifest.json", "files", {"config.json": {"bytes": 3}}),
+        ("manifest.json", "version", 5),
+        ("manifest.json", "name", None),
+        ("manifest.json", "created", None),
+        ("manifest.json", "probe", {"scores": [0.5]}),
+        ("current.json", "version", None),
+        ("current.json", "version", ["a"]),
+    ],
+)
+def test_a_record_that_publish_did_not_write_is_refused_by_its_file_and_key(
+    file: str, key: str, value: object, checkpoint: Path, tmp_path: Path
+) -> None:
+    published = publish(checkpoint, tmp_path / "registry", "reward")
+    path = (published.path if file == "manifest.json" else published.path.parent) / file
+    record = json.loads(path.read_text())
+    if value is None:
+        del record[key]
+    else:
+        record[key] = value
+    path.chmod(0o644)
+    path.write_text(json.dumps(record))
+    with pytest.raises(PublishError, match=rf"{file}' is not as `rayrm publish` wrote it: `{key}"):
+        open_published(published.path.parent)
+    if file == "manifest.json":
+        for reading in (
+            lambda: publish(checkpoint, tmp_path / "registry", "reward"),
+            lambda: open_published(published.path.parent, version="absent"),
+        ):
+            with pytest.raises(PublishError, match=rf"{file}' is not as `rayrm publish` wrote it: `{key}"):
+                reading()
+
+
 def test_the_pointer_moves_only_when_asked(checkpoint: Path, tmp_path: Path) -> None:
     first = publish(checkpoint, tmp_path / "registry", "reward")
     tiny_model(seed=1).save_pretrained(checkpoint)
