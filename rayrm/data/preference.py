@@ -27,6 +27,7 @@ PairForm = Literal["standard", "conversational", "tokenized"]
 _PAIR = ("chosen", "rejected")
 # Arguments of `apply_chat_template` that decide what it returns, not what the template says.
 _NOT_FOR_TEMPLATE = (
+    "self",
     "conversation",
     "tokenize",
     "return_dict",

@@ -68,7 +68,7 @@ class BatchLoop:
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
     _swapped: bool = False
-    # Of late batches: requests answered, and seconds.
+    # Of late batches: tokens of their texts, each in full, and seconds.
     _rated: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RATED))
     _idle: IdleOffload = field(init=False)
     # One thread each: a tokenizer must not be entered twice, and the device computes one batch at a time.
@@ -189,12 +189,12 @@ class BatchLoop:
             )
 
     def _wait_s(self) -> float:
-        """How long the waiting requests take, by the rate of late; a second where none is known."""
-        answered = sum(count for count, _ in self._rated)
-        if not answered:
+        """Half of what the waiting texts take, by late batches' speed; a second where none is known."""
+        if not self._rated:
             return 1.0
-        each_s = sum(seconds for _, seconds in self._rated) / answered
-        return min(max(self.num_waiting * each_s / 2, 0.1), 60.0)
+        token_s = sum(seconds for _, seconds in self._rated) / sum(tokens for tokens, _ in self._rated)
+        running_s = self._rated[-1][1]
+        return min(max((self.waiting_tokens * token_s + running_s) / 2, 0.1), 60.0)
 
     async def _score_by(self, model: LoadedModel, request: ScoreRequest) -> ScoreResult:
         began = time.monotonic()
@@ -255,7 +255,7 @@ class BatchLoop:
                 continue
             seconds = time.monotonic() - began
             results = model.give(texts, computed.result(), seconds)
-            self._rated.append((len(results), seconds))
+            self._rated.append((sum(len(text.ids) for text in texts), seconds))
             self.told(BatchReport(model, texts, num_computed, seconds, results))
 
     def _next(self) -> LoadedModel | None:

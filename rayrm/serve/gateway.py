@@ -233,7 +233,8 @@ def _routes(
     client: RewardClient,
     ask: Callable[[ScoreRequest], Awaitable[ScoreResult]],
 ) -> Any:
-    from rayrm.serve.http import HttpLimits, build_app
+    from rayrm.serve.http import build_app
+    from rayrm.serve.http_limits import HttpLimits
 
     async def status() -> dict[str, Any]:
         found = await asyncio.to_thread(client.status, wait_s=5.0)

@@ -13,11 +13,9 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from fastapi import Depends, FastAPI, Request
@@ -28,7 +26,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from rayrm.data.tokenize import TextInput
 from rayrm.errors import (
     ConfigError,
     OverloadedError,
@@ -46,10 +43,9 @@ from rayrm.serve.http_guard import (
     failure_response,
     log_failure,
 )
+from rayrm.serve.http_limits import HttpLimits, TooLargeError, check_lengths, within_limits
 from rayrm.serve.protocols import ROUTES
 from rayrm.serve.request import (
-    Refused,
-    Scorable,
     ScoreRequest,
     ScoreResult,
     Truncation,
@@ -87,30 +83,6 @@ _ERRORS = {
     429: "the queue is full; Retry-After says when to come back",
     503: "no answer now; Retry-After says when to come back",
 }
-
-
-@dataclass(frozen=True)
-class HttpLimits:
-    """What one request may hold; beyond it the answer is 413 (408 for the time)."""
-
-    max_body_bytes: int = 32 * 2**20
-    """Also the most characters after repetition: a prompt or tools count once for each text they go into."""
-    max_texts: int = 4096
-    max_characters: int = 1_000_000
-    """Of one text with its prompt, tools and template variables; or its token ids."""
-    body_timeout_s: float = 60.0
-    """Seconds in which the whole body must have come."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ConfigError(
-                    f"`{field.name}` ({getattr(self, field.name)}) must be above 0: nothing could be sent."
-                )
-
-
-class _TooLargeError(Exception):
-    """A request beyond a limit; its message is the answer's."""
 
 
 def build_app(
@@ -172,10 +144,15 @@ def _score_route(
             given = (content, request.query_params.multi_items(), shapes, limits)
             large = len(content) > _LARGE_BODY
             shape, body, wanted = await run_in_threadpool(_read, *given) if large else _read(*given)
-            result = await _score_while_heard(score, wanted, request)
+            try:
+                result = await _score_while_heard(score, wanted, request)
+            except ScoreError as error:
+                raise type(error)(shape.in_callers_words(str(error), body, len(wanted.inputs))) from error
             if result is None:
                 return Response(status_code=_LEFT)
             _check_result(wanted, result)
+            for place, said in result.errors.items():
+                result.errors[place] = shape.in_callers_words(said, body, len(wanted.inputs))
             headers = {"Rayrm-Version": result.version, "Rayrm-Truncated": str(len(result.truncated))}
             return JSONResponse(shape.to_answer(body, result), headers=headers)
         except Exception as error:  # each kind has its status, and the rest is the service's own failure
@@ -192,13 +169,13 @@ def _read(
 ) -> tuple[WireShape, BaseModel, ScoreRequest]:
     fields = read_json(content)
     shape = choose_shape(shapes, fields)
-    _check_lengths(fields, shape, limits)
+    check_lengths(fields, shape, limits)
     check_characters(content, fields, but=shape.each_alone)
     body = shape.parse(fields)
     wanted = _with_query(shape.to_request(body), query)
     if not wanted.partial:
         check_none_refused(wanted.inputs)
-    inputs = _within_limits(wanted, limits, lambda place: shape.name_of(fields, place, len(wanted.inputs)))
+    inputs = within_limits(wanted, limits, lambda place: shape.name_of(fields, place, len(wanted.inputs)))
     return shape, body, dataclasses.replace(wanted, inputs=inputs)
 
 
@@ -222,63 +199,6 @@ def _with_query(wanted: ScoreRequest, query: Sequence[tuple[str, str]]) -> Score
     check_truncation(named.get("truncation"))
     # A URL is written for this service, where a body's model may be what a framework puts there by itself.
     return dataclasses.replace(wanted, any_model=wanted.any_model and "model" not in named, **named)
-
-
-def _check_lengths(fields: Mapping[str, Any], shape: WireShape, limits: HttpLimits) -> None:
-    """Before anything is made of them: a body may hold ten million empty lists."""
-    for name in shape.body.model_fields.keys() & fields.keys():
-        value = fields[name]
-        if isinstance(value, list) and value:
-            limit = limits.max_characters if isinstance(value[0], int) else limits.max_texts
-            if len(value) > limit:
-                raise _TooLargeError(
-                    f"`{name}` has {len(value)} entries, the limit of this service is {limit}. Send them in "
-                    "several requests."
-                )
-
-
-def _within_limits(wanted: ScoreRequest, limits: HttpLimits, name: Callable[[int], str]) -> list[Scorable]:
-    """The inputs; of a partial request those that are too large are refused, else they are its error."""
-    inputs = list(wanted.inputs)
-    if len(inputs) > limits.max_texts:
-        raise _TooLargeError(
-            f"the request has {len(inputs)} texts, the limit of this service is {limits.max_texts}. Send "
-            "them in several requests."
-        )
-    sizes: dict[int, int] = {}  # of what texts have in common, by identity
-    total = 0
-    for place, entry in enumerate(inputs):
-        size = _characters(entry, sizes)
-        if size > limits.max_characters:
-            said = (
-                f"`{name(place)}` has {size} characters (or ids) with its prompt and tools, the limit of "
-                f"this service is {limits.max_characters}. Shorten it."
-            )
-            if not wanted.partial:
-                raise _TooLargeError(said)
-            inputs[place], size = Refused(said), 0
-        total += size
-        if total > limits.max_body_bytes:
-            raise _TooLargeError(
-                f"the request's texts have more than {limits.max_body_bytes} characters, counting a "
-                "prompt and tools for each text. Send them in several requests."
-            )
-    return inputs
-
-
-def _characters(entry: Scorable, sizes: dict[int, int]) -> int:
-    if not isinstance(entry, TextInput):
-        return 0 if isinstance(entry, Refused) else len(entry)
-    parts = (entry.prompt, entry.completion, entry.tools, entry.chat_template_kwargs or None)
-    size = 0
-    for part in parts:
-        if isinstance(part, str):
-            size += len(part)
-        elif part is not None:
-            if id(part) not in sizes:
-                sizes[id(part)] = len(json.dumps(part, ensure_ascii=False))
-            size += sizes[id(part)]
-    return size
 
 
 async def _score_while_heard(score: Score, wanted: ScoreRequest, request: Request) -> ScoreResult | None:
@@ -322,7 +242,7 @@ def _check_result(wanted: ScoreRequest, result: ScoreResult) -> None:
 def _error_answer(error: Exception) -> Response:
     message = str(error)
     match error:
-        case _TooLargeError():
+        case TooLargeError():
             return error_response(413, "too_large", message)
         case UnknownModelError():
             return error_response(404, "unknown_model", message)

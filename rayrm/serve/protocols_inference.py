@@ -184,7 +184,8 @@ def _sglang_classify_request(body: SglangClassifyBody) -> ScoreRequest:
     if body.text is not None:
         texts = _one_or_more("text", body.text)
         return ScoreRequest(whole_texts("text", texts), body.model, any_model=True)
-    if isinstance(body.input_ids, str) or (body.input_ids and isinstance(body.input_ids[0], str)):
+    ids = body.input_ids
+    if not isinstance(ids, list) or (ids and isinstance(ids[0], str)):
         raise ScoreError(
             f"`input_ids` ({reprlib.repr(body.input_ids)}) must be token ids; `text` takes strings."
         )

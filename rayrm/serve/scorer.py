@@ -265,12 +265,14 @@ class RewardModel:
         return _cut(ids, self.max_positions, request.truncation, place)
 
     def _check_vocabulary(self, ids: Ids, name: str) -> None:
-        is_flat = ids.ndim == 1 and ids.dtype.kind in "iu"
-        if not is_flat or len(ids) == 0 or ids.min() < 0 or ids.max() >= self._vocabulary_size:
-            raise ScoreError(
-                f"{name} ({len(ids)} ids) must be flat and hold at least one id, all in "
-                f"[0, {self._vocabulary_size}). Tokenize with this model's tokenizer."
-            )
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) == 0:
+            raise ScoreError(f"{name} must be a flat list of token ids, at least one.")
+        for id_ in (ids.min(), ids.max()):
+            if not 0 <= id_ < self._vocabulary_size:
+                raise ScoreError(
+                    f"{name} holds the id {id_}, and the model's are in [0, {self._vocabulary_size}). "
+                    "Tokenize with this model's tokenizer."
+                )
 
     def _check_ids(self, sequences: Sequence[Ids]) -> None:
         for index, ids in enumerate(sequences):
@@ -284,9 +286,8 @@ def check_finite(scores: Sequence[float]) -> None:
     for index, score in enumerate(scores):
         if not math.isfinite(score):
             raise ScoreError(
-                f"input {index} of {len(scores)} got the score {score}: the weights, or their dtype's "
-                "range, are "
-                "broken. Score with dtype float32, or publish a checkpoint whose weights are finite."
+                f"input {index} of {len(scores)} got the score {score}: the weights, or their dtype's range, "
+                "are broken. Score with dtype float32, or publish a checkpoint whose weights are finite."
             )
 
 

@@ -31,6 +31,11 @@ from rayrm.serve.request import (
 )
 from rayrm.settings import nearest
 
+# Words with a part in a score, of this service or of other servers, that a shape may not have.
+_OWN_WORDS = ("model", "version", "truncation")
+_OTHER_NUMBERS = ("use_activation", "activation", "softmax", "normalize")
+_OTHER_TEXTS = ("tools", "chat_template", "chat_template_kwargs", "instruction", "lora_path", "image_data")
+
 MAX_DEPTH = 64
 """Nested lists and objects in a body. A tool's JSON schema has about 10, and a template that prints one
 recurses once for each."""
@@ -85,10 +90,23 @@ class WireShape:
 
     def parse(self, fields: Mapping[str, Any]) -> BaseModel:
         """The body as this shape's model. Raises ScoreError naming the field, the rule and the fix."""
+        _refuse_other_words(fields, self)
         try:
             return self.body.model_validate(fields)
         except ValidationError as problems:
             raise ScoreError(_complaint(problems, self)) from None
+
+    def in_callers_words(self, message: str, body: BaseModel, count: int) -> str:
+        """What a model says of input `place` of `count`, by the name and the means that the caller has."""
+        found = re.match(r"input (\d+)(?: of \d+)?\b", message)
+        if found is None:
+            return message
+        said = f"`{self.name_of(vars(body), int(found[1]), count)}`{message[found.end() :]}"
+        own = "truncation" in self.body.model_fields
+        return said.replace(
+            'pass truncation="left"',
+            'send `truncation`: "left"' if own else "add ?truncation=left to the URL",
+        )
 
     def name_of(self, fields: Mapping[str, Any], place: int, count: int) -> str:
         """What the caller calls input `place` of the `count` that a body with these fields became."""
@@ -267,6 +285,25 @@ def _complaint(problems: ValidationError, shape: WireShape) -> str:
     return " ".join(lines)
 
 
+def _refuse_other_words(fields: Mapping[str, Any], shape: WireShape) -> None:
+    """Other servers' clients send what has no part in a score; what has one is honoured or refused."""
+    if shape.body.model_config.get("extra") == "forbid":
+        return
+    known = shape.body.model_fields
+    for name in _OWN_WORDS:
+        if name not in known and fields.get(name) is not None:
+            raise ScoreError(f"`{name}` is no field of {shape.title}. Send it in the URL: ?{name}=...")
+    for name in _OTHER_NUMBERS:
+        if name not in known:
+            refuse_activation(name, bool(fields.get(name)))
+    for name in _OTHER_TEXTS:
+        if name not in known and fields.get(name):
+            raise ScoreError(
+                f"`{name}` would change what is scored, and {shape.title} does not take it here. Remove it, "
+                "or send /v1/score what the model is to read."
+            )
+
+
 def _one_of(names: Sequence[str]) -> str:
     return " or ".join(f"`{name}`" for name in names)
 
@@ -329,7 +366,7 @@ _DECODER = json.JSONDecoder(
 
 _RENDERERS_OWN = frozenset(
     {
-        "conversation", "messages", "tools", "chat_template", "add_generation_prompt",
+        "self", "conversation", "messages", "tools", "chat_template", "add_generation_prompt",
         "continue_final_message", "sanitize_control_tokens", "tokenize", "padding", "truncation",
         "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
     }

@@ -269,10 +269,10 @@ def test_a_pinned_version_that_is_not_served_is_refused(places: Any) -> None:
 
 
 def test_above_the_limit_new_requests_are_refused_at_once(gated: tuple[BatchLoop, Gate]) -> None:
-    """They are told to come back in half the time that the waiting ones take, by late batches' own time."""
+    """They are told to come back in half the time that the waiting texts take, by late batches' own time."""
     loop, gate = gated
     loop.max_queued = 3
-    loop._rated.extend([(3, 2.0), (1, 1.0), (0, 1.0)])
+    loop._rated.extend([(30, 2.0), (10, 1.0), (40, 1.0)])
 
     async def story() -> int:
         waiting = [asyncio.create_task(loop.score(ask(2, str(n)))) for n in range(3)]
@@ -281,7 +281,8 @@ def test_above_the_limit_new_requests_are_refused_at_once(gated: tuple[BatchLoop
             OverloadedError, match="3 requests waiting, and `max_queued_requests` is 3"
         ) as raised:
             await loop.score(ask(1))
-        assert raised.value.retry_after_s == pytest.approx(3 * (4.0 / 4) / 2)
+        assert loop.waiting_tokens > 0
+        assert raised.value.retry_after_s == pytest.approx((loop.waiting_tokens * 4.0 / 80 + 1.0) / 2)
         gate.open()
         await asyncio.gather(*waiting)
         return len((await loop.score(ask(1))).scores)

@@ -26,8 +26,9 @@ from rayrm.errors import (
     UnknownModelError,
     VersionError,
 )
-from rayrm.serve.http import HttpLimits, build_app
+from rayrm.serve.http import build_app
 from rayrm.serve.http_guard import token_sha256_in
+from rayrm.serve.http_limits import HttpLimits
 from rayrm.serve.protocols import ROUTES
 from rayrm.serve.request import ScoreRequest, ScoreResult
 from tests.unit.test_protocols import ready

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from rayrm.serve.http import HttpLimits, build_app
+from rayrm.serve.http import build_app
+from rayrm.serve.http_limits import HttpLimits
 from tests.unit.test_http import JSON, SAMPLE, client, error_of, zeros
 from tests.unit.test_protocols import ready
 
@@ -119,7 +120,7 @@ def test_a_text_beyond_the_limit_is_named_as_its_caller_names_it() -> None:
     ):  # fmt: skip
         answer = http.post(path, json=body)
         assert answer.status_code == 413
-        assert f"`{name}` has " in error_of(answer)["message"]
+        assert f"`{name}`, its prompt and its tools have " in error_of(answer)["message"]
 
 
 def test_a_prompt_that_is_repeated_counts_for_each_text() -> None:

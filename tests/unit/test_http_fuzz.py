@@ -18,7 +18,8 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from rayrm.serve.http import HttpLimits, build_app
+from rayrm.serve.http import build_app
+from rayrm.serve.http_limits import HttpLimits
 from rayrm.serve.protocols import ROUTES
 from rayrm.serve.scorer import RewardModel
 from tests.tiny import save_tiny

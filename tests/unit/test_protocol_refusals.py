@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from rayrm.errors import ScoreError
 from rayrm.serve.http import build_app
 from rayrm.serve.request import ScoreRequest, ScoreResult
+from tests.unit.test_http import client
 from tests.unit.test_protocols import VERSION, Body, ready
 
 USER = [{"role": "user", "content": "a"}]
@@ -210,3 +213,58 @@ def test_a_model_that_a_framework_names_by_itself_may_stand_for_the_only_one_unl
         assert (asked[-1].model, asked[-1].any_model) == ("helpful", False)
     http.post("/v1/score", json={"completions": ["a"], "model": path})
     assert (asked[-1].model, asked[-1].any_model) == (path, False)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/get_reward", {"query": ["a"], "model": "reward"}),
+        ("/get_reward", {"query": ["a"], "version": "v1"}),
+        ("/reward", {"prompt": "a", "response": "b", "truncation": "left"}),
+        ("/predict", {"inputs": "a", "raw_scores": True, "version": "v1"}),
+        ("/classify", {"input": "a", "version": "v1"}),
+        ("/classify", {"text": "a", "use_activation": True}),
+        ("/classify", {"text": "a", "image_data": "..."}),
+        ("/score", {"text_1": "a", "text_2": "b", "softmax": True}),
+        ("/score", {"text_1": "a", "text_2": "b", "instruction": "be kind"}),
+        ("/pooling", {"input": "a", "normalize": True}),
+        ("/v1/embeddings", {"input": "a", "use_activation": True}),
+        (
+            "/reward",
+            {"prompt": [{"role": "user", "content": "a"}], "response": "b", "tools": [{"name": "t"}]},
+        ),
+    ],
+)
+def test_no_route_ignores_a_word_that_decides_a_score(path: str, body: dict[str, Any]) -> None:
+    """Other words of other servers' clients are tolerated, and so are these where they ask for nothing."""
+    name = list(body)[-1]
+    answer = client().post(path, json=body)
+    assert answer.status_code == 422
+    assert f"`{name}`" in answer.json()["error"]["message"]
+    asks_nothing = False if body[name] is True else None
+    assert client().post(path, json={**body, name: asks_nothing, "user": "somebody"}).status_code == 200
+
+
+@pytest.mark.parametrize("ids", [5, True, 1.5, {"a": 1}, "a"])
+def test_ids_that_are_no_list_are_the_callers_fault(ids: Any) -> None:
+    answer = client().post("/classify", json={"input_ids": ids})
+    assert answer.status_code == 422
+    assert "`input_ids`" in answer.json()["error"]["message"]
+
+
+def test_what_a_model_refuses_is_told_by_the_callers_name_and_means() -> None:
+    async def refuse(wanted: ScoreRequest) -> ScoreResult:
+        raise ScoreError('input 1 has 9 tokens. Shorten it, or pass truncation="left".')
+
+    for path, body, said in (
+        (
+            "/get_reward",
+            {"query": ["a", "b"]},
+            "`query[1]` has 9 tokens. Shorten it, or add ?truncation=left",
+        ),
+        ("/score", {"text_1": "a", "text_2": ["b", "c"]}, "`text_2[1]` has 9 tokens"),
+        ("/v1/score", {"ids": [[1], [2]]}, '`ids[1]` has 9 tokens. Shorten it, or send `truncation`: "left"'),
+    ):
+        answer = client(score=refuse).post(path, json=body)
+        assert answer.status_code == 422
+        assert said in answer.json()["error"]["message"]

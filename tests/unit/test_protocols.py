@@ -311,7 +311,7 @@ def test_the_own_shape_tells_details_and_scores_beside_a_bad_text(served: Served
     assert answer["num_tokens"] == [len(served.ids[0]), 0, len(served.ids[1])]
     assert set(answer["timing"]) == {"tokenize_s", "queue_s", "compute_s", "total_s"}
     assert (answer["version"], answer["model"], answer["truncated"]) == (VERSION, "reward", [])
-    assert answer["errors"][0]["message"].startswith("input 1 has")
+    assert answer["errors"][0]["message"].startswith("`completions[1]` has")
     cut = http.post("/v1/score?truncation=left", json=body)
     assert cut.json()["truncated"] == [1]
     assert cut.headers["Rayrm-Truncated"] == "1"

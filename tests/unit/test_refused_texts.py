@@ -14,7 +14,8 @@ from starlette.testclient import TestClient
 
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import ScoreError
-from rayrm.serve.http import HttpLimits, build_app
+from rayrm.serve.http import build_app
+from rayrm.serve.http_limits import HttpLimits
 from rayrm.serve.request import Refused, ScoreRequest, id_inputs
 from rayrm.serve.scorer import RewardModel
 from tests.tiny import save_tiny

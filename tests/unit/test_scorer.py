@@ -282,7 +282,7 @@ def test_a_partial_request_tells_what_is_wrong_with_a_text_and_encodes_the_other
     inputs = [TextInput("a", " b"), TextInput(ask, answer), foreign, long, none, np.asarray([7, 8], np.int32)]
     reasons = {
         1: "input 1 of 6: message lists given to a model trained on plain text",
-        2: r"input 2 of 6 \(2 ids\) must be flat and hold at least one id, all in \[0, 400\)",
+        2: r"input 2 of 6 holds the id 400, and the model's are in \[0, 400\)",
         3: "input 3 has .* tokens, the model's position limit is 512",
         4: "input 4 is empty",
     }
