@@ -143,7 +143,8 @@ def _print_roll(service: str, result: Any) -> None:
         return
     print(
         f"{service} serves {result.model} {result.version} on {result.num_replicas} replica(s) after "
-        f"{result.seconds:.1f} s; before: {result.before} (rayrm roll {service} --back)"
+        f"{result.seconds:.1f} s; before: {result.before} "
+        f"(rayrm roll {service} --back --model {result.model})"
     )
 
 

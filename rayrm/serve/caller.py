@@ -52,6 +52,8 @@ _PATIENCE_FOR_VERSION_S = 3.0
 """While a service rolls, replicas differ: so long another one is asked for the version that is pinned."""
 _TOGETHER_S = 0.002
 """A call waits so long for others. A request costs the service some ten milliseconds, whatever it holds."""
+_LOOK_S = 2.0
+"""How often it is looked whether the application of calls that wait is still there."""
 _ALONE = 32
 """Texts: a call with so many waits for no other."""
 _MOST_TEXTS = 256
@@ -89,6 +91,8 @@ class Caller:
     _worker: str = ""
     _gathered: list[_Call] = field(default_factory=list)
     _sending: set[asyncio.Task[None]] = field(default_factory=set)
+    _sent_calls: set[_Call] = field(default_factory=set)
+    _watching: asyncio.Task[None] | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def call(self, request: ScoreRequest) -> ScoreResult:
@@ -174,6 +178,32 @@ class Caller:
 
     async def _exchange(self, calls: list[_Call]) -> None:
         """Send calls as one request, and give each its answer; cancelled when no caller is left."""
+        self._sent_calls.update(calls)
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.get_running_loop().create_task(self._watch())
+        try:
+            await self._exchanged(calls)
+        finally:
+            self._sent_calls.difference_update(calls)
+
+    async def _watch(self) -> None:
+        """Tell those that wait when the application is removed: Serve would let them wait for good."""
+        while self._sent_calls:
+            await asyncio.sleep(_LOOK_S)
+            if not self._sent_calls or (error := await asyncio.to_thread(self._gone)) is None:
+                continue
+            for call in list(self._sent_calls):
+                if not call.answer.done():
+                    call.answer.set_exception(error)
+
+    def _gone(self) -> RewardUnavailableError | None:
+        try:
+            return None if self.settings.name in serve.status().applications else self._removed(None)
+        except Exception as error:  # Serve's controller is busy or comes back: nothing is known
+            logger.info("Serve does not tell its status: %s", error)
+            return None
+
+    async def _exchanged(self, calls: list[_Call]) -> None:
         try:
             handle = await self.handle()
             now = time.monotonic()
@@ -220,12 +250,12 @@ class Caller:
             return handle
         return serve.get_deployment_handle(REPLICAS, name)
 
-    def _removed(self, error: Exception) -> RewardUnavailableError:
+    def _removed(self, error: Exception | None) -> RewardUnavailableError:
         name, running = self.settings.name, sorted(serve.status().applications)
         return RewardUnavailableError(
             f"no application {name!r} runs on this cluster (running: {', '.join(running) or 'none'}). "
             f"Start it with `rayrm serve MODEL --name {name}`, or pass the name of one that runs."
-            + (f" Serve said: {error}" if name in running else "")
+            + (f" Serve said: {error}" if name in running and error is not None else "")
         )
 
 

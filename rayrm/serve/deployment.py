@@ -118,8 +118,9 @@ def _deployed(
     *,
     wait_s: float = _WAIT_S,
     check_resources: bool = True,
+    stop: threading.Event | None = None,
 ) -> RewardClient:
-    """`deploy` of what was checked: a model's files are read once for it."""
+    """`deploy` of what was checked: a model's files are read once for it. `stop`, once set, gives it up."""
     if not ray.is_initialized():
         connect()
     if check_resources:
@@ -134,7 +135,7 @@ def _deployed(
     target = serve.RunTarget(application, name=settings.name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     try:
-        _wait_until_running(settings.name, wait_s)
+        _wait_until_running(settings.name, wait_s, stop)
     except (ClusterError, RewardUnavailableError):
         # What never ran is removed, so that callers are told at once and do not wait for their deadline.
         if not is_update:
@@ -161,7 +162,7 @@ def serve_forever(
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
     try:
-        _deployed(settings, places, token_sha256)
+        _deployed(settings, places, token_sha256, stop=stop)
         print(_how_to_call(settings, places), flush=True)
         while not stop.wait(timeout=0.5):
             pass
@@ -327,9 +328,10 @@ def _how_to_call(settings: ServeConfig, places: Mapping[str, ModelPlace]) -> str
 
 def _check_resources(settings: ServeConfig) -> None:
     has = ray.cluster_resources()
+    options = settings.ray_actor_options or {}
     for kind, each, setting in (
-        ("CPU", settings.num_cpus, "num_cpus"),
-        ("GPU", settings.num_gpus, "num_gpus"),
+        ("CPU", options.get("num_cpus", settings.num_cpus), "num_cpus"),
+        ("GPU", options.get("num_gpus", settings.num_gpus), "num_gpus"),
     ):
         needed = settings.num_replicas * each
         if needed > has.get(kind, 0):
@@ -340,7 +342,7 @@ def _check_resources(settings: ServeConfig) -> None:
             )
 
 
-def _wait_until_running(name: str, wait_s: float) -> None:
+def _wait_until_running(name: str, wait_s: float, stop: threading.Event | None) -> None:
     deadline = time.monotonic() + wait_s
     while True:
         application = serve.status().applications.get(name)
@@ -350,6 +352,8 @@ def _wait_until_running(name: str, wait_s: float) -> None:
         said = " ".join(message for message in messages if message)
         if status == "RUNNING":
             return
+        if stop is not None and stop.is_set():
+            raise ClusterError(f"told to stop before application {name!r} was ready ({status}).")
         if status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise RewardUnavailableError(f"application {name!r} could not start ({status}): {said}")
         if time.monotonic() > deadline:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray.experimental import internal_kv
 from rayrm.serve.request import ModelPlace
 
 _NAMESPACE = b"rayrm"
+_LOCKED_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,24 @@ def first_pointer(key: str, places: Mapping[str, ModelPlace]) -> Pointer:
     return read_pointer(key) or Pointer(dict(places))
 
 
-def write_pointer(key: str, pointer: Pointer) -> None:
-    """Replace the record; whole or not at all."""
+def change_pointer(key: str, change: Callable[[Pointer], Pointer]) -> None:
+    """Replace the record by what `change` makes of it; rolls at the same time change it one after the other.
+
+    Nothing happens where there is none: the application was removed.
+    """
+    lock, deadline = f"{key}/lock".encode(), time.monotonic() + _LOCKED_S
+    while internal_kv._internal_kv_put(lock, b"", overwrite=False, namespace=_NAMESPACE):
+        if time.monotonic() > deadline:
+            break  # whoever had it is gone: it is held for one reading and one writing
+        time.sleep(0.01)
+    try:
+        if (pointer := read_pointer(key)) is not None:
+            _write(key, change(pointer))
+    finally:
+        internal_kv._internal_kv_del(lock, namespace=_NAMESPACE)
+
+
+def _write(key: str, pointer: Pointer) -> None:
     internal_kv._internal_kv_put(key.encode(), _as_text(pointer), overwrite=True, namespace=_NAMESPACE)
 
 

@@ -224,7 +224,7 @@ def check_probe(model: RewardModel, manifest: Mapping[str, Any]) -> None:
             f"{whose} does not score as it did when it was published: probe text {worst} of {len(inputs)} "
             f"({_shown(inputs[worst])}) has {scores[worst]:.6g} here and had {stored['scores'][worst]:.6g}; "
             f"{allowed:g} * max(1, |score|) is allowed. Use the library versions it was published with, load "
-            "it in float32, or publish the checkpoint again here under another name."
+            "it in float32, or publish the checkpoint again here, in another registry."
         )
 
 

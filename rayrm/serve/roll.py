@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from rayrm.errors import PublishError, RayrmError, RollError
-from rayrm.serve.pointer import Pointer, read_pointer, write_pointer
+from rayrm.serve.pointer import Pointer, change_pointer, read_pointer
 from rayrm.serve.registry import MANIFEST, open_published, set_current
 from rayrm.serve.request import ModelPlace
 
@@ -59,24 +59,31 @@ def roll(
     try:
         place = _place_of(version, name, pointer)
     except PublishError as error:
-        write_pointer(key, pointer.refused(name, str(version), time.time(), str(error)))
+        _note_refusal(key, name, str(version), str(error))
         raise
     if place == old:
         return RollResult(name, place.version, old.version, len(statuses), time.monotonic() - began)
     if refusals := _stage(handle, application, name, place, began + wait_s):
         _broadcast(handle, "unstage", name, place)
-        write_pointer(key, pointer.refused(name, place.version, time.time(), refusals[0]))
+        _note_refusal(key, name, place.version, refusals[0])
         raise RollError(
             f"{application!r} refused version {place.version} of {name!r}: {refusals[0]} "
             f"{old.version} serves on."
         )
-    write_pointer(key, pointer.rolled(name, place, time.time()))
+    change_pointer(key, lambda now: now.rolled(name, place, time.time()))
     # From here on the roll has happened: what remains is to see it on every replica.
     while True:
         _broadcast(handle, "follow")
         statuses = _statuses(handle, application, max(began + wait_s - time.monotonic(), 1.0))
         if all(status["models"][name] == place.version for status in statuses):
             break
+        now = read_pointer(key)
+        if now is None or now.current[name] != place:
+            raise RollError(
+                f"{application!r} rolled to version {place.version} of {name!r}, and was "
+                f"{'removed' if now is None else f'rolled to {now.current[name].version}'} by somebody else "
+                "meanwhile. Look at `client.status()`."
+            )
         if time.monotonic() > began + wait_s:
             raise RollError(
                 f"{application!r} rolls to version {place.version} of {name!r}, and after {wait_s:g} s not "
@@ -88,6 +95,10 @@ def roll(
         home = Path(place.path).parent
         set_current(home.parent, home.name, place.version)
     return RollResult(name, place.version, old.version, len(statuses), time.monotonic() - began)
+
+
+def _note_refusal(key: str, name: str, version: str, error: str) -> None:
+    change_pointer(key, lambda now: now.refused(name, version, time.time(), error))
 
 
 def service_status(handle: Any, application: str, wait_s: float) -> dict[str, Any]:
@@ -155,8 +166,10 @@ def _name_of(model: str | None, pointer: Pointer) -> str:
     if model is None and len(pointer.current) == 1:
         return next(iter(pointer.current))
     if model not in pointer.current:
+        said = "no model is named" if model is None else f"`model` ({model!r}) is none of them"
         raise RollError(
-            f"`model` ({model!r}) is none of the service's models ({', '.join(pointer.current)}). Pass one."
+            f"{said}: the service has {', '.join(pointer.current)}. Pass one (`model=`, on the command line "
+            "`--model`)."
         )
     return str(model)
 
@@ -167,6 +180,8 @@ def _place_of(version: str | Path | None, name: str, pointer: Pointer) -> ModelP
         if name not in pointer.before:
             raise RollError(f"{name!r} was not rolled since it was deployed: there is no version before it.")
         return pointer.before[name]
+    if not str(version).strip():
+        raise PublishError(f"`version` ({str(version)!r}) is empty. Pass a version, or its directory.")
     old = Path(pointer.current[name].path)
     if not Path(version).is_dir() and not (old / MANIFEST).is_file():
         raise PublishError(

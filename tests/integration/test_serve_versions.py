@@ -9,14 +9,18 @@ import signal
 import threading
 import time
 import urllib.request
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from ray import serve
 
 from rayrm import cli
 from rayrm.errors import (
     ConfigError,
     PublishError,
+    RewardUnavailableError,
     RollError,
     ScoreError,
 )
@@ -180,7 +184,7 @@ def test_the_commands_publish_roll_back_and_tell_the_status(
         )
         said = capsys.readouterr().out
         assert "told serves told" in said
-        assert f"before: {first.version} (rayrm roll told --back)" in said
+        assert f"before: {first.version} (rayrm roll told --back --model told)" in said
         assert cli.main(["status", "told"]) == 0
         status = json.loads(capsys.readouterr().out)
         assert status["before"] == {"told": first.version}
@@ -191,3 +195,38 @@ def test_the_commands_publish_roll_back_and_tell_the_status(
         assert "Published versions there" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             cli.main(["roll", "told"])
+
+
+@pytest.mark.ray
+def test_rolls_of_two_models_at_once_both_happen(
+    ray_cluster: None, published: PublishedModel, second: PublishedModel, tmp_path: Path
+) -> None:
+    """Each is staged for longer than the other takes: neither may write what it read before."""
+    other = publish(save_tiny(tmp_path / "a", seed=4, chat=False), tmp_path / "registry", "safe")
+    newer = publish(
+        save_tiny(tmp_path / "b", seed=5, chat=False), tmp_path / "registry", "safe", make_current=False
+    )
+    with served({"helpful": published, "safe": other}, "twice") as reward:
+        back = {"helpful": published.version, "safe": other.version}
+        for wanted in ({"helpful": second.version, "safe": newer.version}, back) * 2:
+            with ThreadPoolExecutor(2) as threads:
+                rolls = [threads.submit(reward.roll, one, model=name) for name, one in wanted.items()]
+                assert [roll.result().version for roll in rolls] == list(wanted.values())
+            status = reward.status()
+            assert status["models"] == wanted
+            assert [replica["models"] for replica in status["replicas"]] == [wanted]
+    set_current(published.path.parent.parent, published.name, published.version)
+
+
+@pytest.mark.ray
+def test_who_calls_a_service_that_is_being_removed_is_told(
+    ray_cluster: None, published: PublishedModel
+) -> None:
+    with served(published, "going", max_tokens_per_batch=256) as reward, ThreadPoolExecutor(2) as threads:
+        threads.submit(reward.score, *texts(3000))
+        removed = threads.submit(serve.delete, "going")
+        late = RewardClient("going", deadline_s=500)
+        calls = iter(lambda: late.score(*texts(1)), None)
+        with pytest.raises(RewardUnavailableError, match="no application 'going' runs"):
+            deque(calls, maxlen=0)
+        removed.result()
