@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from rayrm.settings import (
     Count,
@@ -17,6 +17,12 @@ from rayrm.settings import (
     none_word,
     settings,
 )
+
+
+def _not_none_at_all(value: int) -> int:
+    if value == 0:
+        raise ValueError("every request would be refused. Type 1 or more, or -1 for no limit")
+    return value
 
 
 @frozen_settings
@@ -60,7 +66,7 @@ class ServeConfig:
     max_tokens_per_batch: OptionalCount = None
     """Tokens a replica computes in one forward pass, at most: it sets memory. None: 16384 on a GPU, 4096 on a
     CPU."""
-    max_queued_requests: Annotated[int, Field(ge=-1)] = -1
+    max_queued_requests: Annotated[int, Field(ge=-1), AfterValidator(_not_none_at_all)] = -1
     """Requests that may wait in a replica before new ones are told to come back later; -1: no limit."""
     idle_offload_s: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(none_word)] = None
     """Seconds without work after which a replica's weights move to CPU memory, until the next request. None:

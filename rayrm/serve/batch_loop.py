@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 from rayrm.errors import OverloadedError, RewardUnavailableError, UnknownModelError, VersionError
@@ -28,8 +28,12 @@ from rayrm.serve_settings import Ensemble
 from rayrm.settings import nearest
 
 logger = logging.getLogger("rayrm.serve")
+_PINNED_S = 30.0
+"""So long a version that was replaced takes requests that are pinned to it: more would keep it for good."""
 _TOKENIZED_AT_ONCE = 256
 """Texts. A request of thousands takes seconds, in which no other could begin."""
+_FAILED = 5
+"""Batches in a row. A device may be broken for good, as after an illegal access: another process may help."""
 _RATED = 32
 """Batches by whose time a caller is told when to come back."""
 
@@ -68,6 +72,8 @@ class BatchLoop:
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
     _swapped: bool = False
+    _num_failed: int = 0
+    _last_failure: BaseException | None = None
     # Of late batches: tokens of their texts, each in full, and seconds.
     _rated: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RATED))
     _idle: IdleOffload = field(init=False)
@@ -87,14 +93,20 @@ class BatchLoop:
         name = self._name_of(request)
         self._check_room()
         if name not in self.ensembles:
-            return await self._score_by(self._bound(name, request.version), request)
-        # All are bound before any is waited for: a roll between them would mix what was not tried together.
+            model = self._bound(name, request.version)
+            with self._bound_to(model):
+                return await self._score_by(model, request)
+        # All are bound before anything is waited for: a roll in between would mix what was not tried
+        # together, or leave a member that nobody computes.
         ensemble = self.ensembles[name]
         members = [self.models[member] for member in ensemble.members]
         version = ".".join(member.place.version for member in members)
         if request.version not in (None, version):
             raise _other_version(name, request.version, version)
-        found = await _all(asyncio.ensure_future(self._score_by(one, request)) for one in members)
+        with ExitStack() as held:
+            for one in members:
+                held.enter_context(self._bound_to(one))
+            found = await _all(asyncio.ensure_future(self._score_by(one, request)) for one in members)
         scores, spread = combine(ensemble, [result.scores for result in found])
         timing = replace(found[0].timing, compute_s=sum(result.timing.compute_s for result in found))
         errors = {place: said for result in reversed(found) for place, said in result.errors.items()}
@@ -114,6 +126,7 @@ class BatchLoop:
         before = self.models.get(model.name)
         self.models[model.name] = model
         if before is not None and before.num_bound:
+            before.left_at = time.monotonic()
             self._leaving.append(before)
         self._swapped = True
         self._arrived.set()
@@ -137,7 +150,9 @@ class BatchLoop:
         return [model.place.version for model in self._leaving]
 
     def failure(self) -> BaseException | None:
-        """Why the loop ended, where it did."""
+        """Why the loop ended, or no batch can be computed any more, where it is so."""
+        if self._num_failed >= _FAILED:
+            return self._last_failure
         if self._task is None or not self._task.done():
             return None
         return asyncio.CancelledError() if self._task.cancelled() else self._task.exception()
@@ -170,12 +185,13 @@ class BatchLoop:
         return name
 
     def _bound(self, name: str, version: str | None) -> LoadedModel:
-        """The version that a new request meets: the current one, or the pinned one if it is here."""
+        """The version that a new request meets: the current one, or the pinned one if it left just now."""
         current = self.models[name]
         if version in (None, current.place.version):
             return current
         for model in self._leaving:
-            if model.name == name and model.place.version == version:
+            is_late = time.monotonic() - (model.left_at or 0.0) > _PINNED_S
+            if model.name == name and model.place.version == version and not is_late:
                 return model
         raise _other_version(name, version, current.place.version)
 
@@ -197,17 +213,17 @@ class BatchLoop:
         return min(max((self.waiting_tokens * token_s + running_s) / 2, 0.1), 60.0)
 
     async def _score_by(self, model: LoadedModel, request: ScoreRequest) -> ScoreResult:
+        """By a model to which the request is bound."""
         began = time.monotonic()
-        with self._bound_to(model):
-            encoded = await self._encoded(model, request)
-            now = time.monotonic()
-            expires_at = None if request.left_s is None else began + request.left_s
-            number, entry = model.add(encoded, now - began, expires_at)
-            self._arrived.set()
-            try:
-                return await entry.answer
-            finally:
-                model.remove(number)
+        encoded = await self._encoded(model, request)
+        now = time.monotonic()
+        expires_at = None if request.left_s is None else began + request.left_s
+        number, entry = model.add(encoded, now - began, expires_at, partial=request.partial)
+        self._arrived.set()
+        try:
+            return await entry.answer
+        finally:
+            model.remove(number)
 
     async def _encoded(self, model: LoadedModel, request: ScoreRequest) -> Encoded:
         """The request's ids, some texts at a time: in between, others have their turn at the tokenizer."""
@@ -251,8 +267,10 @@ class BatchLoop:
             idle.worked(time.monotonic())
             failure = computed.exception()
             if failure is not None:
+                self._num_failed, self._last_failure = self._num_failed + 1, failure
                 model.fail(texts, failure)
                 continue
+            self._num_failed = 0
             seconds = time.monotonic() - began
             results = model.give(texts, computed.result(), seconds)
             self._rated.append((sum(len(text.ids) for text in texts), seconds))

@@ -197,11 +197,13 @@ class Caller:
                     call.answer.set_exception(error)
 
     def _gone(self) -> RewardUnavailableError | None:
-        try:
-            return None if self.settings.name in serve.status().applications else self._removed(None)
-        except Exception as error:  # Serve's controller is busy or comes back: nothing is known
-            logger.info("Serve does not tell its status: %s", error)
-            return None
+        """Why nobody can answer any more; None: somebody may."""
+        if not ray.is_initialized():
+            return RewardUnavailableError(
+                f"RewardClient({self.settings.name!r}): this process left its Ray cluster while it waited."
+            )
+        running = _running()
+        return None if running is None or self.settings.name in running else self._removed(None)
 
     async def _exchanged(self, calls: list[_Call]) -> None:
         try:
@@ -214,9 +216,10 @@ class Caller:
                 response.cancel()
                 return
         except Exception as error:
+            told = await asyncio.to_thread(self._told, error)
             for call in calls:
                 if not call.answer.done():
-                    call.answer.set_exception(self._told(error))
+                    call.answer.set_exception(told)
             return
         for call, answer in zip(calls, answers, strict=True):
             if call.answer.done():
@@ -248,15 +251,34 @@ class Caller:
             handle = DeploymentHandle(REPLICAS, name)
             handle._init(_prefer_local_routing=True)
             return handle
-        return serve.get_deployment_handle(REPLICAS, name)
+        while True:
+            try:
+                return serve.get_deployment_handle(REPLICAS, name)
+            except KeyError as error:
+                # An application that has just been deployed has its parts a moment later.
+                if (_running() or {}).get(name) in (None, "RUNNING"):
+                    raise self._removed(error) from error
+                time.sleep(_FIRST_PAUSE_S)
 
     def _removed(self, error: Exception | None) -> RewardUnavailableError:
-        name, running = self.settings.name, sorted(serve.status().applications)
+        name, running = self.settings.name, sorted(_running() or ())
         return RewardUnavailableError(
             f"no application {name!r} runs on this cluster (running: {', '.join(running) or 'none'}). "
             f"Start it with `rayrm serve MODEL --name {name}`, or pass the name of one that runs."
             + (f" Serve said: {error}" if name in running and error is not None else "")
         )
+
+
+def _running() -> dict[str, str] | None:
+    """The status of each application; None where Serve does not tell. Joins no cluster, as Serve would."""
+    if not ray.is_initialized():
+        return None
+    try:
+        applications = serve.status().applications
+    except Exception as error:  # its controller is busy, or comes back
+        logger.info("Serve does not tell its status: %s", error)
+        return None
+    return {name: str(one.status.value) for name, one in applications.items()}
 
 
 async def _while_wanted(response: Any, calls: Sequence[_Call]) -> list[Any] | None:
@@ -310,8 +332,11 @@ class _Attempts:
         if isinstance(error, OverloadedError):
             pause_s = min(max(pause_s, error.retry_after_s), _LONGEST_PAUSE_S)
         if self.ends_at - time.monotonic() <= pause_s:
-            applications = (await asyncio.to_thread(serve.status)).applications
-            status = applications[self._name].status.value if self._name in applications else "absent"
+            try:
+                found = await asyncio.wait_for(asyncio.to_thread(_running), _FIRST_PAUSE_S * 20)
+            except TimeoutError:
+                found = None
+            status = "unknown" if found is None else found.get(self._name, "absent")
             raise RewardUnavailableError(
                 f"the reward service {self._name!r} gave no answer within {self._deadline_s:g} s "
                 f"(application: {status}; last: {type(error).__name__}). Raise `deadline_s`, add replicas, "

@@ -22,7 +22,7 @@ from rayrm.serve.registry import MANIFEST
 from rayrm.serve.request import ModelPlace, ScoreRequest, ScoreResult, Timing
 from rayrm.serve.saved import read_json
 from rayrm.serve.scheduler import QueuedText, ScoreQueue
-from rayrm.serve.scorer import Encoded, RewardModel, check_finite
+from rayrm.serve.scorer import Encoded, RewardModel, broken_scores, check_finite
 
 
 @dataclass(slots=True)
@@ -33,13 +33,17 @@ class Waiting:
     answer: asyncio.Future[ScoreResult]
     added_at: float
     tokenize_s: float
+    partial: bool = False
     begun_at: float | None = None
     compute_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
 class LoadedModel:
-    """A version of model `name`, and the requests that met it. `num_bound`: those not answered yet."""
+    """A version of model `name`, and the requests that met it. `num_bound`: those not answered yet.
+
+    `left_at`: when another took its place, on the monotonic clock.
+    """
 
     name: str
     place: ModelPlace
@@ -49,6 +53,7 @@ class LoadedModel:
     waiting: dict[int, Waiting] = field(default_factory=dict)
     num_bound: int = 0
     loaded_at: float = field(default_factory=time.time)
+    left_at: float | None = None
     _num_requests: int = 0
 
     @classmethod
@@ -71,12 +76,14 @@ class LoadedModel:
         """The ids of a part of the request."""
         return self.model.encode_request(request, start, stop)
 
-    def add(self, encoded: Encoded, tokenize_s: float, expires_at: float | None) -> tuple[int, Waiting]:
+    def add(
+        self, encoded: Encoded, tokenize_s: float, expires_at: float | None, *, partial: bool = False
+    ) -> tuple[int, Waiting]:
         """Queue what of a request can be scored; within an event loop."""
         number = self._num_requests
         self._num_requests += 1
         answer: asyncio.Future[ScoreResult] = asyncio.get_running_loop().create_future()
-        entry = self.waiting[number] = Waiting(encoded, answer, time.monotonic(), tokenize_s)
+        entry = self.waiting[number] = Waiting(encoded, answer, time.monotonic(), tokenize_s, partial)
         if encoded.sequences:
             self.queue.add(number, list(encoded.sequences.values()), expires_at=expires_at)
         else:
@@ -108,14 +115,15 @@ class LoadedModel:
             entry = self.waiting.get(number)
             if entry is None or entry.answer.done():
                 continue
-            try:
-                check_finite(complete)
-            except ScoreError as error:
-                entry.answer.set_exception(error)
-            else:
-                result = self._result(entry, complete)
-                entry.answer.set_result(result)
-                given.append(result)
+            encoded = entry.encoded
+            broken = broken_scores(dict(zip(encoded.sequences, complete, strict=True)), _count(encoded))
+            if broken and not entry.partial:
+                entry.answer.set_exception(ScoreError(next(iter(broken.values()))))
+                continue
+            encoded.errors.update(broken)
+            result = self._result(entry, complete)
+            entry.answer.set_result(result)
+            given.append(result)
         return given
 
     def fail(self, texts: Sequence[QueuedText], failure: BaseException) -> None:
@@ -129,13 +137,20 @@ class LoadedModel:
     def _result(self, entry: Waiting, scores: list[float]) -> ScoreResult:
         encoded, now = entry.encoded, time.monotonic()
         begun = entry.begun_at if entry.begun_at is not None else now
-        count = len(encoded.sequences) + len(encoded.errors)
+        count = _count(encoded)
         placed, num_tokens = [float("nan")] * count, [0] * count
         for (place, ids), score in zip(encoded.sequences.items(), scores, strict=True):
-            placed[place], num_tokens[place] = score, len(ids)
+            num_tokens[place] = len(ids)
+            if place not in encoded.errors:
+                placed[place] = score
         timing = Timing(
             entry.tokenize_s, begun - entry.added_at, entry.compute_s, entry.tokenize_s + now - entry.added_at
         )
         return ScoreResult(
             placed, self.place.version, self.name, num_tokens, encoded.truncated, None, timing, encoded.errors
         )
+
+
+def _count(encoded: Encoded) -> int:
+    """Of the request's texts."""
+    return len(encoded.sequences.keys() | encoded.errors.keys())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,10 +34,11 @@ class Pointer:
     last_roll: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def rolled(self, name: str, place: ModelPlace, at: float) -> Pointer:
-        """After a roll of `name` to `place`."""
+        """After a roll of `name` to `place`; two to one version at once have one way back."""
+        before = self.before if self.current[name] == place else {**self.before, name: self.current[name]}
         return Pointer(
             {**self.current, name: place},
-            {**self.before, name: self.current[name]},
+            before,
             {**self.last_roll, name: {"version": place.version, "at": at, "error": None}},
         )
 
@@ -59,16 +61,22 @@ def change_pointer(key: str, change: Callable[[Pointer], Pointer]) -> None:
 
     Nothing happens where there is none: the application was removed.
     """
-    lock, deadline = f"{key}/lock".encode(), time.monotonic() + _LOCKED_S
-    while internal_kv._internal_kv_put(lock, b"", overwrite=False, namespace=_NAMESPACE):
-        if time.monotonic() > deadline:
-            break  # whoever had it is gone: it is held for one reading and one writing
+    lock, mine = f"{key}/lock".encode(), secrets.token_bytes(8)
+    holder, since = b"", time.monotonic()
+    while internal_kv._internal_kv_put(lock, mine, overwrite=False, namespace=_NAMESPACE):
+        seen = internal_kv._internal_kv_get(lock, namespace=_NAMESPACE) or b""
+        if seen != holder:
+            holder, since = seen, time.monotonic()
+        elif time.monotonic() - since > _LOCKED_S:
+            # Whoever has it is gone: it is held for one reading and one writing.
+            internal_kv._internal_kv_del(lock, namespace=_NAMESPACE)
         time.sleep(0.01)
     try:
         if (pointer := read_pointer(key)) is not None:
             _write(key, change(pointer))
     finally:
-        internal_kv._internal_kv_del(lock, namespace=_NAMESPACE)
+        if internal_kv._internal_kv_get(lock, namespace=_NAMESPACE) == mine:
+            internal_kv._internal_kv_del(lock, namespace=_NAMESPACE)
 
 
 def _write(key: str, pointer: Pointer) -> None:

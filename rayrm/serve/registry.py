@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from rayrm.errors import PublishError
 from rayrm.hashed_file import write_hashed
 from rayrm.serve.probe import ProbeTexts, check_same_probe, probe_record, read_probe
-from rayrm.serve.saved import SavedFiles, file_sha256, read_json, saved_files
+from rayrm.serve.saved import SavedFiles, file_sha256, read_json, saved_files, training_records
 from rayrm.settings import readable
 
 logger = logging.getLogger(__name__)
@@ -287,27 +287,6 @@ def _merge_adapter(saved: SavedFiles, into: Path) -> None:
             "directory readable at the path in adapter_config.json, or publish with `merge_lora=False`."
         ) from error
     save_model(loaded.model, loaded.tokenizer, into, text_form=loaded.text_form)
-
-
-def training_records(checkpoint: Path) -> tuple[str | None, dict[str, float]]:
-    """`run.toml` as text (None when there is none) and the last evaluation in `metrics.jsonl`.
-
-    They lie in the checkpoint or, for `checkpoint-<step>`, in the run directory above it.
-    """
-    places = [checkpoint, checkpoint.parent] if checkpoint.name.startswith("checkpoint-") else [checkpoint]
-    run_text: str | None = None
-    evaluation: dict[str, float] = {}
-    for place in places:
-        if run_text is None and (place / "run.toml").is_file():
-            run_text = (place / "run.toml").read_text(encoding="utf-8")
-        if not evaluation and (place / "metrics.jsonl").is_file():
-            for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                row = json.loads(line) if line.strip() else {}
-                found = {
-                    k: float(v) for k, v in row.items() if k.startswith("eval_") and type(v) in (int, float)
-                }
-                evaluation = {"step": float(row["step"]), **found} if found and "step" in row else evaluation
-    return run_text, evaluation
 
 
 def _card(manifest: Mapping[str, Any], *, has_run: bool) -> str:

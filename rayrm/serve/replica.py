@@ -111,16 +111,35 @@ class RewardReplica:
         self._staged.pop((name, place.version), None)
 
     async def follow(self) -> None:
-        """Serve what the pointer says; a version that was not staged is loaded first."""
+        """Serve what the pointer says; a version that was not staged is loaded first.
+
+        Where one can't be loaded, the others are served, and then its error is raised.
+        """
         async with self._changing:
-            pointer = await asyncio.to_thread(read_pointer, self._key)
-            for name, place in ({} if pointer is None else pointer.current).items():
-                if name in self._loop.models and place != self._loop.models[name].place:
+            errors = []
+            for name, place in (await self._behind()).items():
+                try:
                     await self._stage(name, place)
-                    model = self._staged.pop((name, place.version))
-                    self._loop.swap(model)
-                    self._metrics.version(model)
-                    logger.info("%s: version %s serves", name, place.version)
+                except Exception as error:
+                    self._refused[name, place.version] = time.time(), str(error)
+                    errors.append(error)
+                    continue
+                model = self._staged.pop((name, place.version))
+                self._loop.swap(model)
+                self._metrics.version(model)
+                self._refused.pop((name, place.version), None)
+                logger.info("%s: version %s serves", name, place.version)
+            if errors:
+                raise errors[0]
+
+    async def _behind(self) -> dict[str, ModelPlace]:
+        """The versions that the pointer names and this replica does not serve yet, by model."""
+        pointer = await asyncio.to_thread(read_pointer, self._key)
+        named = {} if pointer is None else pointer.current
+        models = self._loop.models
+        return {
+            name: place for name, place in named.items() if name in models and place != models[name].place
+        }
 
     async def status(self) -> dict[str, Any]:
         """What this replica serves and how it stands."""
@@ -157,22 +176,15 @@ class RewardReplica:
             self._following = asyncio.create_task(self._follow_if_behind())
 
     async def _follow_if_behind(self) -> None:
-        pointer = await asyncio.to_thread(read_pointer, self._key)
-        behind = {
-            (name, place.version)
-            for name, place in ({} if pointer is None else pointer.current).items()
-            if name in self._loop.models and place != self._loop.models[name].place
-        }
+        behind = {(name, place.version) for name, place in (await self._behind()).items()}
         waits = {key for key in behind if time.time() - self._refused.get(key, (0.0, ""))[0] < _TRY_AGAIN_S}
         if not behind - waits:
             return
         try:
             await self.follow()
-            self._refused.clear()
         except Exception as error:
             # The old version serves on: a replica that answers is better than one that is replaced for ever.
             logger.warning("the version that was rolled to can't be loaded here: %s", error)
-            self._refused.update(dict.fromkeys(behind, (time.time(), str(error))))
 
     def _load(self, name: str, place: ModelPlace) -> LoadedModel:
         return LoadedModel.load(name, place, self._plan.max_tokens_per_batch)

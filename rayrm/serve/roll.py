@@ -61,16 +61,15 @@ def roll(
     except PublishError as error:
         _note_refusal(key, name, str(version), str(error))
         raise
-    if place == old:
-        return RollResult(name, place.version, old.version, len(statuses), time.monotonic() - began)
-    if refusals := _stage(handle, application, name, place, began + wait_s):
-        _broadcast(handle, "unstage", name, place)
-        _note_refusal(key, name, place.version, refusals[0])
-        raise RollError(
-            f"{application!r} refused version {place.version} of {name!r}: {refusals[0]} "
-            f"{old.version} serves on."
-        )
-    change_pointer(key, lambda now: now.rolled(name, place, time.time()))
+    if place != old:
+        if refusals := _stage(handle, application, name, place, began + wait_s):
+            _broadcast(handle, "unstage", name, place)
+            _note_refusal(key, name, place.version, refusals[0])
+            raise RollError(
+                f"{application!r} refused version {place.version} of {name!r}: {refusals[0]} "
+                f"{old.version} serves on."
+            )
+        change_pointer(key, lambda now: now.rolled(name, place, time.time()))
     # From here on the roll has happened: what remains is to see it on every replica.
     while True:
         _broadcast(handle, "follow")
@@ -79,6 +78,7 @@ def roll(
             break
         now = read_pointer(key)
         if now is None or now.current[name] != place:
+            _broadcast(handle, "unstage", name, place)
             raise RollError(
                 f"{application!r} rolled to version {place.version} of {name!r}, and was "
                 f"{'removed' if now is None else f'rolled to {now.current[name].version}'} by somebody else "
@@ -88,6 +88,7 @@ def roll(
             raise RollError(
                 f"{application!r} rolls to version {place.version} of {name!r}, and after {wait_s:g} s not "
                 "every replica serves it: they go on trying. Look at `client.status()`."
+                + "".join(f" One says: {said}" for status in statuses for said in status["refused"].values())
             )
         time.sleep(_PAUSE_S)
     if (Path(place.path) / MANIFEST).is_file():

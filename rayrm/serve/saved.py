@@ -110,6 +110,30 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(reader, "sha256").hexdigest()
 
 
+def training_records(checkpoint: Path) -> tuple[str | None, dict[str, float]]:
+    """`run.toml` as text (None when there is none) and the last evaluation in `metrics.jsonl`.
+
+    They lie in the checkpoint or, for `checkpoint-<step>`, in the run directory above it; what was evaluated
+    after that step is of other weights. A last line that was cut off by a kill is left out.
+    """
+    prefix, _, number = checkpoint.name.rpartition("-")
+    step = int(number) if prefix == "checkpoint" and number.isdigit() else None
+    run_text: str | None = None
+    evaluation: dict[str, float] = {}
+    for place in [checkpoint] if step is None else [checkpoint, checkpoint.parent]:
+        if run_text is None and (place / "run.toml").is_file():
+            run_text = (place / "run.toml").read_text(encoding="utf-8")
+        if not evaluation and (place / "metrics.jsonl").is_file():
+            for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
+                row = json.loads(line) if line.endswith("\n") and line.strip() else {}
+                found = {
+                    k: float(v) for k, v in row.items() if k.startswith("eval_") and type(v) in (int, float)
+                }
+                if found and "step" in row and (step is None or row["step"] <= step):
+                    evaluation = {"step": float(row["step"]), **found}
+    return run_text, evaluation
+
+
 def _check_config(root: Path) -> None:
     if not (root / "config.json").is_file():
         raise PublishError(
@@ -134,7 +158,16 @@ def _check_config(root: Path) -> None:
 
 def _weight_files(root: Path) -> list[str]:
     if (root / _INDEX).is_file():
-        shards = sorted({str(name) for name in dict(read_json(root / _INDEX)["weight_map"]).values()})
+        named = read_json(root / _INDEX).get("weight_map")
+        if not isinstance(named, dict):
+            raise PublishError(f"{str(root / _INDEX)!r} has no object `weight_map`. Save the model again.")
+        shards = sorted({str(name) for name in named.values()})
+        for name in shards:
+            if Path(name).name != name:
+                raise PublishError(
+                    f"{str(root / _INDEX)!r} names the shard {name!r}, which must be a file of that "
+                    "directory. Save the model again."
+                )
         missing = [name for name in shards if not (root / name).is_file()]
         if missing:
             raise PublishError(

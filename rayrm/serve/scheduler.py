@@ -45,7 +45,7 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Literal
 
 from rayrm.data.packing import Ids, common_prefix_length
@@ -208,6 +208,9 @@ class ScoreQueue:
         self._requests[request] = self._line[request] = entry
         if expires_at is not None:
             heappush(self._expiring, (expires_at, request))
+            if len(self._expiring) > 2 * len(self._requests) + 1024:  # most were answered long before
+                self._expiring = [item for item in self._expiring if item[1] in self._requests]
+                heapify(self._expiring)
 
     def drop(self, request: int) -> None:
         """Forget a request: its waiting texts are not computed. Unknown and answered requests are ignored."""

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from rayrm.data.sources import plan_sources, read_work
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import DataError, ScoreError
+from rayrm.serve.request import template_arguments
 
 ROWS_PER_CHUNK = 256
 Score = Callable[[list[TextInput]], list[float]]
@@ -97,10 +98,9 @@ def inputs_of_row(where: str, row: Any, *, rendered: bool) -> list[TextInput]:
                 "message list [{'role': ..., 'content': ...}]."
             )
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError as error:
-        raise ScoreError(f"{where}: `tools` is not JSON: {error}; correct it.") from error
-    options = dict(row.get("chat_template_kwargs") or {})
+        tools, options = template_arguments(tools, row.get("chat_template_kwargs"))
+    except ScoreError as error:
+        raise ScoreError(f"{where}: {error}") from error
     return [TextInput(prompt, completion, tools, options, rendered) for completion in completions]
 
 

@@ -89,6 +89,7 @@ class RewardModel:
         self.layout: Layout = layout.name
         self._device = next(loaded.model.parameters()).device
         self._is_offloaded = False
+        self._is_between = False  # a `restore` that failed left some weights on the device
         self.is_float32 = next(loaded.model.parameters()).dtype == torch.float32
         default = _ON_CPU if self._device.type == "cpu" else _ON_GPU
         self.max_tokens_per_batch = max_tokens_per_batch or default
@@ -220,10 +221,11 @@ class RewardModel:
 
         Not while a batch is computed: call it, `restore` and `compute` from one thread.
         """
-        if self._is_offloaded or self._device.type == "cpu":
+        if (self._is_offloaded and not self._is_between) or self._device.type == "cpu":
             return
         self._is_offloaded = True  # also where a move fails halfway: `restore` then moves what had left
         self._scorer.to("cpu")
+        self._is_between = False
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
                 torch.cuda.empty_cache()
@@ -231,8 +233,9 @@ class RewardModel:
     def restore(self) -> None:
         """Move the weights back to where they came from, bit for bit; `compute` does so where needed."""
         if self._is_offloaded:
+            self._is_between = True
             self._scorer.to(self._device)
-            self._is_offloaded = False
+            self._is_offloaded = self._is_between = False
 
     def _tokenized(self, inputs: Sequence[Scorable], places: range) -> list[Ids | ScoreError]:
         """The ids of the inputs at `places`, given or made, or why a text has none."""
@@ -258,8 +261,8 @@ class RewardModel:
         """The ids of input `place` as they are to be scored. Raises ScoreError naming it."""
         if len(ids) == 0:
             raise ScoreError(f"input {place} is empty: there is no token to score. Remove it.")
-        if not isinstance(request.inputs[place], TextInput):
-            self._check_vocabulary(ids, f"input {place} of {len(request.inputs)}")
+        # Of texts too: a tokenizer may have tokens for which the model has no embedding.
+        self._check_vocabulary(ids, f"input {place} of {len(request.inputs)}")
         if self.max_positions is None or len(ids) <= self.max_positions:
             return ids
         return _cut(ids, self.max_positions, request.truncation, place)
@@ -270,8 +273,8 @@ class RewardModel:
         for id_ in (ids.min(), ids.max()):
             if not 0 <= id_ < self._vocabulary_size:
                 raise ScoreError(
-                    f"{name} holds the id {id_}, and the model's are in [0, {self._vocabulary_size}). "
-                    "Tokenize with this model's tokenizer."
+                    f"{name} has the token id {id_}, and the model's are in [0, {self._vocabulary_size}). "
+                    "Tokenize with this model's tokenizer, or leave that token out."
                 )
 
     def _check_ids(self, sequences: Sequence[Ids]) -> None:
@@ -283,12 +286,18 @@ class RewardModel:
 
 def check_finite(scores: Sequence[float]) -> None:
     """Raise ScoreError naming the first score that is NaN or infinite."""
-    for index, score in enumerate(scores):
-        if not math.isfinite(score):
-            raise ScoreError(
-                f"input {index} of {len(scores)} got the score {score}: the weights, or their dtype's range, "
-                "are broken. Score with dtype float32, or publish a checkpoint whose weights are finite."
-            )
+    for said in broken_scores(dict(enumerate(scores)), len(scores)).values():
+        raise ScoreError(said)
+
+
+def broken_scores(scores: Mapping[int, float], count: int) -> dict[int, str]:
+    """What is to be said of scores that are NaN or infinite; both by the place of their input, of `count`."""
+    return {
+        place: f"input {place} of {count} got the score {score}: the weights, or their dtype's range, are "
+        "broken. Score with dtype float32, or publish a checkpoint whose weights are finite."
+        for place, score in scores.items()
+        if not math.isfinite(score)
+    }
 
 
 def _cut(ids: Ids, limit: int, truncation: Truncation | None, index: int) -> Ids:

@@ -259,6 +259,73 @@ def test_a_request_is_scored_by_the_version_that_it_met(
     assert loop.leaving() == []
 
 
+def test_a_member_that_is_replaced_as_its_ensemble_is_asked_still_answers(places: Any, right: Any) -> None:
+    """The swap comes before the members' own tasks have begun."""
+    models = {name: loaded(place, name) for name, place in zip("ab", places, strict=False)}
+    loop = BatchLoop(models, {"both": Ensemble(members=["a", "b"])})
+    newer = loaded(places[2], "a")
+
+    async def story() -> ScoreResult:
+        asked = asyncio.create_task(loop.score(ask(4, model="both")))
+        asyncio.get_running_loop().call_soon(loop.swap, newer)
+        return await asked
+
+    answer = run(loop, story)
+    assert answer.version == "v0.v1"
+    members = np.array([right[0].score_inputs(inputs(4)), right[1].score_inputs(inputs(4))])
+    assert answer.scores == pytest.approx(members.mean(0), abs=SAME)
+    assert (loop.leaving(), loop.num_waiting) == ([], 0)
+
+
+def test_a_replaced_version_takes_pinned_requests_for_a_while_only(
+    gated: tuple[BatchLoop, Gate], places: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, gate = gated
+
+    async def story() -> None:
+        waits = asyncio.create_task(loop.score(ask(2)))
+        await gate.reached()
+        loop.swap(loaded(places[1]))
+        pinned = asyncio.create_task(loop.score(ask(1, version="v0")))
+        await asyncio.sleep(0)
+        monkeypatch.setattr("rayrm.serve.batch_loop._PINNED_S", -1.0)
+        with pytest.raises(VersionError, match="'v1' is served here"):
+            await loop.score(ask(1, version="v0"))
+        gate.open()
+        assert [answer.version for answer in await asyncio.gather(waits, pinned)] == ["v0", "v0"]
+
+    run(loop, story)
+
+
+def test_a_replica_that_can_compute_no_batch_says_so(places: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = BatchLoop({"reward": loaded(places[0])})
+    compute, broken = loop.models["reward"].model.compute, RuntimeError("CUDA error")
+
+    def fail(sequences: Any) -> list[float]:
+        raise broken
+
+    async def story() -> None:
+        for works in (False, False, True, False, False, False, False, False):
+            assert loop.failure() is None
+            monkeypatch.setattr(loop.models["reward"].model, "compute", compute if works else fail)
+            await asyncio.gather(loop.score(ask(1)), return_exceptions=True)
+        assert loop.failure() is broken
+
+    run(loop, story)
+
+
+def test_a_score_that_is_no_number_is_its_own_texts_error(
+    places: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = BatchLoop({"reward": loaded(places[0])})
+    monkeypatch.setattr(loop.models["reward"].model, "compute", lambda ids: [0.5, float("nan")])
+    wanted = ScoreRequest([np.zeros(0, np.int32), np.ones(3, np.int32), np.ones(5, np.int32)], partial=True)
+    answer = run(loop, lambda: loop.score(wanted))
+    assert answer.scores[1] == 0.5
+    assert sorted(answer.errors) == [0, 2]
+    assert "input 2 of 3 got the score nan" in answer.errors[2]
+
+
 def test_a_pinned_version_that_is_not_served_is_refused(places: Any) -> None:
     loop = BatchLoop({"reward": loaded(places[0])})
     with pytest.raises(

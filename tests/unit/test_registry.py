@@ -152,6 +152,22 @@ def test_shards_are_published_together_and_a_missing_one_is_named(tmp_path: Path
         publish(checkpoint, tmp_path / "registry", "reward")
 
 
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_shard_outside_of_the_directory_is_refused_and_left_alone(tmp_path: Path, outside: bool) -> None:
+    checkpoint = save_tiny(tmp_path / "checkpoint")
+    weights = Path(shutil.move(checkpoint / "model.safetensors", tmp_path / "weights.safetensors"))
+    content = weights.read_bytes()
+    name = str(weights) if outside else f"../{weights.name}"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tiny_model().state_dict(), name)}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(PublishError, match="which must be a file of that directory"):
+        publish(checkpoint, tmp_path / "registry", "reward")
+    assert weights.read_bytes() == content
+    (checkpoint / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(PublishError, match="has no object `weight_map`"):
+        publish(checkpoint, tmp_path / "registry", "reward")
+
+
 def test_an_adapter_is_merged_with_its_trained_head(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(chat=False)
     base = save_tiny(tmp_path / "base", chat=False)
@@ -190,6 +206,7 @@ def test_what_is_known_of_the_training_is_kept(checkpoint: Path, tmp_path: Path)
     (tmp_path / "run.toml").write_text('[model]\nname = "tiny"\n')
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 10, "eval_accuracy": 0.5}\n{"step": 20, "eval_accuracy": 0.75}\n{"step": 20, "loss": 0.3}\n'
+        '{"step": 30, "eval_accuracy": 0.9}\n{"step": 40, "eval_ac'  # of later weights, and cut off
     )
     published = publish(step, tmp_path / "registry", "reward")
     manifest = json.loads((published.path / "manifest.json").read_text())

@@ -399,3 +399,14 @@ def test_what_is_added_and_dropped_at_once_or_one_by_one_leaves_the_others_alike
     assert [(text.request, text.index) for text in queue.take()] == [
         (r, i) for r in (0, 2) for i in range(10)
     ]
+
+
+def test_requests_that_were_answered_before_their_time_are_forgotten() -> None:
+    """Callers may wait for a day, and a service answer thousands a minute."""
+    queue = ScoreQueue(64)
+    for number in range(5000):
+        queue.add(number, [ids_of([1, 2])], expires_at=1e9 + number)
+        queue.answer(queue.take(), [0.0])
+    assert len(queue._expiring) < 2000
+    queue.add(5000, [ids_of([1])], expires_at=3.0)
+    assert queue.expire(5.0) == [5000]

@@ -65,7 +65,7 @@ def test_tools_and_template_settings_reach_the_input() -> None:
         ({"completions": "abc"}, "must be a list"),
         ({"completion": 3}, "`completion` (3) is int"),
         ({"prompt": 3, "completion": "a"}, "`prompt` (3) is int"),
-        ({"completion": "a", "tools": "{"}, "`tools` is not JSON"),
+        ({"completion": "a", "tools": "{"}, "`tools` ('{') is not JSON"),
         (["a"], "must be an object"),
         ({"completion": "bad"}, "this word is refused"),
     ],

@@ -282,7 +282,7 @@ def test_a_partial_request_tells_what_is_wrong_with_a_text_and_encodes_the_other
     inputs = [TextInput("a", " b"), TextInput(ask, answer), foreign, long, none, np.asarray([7, 8], np.int32)]
     reasons = {
         1: "input 1 of 6: message lists given to a model trained on plain text",
-        2: r"input 2 of 6 holds the id 400, and the model's are in \[0, 400\)",
+        2: r"input 2 of 6 has the token id 400, and the model's are in \[0, 400\)",
         3: "input 3 has .* tokens, the model's position limit is 512",
         4: "input 4 is empty",
     }
@@ -403,3 +403,13 @@ def test_a_published_model_with_a_changed_byte_does_not_score(standard: Path, tm
     weights.write_bytes(content)
     with pytest.raises(PublishError, match=r"model\.safetensors"):
         RewardModel.from_pretrained(published.path)
+
+
+def test_a_token_without_an_embedding_is_refused_in_a_text_too(tmp_path: Path) -> None:
+    """A tokenizer may have been given tokens that the model was never resized for."""
+    model = RewardModel.from_pretrained(save_tiny(tmp_path, chat=False))
+    model.tokenizer.add_tokens(["<new>"])
+    with pytest.raises(
+        ScoreError, match=r"input 1 of 2 has the token id 400, and the model's are in \[0, 400\)"
+    ):
+        model.encode_request(ScoreRequest([TextInput("a", " b"), TextInput("a", "<new>")]))
