@@ -299,12 +299,15 @@ def overload(setting: Setting, outcome: Outcome) -> None:
     if not outcome.refusal_seconds or not outcome.seconds:
         outcome.problems.append("nobody was refused, or nobody answered: that was no overload")
         return
-    late, usual = quantile(outcome.refusal_seconds, 0.99), quantile(outcome.seconds, 0.5)
-    print(f"  99% were refused within {late:.3f} s; half were answered after {usual:.3f} s", file=sys.stderr)
-    if late > usual:
-        outcome.problems.append(
-            f"1% were refused after {late:.2f} s: who is refused waits as who is answered"
-        )
+    half, late = (quantile(outcome.refusal_seconds, share) for share in (0.5, 0.99))
+    usual = quantile(outcome.seconds, 0.5)
+    print(
+        f"  half were refused within {half:.3f} s, 99% within {late:.3f} s; half were answered after "
+        f"{usual:.3f} s",
+        file=sys.stderr,
+    )
+    if half > usual:
+        outcome.problems.append(f"half were refused after {half:.2f} s: they wait as who is answered")
 
 
 def deaths(setting: Setting, outcome: Outcome) -> None:
