@@ -44,14 +44,12 @@ class BatchReport:
 
     model: LoadedModel
     texts: list[QueuedText]
+    num_tokens: int
+    """Of the texts, each in full."""
     num_computed: int
     """Tokens, as the batch was planned: what texts begin with alike counts once."""
     seconds: float
     results: list[ScoreResult]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(text.ids) for text in self.texts)
 
 
 @dataclass(slots=True, eq=False)
@@ -273,8 +271,9 @@ class BatchLoop:
             self._num_failed = 0
             seconds = time.monotonic() - began
             results = model.give(texts, computed.result(), seconds)
-            self._rated.append((sum(len(text.ids) for text in texts), seconds))
-            self.told(BatchReport(model, texts, num_computed, seconds, results))
+            num_tokens = sum(len(text.ids) for text in texts)
+            self._rated.append((num_tokens, seconds))
+            self.told(BatchReport(model, texts, num_tokens, num_computed, seconds, results))
 
     def _next(self) -> LoadedModel | None:
         """The model whose turn it is, of those with texts that wait."""

@@ -88,14 +88,13 @@ class ReplicaMetrics:
         self._waiting.set(loop.num_waiting)
         self._waiting_tokens.set(loop.waiting_tokens)
         for model in loop.models.values():
-            self.version(model)
+            self._serves(model)
             if model.window is not None and (reading := model.window.reading) is not None:
                 tags = {"model": model.name, "version": model.place.version}
                 self._drift.set(reading.shift or 0.0, {**tags, "of": "shift"})
                 self._drift.set(reading.std_ratio or 0.0, {**tags, "of": "spread"})
 
-    def version(self, model: LoadedModel) -> None:
-        """The model serves from now on."""
+    def _serves(self, model: LoadedModel) -> None:
         before = self._shown.get(model.name)
         if before is not None and before != model.place.version:
             self._version.set(0, {"model": model.name, "version": before})

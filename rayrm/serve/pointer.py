@@ -73,14 +73,11 @@ def change_pointer(key: str, change: Callable[[Pointer], Pointer]) -> None:
         time.sleep(0.01)
     try:
         if (pointer := read_pointer(key)) is not None:
-            _write(key, change(pointer))
+            text = _as_text(change(pointer))
+            internal_kv._internal_kv_put(key.encode(), text, overwrite=True, namespace=_NAMESPACE)
     finally:
         if internal_kv._internal_kv_get(lock, namespace=_NAMESPACE) == mine:
             internal_kv._internal_kv_del(lock, namespace=_NAMESPACE)
-
-
-def _write(key: str, pointer: Pointer) -> None:
-    internal_kv._internal_kv_put(key.encode(), _as_text(pointer), overwrite=True, namespace=_NAMESPACE)
 
 
 def read_pointer(key: str) -> Pointer | None:

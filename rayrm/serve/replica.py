@@ -67,8 +67,6 @@ class RewardReplica:
             plan.idle_offload_s,
             self._metrics.batch,
         )
-        for model in self._loop.models.values():
-            self._metrics.version(model)
         self._staged: dict[tuple[str, str], LoadedModel] = {}
         self._loading = ThreadPoolExecutor(1, "load")
         self._following: asyncio.Task[None] | None = None
@@ -126,8 +124,6 @@ class RewardReplica:
                     continue
                 model = self._staged.pop((name, place.version))
                 self._loop.swap(model)
-                self._metrics.version(model)
-                self._refused.pop((name, place.version), None)
                 logger.info("%s: version %s serves", name, place.version)
             if errors:
                 raise errors[0]
@@ -177,7 +173,8 @@ class RewardReplica:
 
     async def _follow_if_behind(self) -> None:
         behind = {(name, place.version) for name, place in (await self._behind()).items()}
-        waits = {key for key in behind if time.time() - self._refused.get(key, (0.0, ""))[0] < _TRY_AGAIN_S}
+        self._refused = {key: refusal for key, refusal in self._refused.items() if key in behind}
+        waits = {key for key, (at, _) in self._refused.items() if time.time() - at < _TRY_AGAIN_S}
         if not behind - waits:
             return
         try:

@@ -18,7 +18,6 @@ from rayrm.serve.http import build_app
 from rayrm.serve.http_limits import HttpLimits
 from rayrm.serve.request import Refused, ScoreRequest, id_inputs
 from rayrm.serve.scorer import RewardModel
-from tests.tiny import save_tiny
 from tests.unit.test_http import JSON
 from tests.unit.test_protocols import (
     ANSWERS,
@@ -38,16 +37,6 @@ from tests.unit.test_scorer import messages
 @pytest.fixture(scope="module", params=FORMS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(tmp_path_factory.mktemp(request.param), request.param)
-
-
-@pytest.fixture(scope="module")
-def standard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("standard"), chat=False, bos=True)
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("chat"))
 
 
 HALF = "half \ud800"
