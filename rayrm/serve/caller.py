@@ -119,7 +119,7 @@ class Caller:
                 await asyncio.sleep(await attempts.pause_after(error))
             else:
                 timing = replace(result.timing, total_s=time.monotonic() - began)
-                return replace(result, timing=timing)
+                return replace(result, timing=timing, retries=attempts.retries)
 
     async def handle(self) -> Any:
         """The service's handle, fetched once in each process."""
@@ -325,6 +325,7 @@ class _Attempts:
         self._deadline_s = deadline_s
         self.ends_at = began + deadline_s
         self._pause_s = _FIRST_PAUSE_S
+        self.retries = 0
 
     async def pause_after(self, error: Exception) -> float:
         """Seconds to wait before trying again; RewardUnavailableError when the deadline comes first."""
@@ -344,6 +345,7 @@ class _Attempts:
             ) from error
         logger.info("reward service %s: %s; again in %.2f s", self._name, type(error).__name__, pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        self.retries += 1
         return pause_s
 
 

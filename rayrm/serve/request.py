@@ -76,6 +76,7 @@ class ScoreResult:
     places of texts that were cut to the model's positions. `spread`: of an ensemble, the standard deviation
     of its members' scores for each text (None: a single model). An ensemble's `version` joins its members'.
     `errors`: where the request was `partial`, why a text has no score, by its place; its score is NaN.
+    `retries`: how often the caller sent it again, for a lost replica, a full queue or a version that rolls.
     """
 
     scores: list[float]
@@ -86,6 +87,7 @@ class ScoreResult:
     spread: list[float] | None = None
     timing: Timing = field(default_factory=Timing)
     errors: dict[int, str] = field(default_factory=dict)
+    retries: int = 0
 
 
 def text_inputs(
