@@ -1,0 +1,247 @@
+"""PPO in Ray actors whose reward is the deployed reward model: rollout, score, learn, in torch alone.
+
+    python examples/ppo_actor.py --policy DIR --reward reward --prompts train.jsonl --heldout heldout.jsonl \
+        --output-dir runs/ppo --steps 40 --seed 0
+    python examples/ppo_actor.py --policy DIR --reward registry/helpful ... --num-actors 2
+
+`--reward` is the name of a running service (`rayrm serve`), or a published model, which is then served for
+the length of this run. `--policy` is a causal language model; its tokenizer need not be the reward model's,
+which is given texts. The files have a column `prompt`: strings or message lists, as the reward model was
+trained. Every field of `rayrm.rl.ppo.PPOSettings` is an option. With `--num-actors` each actor holds the
+whole model and has its share of the prompts. A lost replica of the reward costs time and no reward; a lost
+actor ends the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import socket
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import tomli_w
+import torch
+from ray import serve
+from ray.exceptions import RayTaskError
+
+from rayrm import RewardClient, deploy
+from rayrm.data.messages import Text, parse_text
+from rayrm.errors import DataError, RayrmError, RunDirectoryError
+from rayrm.rl.heldout import Gain, paired_gain
+from rayrm.rl.ppo import PPOSettings
+from rayrm.rl.ppo_learner import Learner
+from rayrm.serve.connect import connect
+
+GPU = torch.cuda.is_available()
+SERVED_HERE = "ppo-reward"
+RUN_KEYS = ("policy", "reward", "prompts", "heldout", "heldout_prompts", "heldout_samples")
+SAMPLE_KEYS = ("step", "prompt", "completion", "score", "reward", "version")
+
+
+def step_record(
+    name: str, number: int, rows: list[dict[str, Any]], calls: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A line of metrics.jsonl, under the names of TRL's GRPO and of its PPO; `reward` is the plain score."""
+    column = {key: [row[key] for row in rows] for key in rows[0]}
+    scores, lengths = np.array(column["score"]), np.array(column["length"])
+    tokens, learned = float(lengths.sum()), {k: v for k, v in calls[0].items() if "/" in k}
+    mean, deviation = float(scores.mean()), float(scores.std())
+    spread = float(lengths.std())
+    related = float(np.corrcoef(scores, lengths)[0, 1]) if deviation > 0 and spread > 0 else 0.0
+    record = {
+        "step": number,
+        "reward": mean,
+        "reward_std": deviation,
+        "kl": sum(column["kl"]) / tokens,
+        "entropy": sum(column["entropy"]) / tokens,
+        "completions/mean_length": float(lengths.mean()),
+        "completions/clipped_ratio": 1 - float(np.mean(column["ended"])),
+        "objective/kl": float(np.mean(column["nats"])),
+        "objective/scores": float(np.mean(column["reward"])),
+        **learned,
+        f"rewards/{name}/mean": mean,
+        f"rewards/{name}/std": deviation,
+        f"{name}/score_mean": mean,
+        f"{name}/score_std": deviation,
+        f"{name}/latency_s": max(call["latency_s"] for call in calls),
+        f"{name}/retries": sum(call["retries"] for call in calls),
+        f"{name}/truncated": sum(call["truncated"] for call in calls) / len(rows),
+        f"{name}/length_correlation": related,
+    }
+    if column["spread"][0] is not None:
+        record[f"{name}/spread"] = float(np.mean(column["spread"]))
+    versions = Counter(column["version"])
+    record |= {f"{name}/version/{version}": n / len(rows) for version, n in versions.items()}
+    return {**record, "versions": sorted(versions)}
+
+
+def read_prompts(file: str) -> list[Text]:
+    """The column `prompt` of a jsonl file. Raises DataError naming the line."""
+    prompts: list[Text] = []
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"`{file}` cannot be read: {error.strerror}. Give a jsonl file.") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(parse_text("prompt", json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"`{file}` line {number} is no row with a `prompt`, a string or a message list: {error}. "
+                'Write {"prompt": ...} on each line.'
+            ) from error
+    if len({type(prompt) for prompt in prompts}) != 1:
+        raise DataError(f"`{file}` must have prompts, all strings or all message lists. Convert them.")
+    return prompts
+
+
+def step_prompts(prompts: list[Text], settings: PPOSettings) -> Iterator[list[Text]]:
+    """The prompts of each step: a new permutation whenever all have been taken."""
+    generator = np.random.default_rng(settings.seed)
+    waiting: list[Text] = []
+    for _ in range(settings.steps):
+        while len(waiting) < settings.prompts_per_step:
+            waiting += [prompts[place] for place in generator.permutation(len(prompts))]
+        taken, waiting = waiting[: settings.prompts_per_step], waiting[settings.prompts_per_step :]
+        yield taken
+
+
+def _free_address() -> str:
+    """A free port of the node that this runs on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+
+def start_actors(settings: PPOSettings, policy: str, reward: Any) -> list[Any]:
+    """One actor for each rank, which have met where there are several."""
+    place = str(Path(policy).resolve()) if Path(policy).exists() else policy
+    learner = ray.remote(Learner).options(num_cpus=0.25, num_gpus=0.8 if GPU else 0)
+    actors = [learner.remote(settings, place, reward, rank) for rank in range(settings.num_actors)]
+    if len(actors) > 1:
+        address = ray.get(actors[0].__ray_call__.remote(lambda learner: _free_address()))
+        ray.get([actor.join.remote(address) for actor in actors])
+    return actors
+
+
+def train(settings: PPOSettings, actors: list[Any], reward: Any, prompts: list[Text], output: Path) -> None:
+    """Every step of the run, told on the console and in the run's directory."""
+    name, ranks = reward.__name__, len(actors)
+    with (output / "metrics.jsonl").open("w") as metrics, (output / "samples.jsonl").open("w") as samples:
+        for number, taken in enumerate(step_prompts(prompts, settings), 1):
+            parts = ray.get(
+                [actor.step.remote(number, taken[rank::ranks]) for rank, actor in enumerate(actors)]
+            )
+            rows = [row for rows, _ in parts for row in rows]
+            record = step_record(name, number, rows, [call for _, call in parts])
+            metrics.write(json.dumps(record) + "\n")
+            samples.writelines(json.dumps({key: row[key] for key in SAMPLE_KEYS}) + "\n" for row in rows)
+            metrics.flush(), samples.flush()
+            print(
+                f"step {number}/{settings.steps}: score {record['reward']:+.3f} "
+                f"(std {record['reward_std']:.3f})  kl {record['objective/kl']:.3f} nats  "
+                f"approx-KL {record['policy/approxkl_avg']:.4f}  "
+                f"clipped {record['policy/clipfrac_avg']:.3f}  "
+                f"length {record['completions/mean_length']:.1f}  version {', '.join(record['versions'])}",
+                flush=True,
+            )
+
+
+def compare(actors: list[Any], reward: Any, prompts: list[Text], num_samples: int, output: Path) -> Gain:
+    """Fresh samples of the starting and of the trained policy on `prompts`, all scored by one version."""
+    ranks = len(actors)
+    parts = ray.get(
+        [actor.sample.remote(prompts[rank::ranks], num_samples) for rank, actor in enumerate(actors)]
+    )
+    sampled: list[list[list[Text]]] = [[[]] * len(prompts), [[]] * len(prompts)]
+    for rank, part in enumerate(parts):
+        for texts, of_rank in zip(sampled, part, strict=True):
+            texts[rank::ranks] = of_rank
+    asked = [prompt for prompt in prompts for _ in range(num_samples)] * 2
+    given = [text for texts in sampled for row in texts for text in row]
+    scored = reward.score(asked, given)
+    scores = np.array(scored.scores).reshape(2, len(prompts), num_samples).tolist()
+    gain = paired_gain(*scores)
+    kept = {
+        "prompts": prompts,
+        "before": scores[0],
+        "after": scores[1],
+        "gain": dataclasses.asdict(gain),
+        "version": scored.version,
+        "samples_before": sampled[0],
+        "samples_after": sampled[1],
+    }
+    (output / "heldout.json").write_text(json.dumps(kept))
+    return gain
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, PPOSettings]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--policy", required=True, help="directory or hub name of a causal language model")
+    parser.add_argument(
+        "--reward", default="reward", help="name of a service, or a published model's directory"
+    )
+    parser.add_argument("--prompts", required=True, help="jsonl file to learn from")
+    parser.add_argument("--heldout", required=True, help="jsonl file to compare the policies on")
+    parser.add_argument("--heldout-prompts", type=int, default=128, help="how many of its first rows")
+    parser.add_argument("--heldout-samples", type=int, default=2, help="of each policy, for each of them")
+    parser.add_argument("--output-dir", required=True, help="a new directory")
+    for field in dataclasses.fields(PPOSettings):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default)
+    options = parser.parse_args(arguments)
+    names = [field.name for field in dataclasses.fields(PPOSettings)]
+    return options, PPOSettings(**{name: getattr(options, name) for name in names})
+
+
+def main(arguments: Sequence[str] | None = None) -> Gain:
+    options, settings = parse(arguments)
+    prompts, heldout = read_prompts(options.prompts), read_prompts(options.heldout)
+    output = Path(options.output_dir).resolve()
+    if output.exists() and any(output.iterdir()):
+        raise RunDirectoryError(f"the output directory ({output}) is not empty; give a new one or remove it.")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "run.toml").write_text(
+        tomli_w.dumps({"run": {key: str(value) for key, value in vars(options).items() if key in RUN_KEYS},
+                       "ppo": dataclasses.asdict(settings)})
+    )  # fmt: skip
+
+    connect()
+    serve_here = Path(options.reward).is_dir()
+    reward = (
+        deploy(options.reward, SERVED_HERE, num_cpus=0.5, num_gpus=0.2 if GPU else 0)
+        if serve_here
+        else RewardClient(options.reward)
+    )
+    actors: list[Any] = []
+    try:
+        actors = start_actors(settings, options.policy, reward)
+        train(settings, actors, reward, prompts, output)
+        gain = compare(actors, reward, heldout[: options.heldout_prompts], options.heldout_samples, output)
+        ray.get(actors[0].save.remote(str(output)))
+    except RayTaskError as error:
+        if isinstance(error.cause, RayrmError):
+            raise error.cause from error
+        raise
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        if serve_here:
+            serve.delete(SERVED_HERE)
+    print(
+        f"held-out reward {gain.before:+.3f} -> {gain.after:+.3f}: gain {gain.gain:+.3f} "
+        f"[{gain.low:+.3f}, {gain.high:+.3f}], 95% interval over {gain.num_prompts} prompts, "
+        f"{gain.num_samples} fresh samples of each policy\n{output}"
+    )
+    return gain
+
+
+if __name__ == "__main__":
+    main()
