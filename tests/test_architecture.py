@@ -70,7 +70,7 @@ RAY_FILES = {
     "serve/roll.py",
     "serve/caller.py",
     "serve/client.py",
-    "rl/grpo.py",
+    "rl/launch.py",
 }
 """They may import ray anywhere, and their docstrings say "[RAY]"."""
 
