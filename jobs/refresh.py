@@ -4,7 +4,7 @@
         samples=/shared/runs/rl/samples.jsonl judge=judge.py:judge output_dir=/shared/runs/refresh
 
 The service must run. The words after the file change it: a bare key is one of [refresh]. Goes on until it is
-stopped, or `max_rounds` are done; the same command goes on where it was cut off. Exit status as `rayrm train`.
+stopped, or `max_rounds` are done; the same command goes on where it was cut off. Exits as `rayrm train` does.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ from typing import Any
 
 from rayrm.config import DataConfig, ModelConfig, SourceConfig
 from rayrm.data.selection import Selection, excluded_prompts
-from rayrm.data.tokenize import TextForm
 from rayrm.errors import ConfigError, PublishError, RollError, RunDirectoryError, writing
 from rayrm.logs import show_logs
 from rayrm.rl.judge import Judge, load_judge
@@ -150,7 +149,7 @@ class _Rounds:
         self._name = self._config.name or self._model
         given = absolute_source(settings.data.eval)
         self._eval: list[Any] = given if isinstance(given, list) else [given]
-        self._held_out = Selection(excluded=excluded_prompts(self._eval))
+        self._held_out = Selection(excluded=excluded_prompts(self._eval, name="eval"))
         self._said_at = 0.0
 
     def run(self) -> list[Outcome]:
@@ -208,7 +207,7 @@ class _Rounds:
         reader = SampleReader(
             [globs] if isinstance(globs, str) else globs,
             self._cursor(number),
-            text_form=self._served().text_form,
+            text_form=read_json(self._served().path / MANIFEST)["text_form"],
             held_out=self._held_out,
         )
 
@@ -237,7 +236,7 @@ class _Rounds:
             kept = json.loads(file.read_text(encoding="utf-8"))
             base = open_published(self._config.registry, self._name, kept["base"])
             return base, [(Path(path), num_rows) for path, num_rows in kept["carried"]]
-        served = self._served().model
+        served = self._served()
         carried: list[tuple[Path, int]] = []
         for outcome in reversed(before):
             if outcome.accepted:
@@ -339,7 +338,7 @@ class _Rounds:
         version: str = self._client.status(wait_s=600.0)["models"][self._model]
         return version
 
-    def _served(self) -> _Served:
+    def _served(self) -> PublishedModel:
         """The version that serves now, in the registry."""
         version = self._version()
         registry = Path(self._config.registry)
@@ -349,17 +348,10 @@ class _Rounds:
                 f"{version} of {self._model!r}, and {str(registry / self._name)!r} has no such version. Type "
                 "the registry that it was deployed from, and `refresh.name` where it has another name there."
             )
-        model = open_published(registry, self._name, version)
-        return _Served(model, read_json(model.path / MANIFEST)["text_form"])
+        return open_published(registry, self._name, version)
 
     def _log_rounds(self, outcomes: list[Outcome]) -> None:
         """A line for each round that ended; written whole, so none is there twice."""
         file = self._home / ROUNDS
         with writing(file):
             replace_text(file, "".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
-
-
-@dataclass(frozen=True, slots=True)
-class _Served:
-    model: PublishedModel
-    text_form: TextForm

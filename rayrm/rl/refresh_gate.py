@@ -127,7 +127,7 @@ def refusal(found: Measured, base: str, *, allowed_drop: float, min_probe_agreem
 
 
 def probe_file(base: PublishedModel, file: Path) -> Path | None:
-    """The texts that `base` was published with, written to `file` for the next one; None: the built-in ones."""
+    """The texts that `base` was published with, written to `file` for the next one; None: built-in ones."""
     manifest = read_json(base.path / MANIFEST)
     if "distribution" not in manifest:
         return None

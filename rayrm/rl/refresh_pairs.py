@@ -104,7 +104,9 @@ def _take(
 ) -> Taken:
     reader.look()
     while reader.num_ready < missing:
-        wait(f"{reader.num_ready} of {missing} prompts with different completions")
+        wait(
+            f"{reader.num_ready} of {missing} prompts with different completions in {reader.num_files} files"
+        )
         reader.look()
     taken = reader.take()
     file = _taken_file(directory, batch)

@@ -77,6 +77,11 @@ class SampleReader:
         """Prompts with two or more different completions."""
         return sum(len(keys) > 1 for keys in self._keys.values())
 
+    @property
+    def num_files(self) -> int:
+        """Files that were seen."""
+        return len(self._sizes)
+
     def look(self) -> None:
         """Read what was appended since the last look.
 
@@ -123,7 +128,7 @@ class SampleReader:
             if row is _BROKEN and broken:
                 raise DataError(
                     f"{file}, byte {end}: two lines that follow one another are not JSON in UTF-8. One is "
-                    "left by a writer that was killed, two are not. Give files with a JSON object in each line."
+                    "left by a writer that was killed, two are not. Give files of a JSON object a line."
                 )
             broken = row is _BROKEN
             rows.append((end, row))
