@@ -127,8 +127,13 @@ def load_judge(name: str, *, concurrency: int = 8) -> Judge:
     Raises ConfigError: no such file, module or function, or an error in it while it is imported.
     """
     place, _, function = name.rpartition(":")
+    file = Path(place) if place.endswith(".py") else None
+    # What lies beside the judge, or where the command is typed, can be imported; it goes before nothing.
+    beside = str(Path.cwd() if file is None else file.absolute().parent)
+    if beside not in sys.path:
+        sys.path.append(beside)
     try:
-        module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = importlib.import_module(place) if file is None else _module_of_file(file)
     except Exception as error:  # the user's module: whatever its import raises is told
         raise ConfigError(
             f"`judge` ({name!r}): {place} cannot be imported: {type(error).__name__}: {error}. Give the "

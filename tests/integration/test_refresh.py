@@ -19,10 +19,12 @@ from typing import Any
 
 import pytest
 import ray
+from safetensors.torch import load_file, save_file
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.errors import ConfigError, RunDirectoryError, ScoreError
 from rayrm.rl.refresh import Outcome, read_outcomes, refresh
+from rayrm.rl.refresh_gate import measure, refusal
 from rayrm.rl.refresh_pairs import read_taken
 from rayrm.rl.refresh_settings import read_refresh
 from rayrm.runfile import Run, read_run
@@ -32,7 +34,7 @@ from rayrm.serve.saved import read_json
 from rayrm.train.launch import train_run
 from rayrm.train.records import read_progress, read_records
 from tests.integration.test_cli import write_rows
-from tests.served import served
+from tests.served import served, writable_copy
 from tests.tiny import save_tiny, tiny_rows
 
 pytestmark = pytest.mark.ray
@@ -352,3 +354,27 @@ def test_what_cannot_be_refreshed_is_refused_with_what_to_type(refreshing: Refre
             f"registry={refreshing.home / 'registry'}", "output_dir=" + str(refreshing.home / "third")
         )
     assert RewardClient(refreshing.service).status()["models"] == {"reward": refreshing.model.version}
+
+
+def test_both_models_are_measured_and_one_that_is_broken_is_told(
+    thankful: PublishedModel, tmp_path: Path
+) -> None:
+    heldout = [str(write_rows(tmp_path / "heldout.jsonl", tiny_rows(20, seed=9)))]
+    same = measure(thankful, thankful.path, heldout, None)
+    assert same.before == same.after
+    assert same.before.num_rows == 20
+    assert same.probe_agreement == 1.0
+    turned, broken = (writable_copy(thankful.path, tmp_path / name) for name in ("turned", "broken"))
+    for directory, factor in ((turned, -1.0), (broken, float("nan"))):
+        (directory / "manifest.json").unlink()
+        weights = load_file(directory / "model.safetensors")
+        weights["score.weight"] *= factor
+        save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    found = measure(thankful, turned, heldout, None)
+    assert found.probe_agreement == 0.0
+    assert found.after is not None
+    assert found.after.accuracy == pytest.approx(1 - found.before.accuracy)
+    nothing = measure(thankful, broken, heldout, None)
+    assert nothing.after is None
+    reason = refusal(nothing, thankful.version, allowed_drop=1.0, min_probe_agreement=0.0)
+    assert "its scores are broken: input 0 of 12 got the score nan" in str(reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,9 +214,16 @@ def test_a_judge_that_breaks_its_contract_is_told_with_the_prompt(
         asked(awaited if is_async else function, ("the sky", ["x", "y"]))
 
 
-def test_a_judge_is_found_by_file_or_module_or_the_error_says_what_there_is(tmp_path: Path) -> None:
+def test_a_judge_is_found_by_file_or_module_or_the_error_says_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
     file = tmp_path / "mine.py"
-    file.write_text("def judge(prompt, completions):\n    return [1.0 for _ in completions]\nother = 3\n")
+    (tmp_path / "rayrm_test_beside.py").write_text("ONE = 1.0\n")
+    file.write_text(
+        "from rayrm_test_beside import ONE\n"
+        "def judge(prompt, completions):\n    return [ONE for _ in completions]\nother = 3\n"
+    )
     found: dict[int, list[float]] = {}
     for name in (f"{file}:judge", f"{__name__}:by_length"):
         with load_judge(name) as judge:
