@@ -20,7 +20,13 @@ from rayrm.errors import ConfigError, RayrmError, RewardUnavailableError, ScoreE
 from rayrm.rl import moments
 from rayrm.rl.moments import RunningMoments
 from rayrm.rl.shaping import Shaper, Shaping
+from rayrm.serve.client import RewardClient
+from rayrm.serve.registry import publish
 from rayrm.serve.request import ScoreResult
+from rayrm.serve.scorer import RewardModel
+from rayrm.serve_settings import Ensemble
+from tests.served import SAME, free_port, post, served, texts
+from tests.tiny import save_tiny
 
 NUM_RANKS = 2
 SIZES = ((3, 8), (0, 5), (1, 0), (0, 0), (7, 2))
@@ -284,3 +290,79 @@ def test_a_rank_that_hangs_or_dies_ends_the_waiting_as_an_error(found: list[dict
     for rank in found:
         assert rank["a_rank_that_made_one_more"]["said"].startswith(said)
         assert rank["a_rank_that_made_one_more"]["bits"][0] == 0
+
+
+def text_file(path: Path, prompts: list[str], completions: list[str]) -> Path:
+    rows = [
+        {"prompt": prompt, "completion": completion}
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.ray
+def test_rewards_are_calibrated_by_the_version_that_answered(ray_cluster: None, tmp_path: Path) -> None:
+    prompts, completions = texts(24)
+    kinds = {
+        "long": text_file(tmp_path / "long.jsonl", prompts[:16], completions[:16]),
+        "short": text_file(tmp_path / "short.jsonl", prompts[16:], completions[16:]),
+    }
+    models = [
+        publish(
+            save_tiny(tmp_path / f"run-{seed}", seed=seed, chat=False),
+            tmp_path / "registry",
+            "calibrated",
+            calibrate=kinds,
+            make_current=seed == 0,
+        )
+        for seed in (0, 1)
+    ]
+    datasets = ["long"] * 16 + ["short"] * 8
+    expected = []
+    for model in models:
+        scores = np.array(RewardModel.from_pretrained(model.path).score(prompts, completions))
+        one, other = scores[:16], scores[16:]
+        expected.append(
+            [*((one - one.mean()) / one.std()), *((other - other.mean()) / other.std())],
+        )
+    assert np.abs(np.subtract(*expected)).max() > 0.5
+    shaper, port = Shaper(Shaping(calibrate_column="kind")), free_port()
+    with served(models[0], "calibrated", http_port=port) as client:
+        for model, rewards in zip(models, expected, strict=True):
+            client.roll(model.version)
+            result = client.score(prompts, completions)
+            assert result.version == model.version
+            # Scores and their stored mean may be off by SAME each, in units of the spread.
+            near = 2 * SAME / min(std for _, std in result.calibration.values())
+            assert near < 0.01
+            assert shaper.shape(result, datasets=datasets) == pytest.approx(rewards, abs=near)
+            body = {"prompts": prompts, "completions": completions, "details": True}
+            code, found = post(f"http://127.0.0.1:{port}/v1/score", body)
+            told = {name: (one["mean"], one["std"]) for name, one in found["calibration"].items()}
+            assert (code, told) == (200, dict(result.calibration))
+            assert (
+                "calibration" not in post(f"http://127.0.0.1:{port}/v1/score", {**body, "details": False})[1]
+            )
+        # A request that nothing of is left to compute: the calibration comes all the same.
+        assert client.score([], []).calibration == result.calibration
+
+
+@pytest.mark.ray
+def test_an_ensemble_has_a_spread_and_no_calibration(ray_cluster: None, tmp_path: Path) -> None:
+    prompts, completions = texts(8)
+    file = text_file(tmp_path / "texts.jsonl", prompts, completions)
+    members = {}
+    for seed, name in enumerate(("one", "two")):
+        run = save_tiny(tmp_path / f"run-{name}", seed=seed, chat=False)
+        members[name] = publish(run, tmp_path / "registry", name, calibrate={"all": file})
+    ensembles = {"both": Ensemble(members=["one", "two"])}
+    with served(members, "members", ensembles=ensembles):
+        alone = [RewardClient("members", model=name).score(prompts, completions) for name in members]
+        both = RewardClient("members", model="both").score(prompts, completions)
+    assert [list(result.calibration) for result in (*alone, both)] == [["all"], ["all"], []]
+    with pytest.raises(ConfigError, match="'both' is an ensemble"):
+        Shaper(Shaping(calibrate="all")).shape(both)
+    # Of two members the spread is half their distance, so that one spread below the mean is the lower one.
+    lower = [min(pair) for pair in zip(*(result.scores for result in alone), strict=True)]
+    assert Shaper(Shaping(pessimism=1)).shape(both) == pytest.approx(lower, abs=SAME)
