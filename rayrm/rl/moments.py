@@ -8,8 +8,8 @@ Several of these in one process, called by threads or coroutines in whatever ord
 messages nor wait for each other:
 - each has a gloo group of its own, and a lock, so that its n-th call meets its counterparts' n-th call;
 - groups are told apart by the order in which `torch.distributed` makes them. So whoever comes first makes the
-  groups of all that were constructed before itself too, in that order: it is the same on every rank, and a
-  rank that waits in the making of a group waits for a call that comes there too, whatever came first;
+  groups of all that live and were constructed before itself too, in that order: it is the same on every rank,
+  and a rank that waits in the making of a group waits for a call that comes there too, whatever came first;
 - an async call waits in a thread of its own, not in a pool that others could fill.
 What remains is the caller's: construct them in the same order on every rank, and call each equally often.
 What breaks that is found in what the ranks exchange, or ends by the group's time limit; both are errors.
@@ -23,6 +23,7 @@ import logging
 import math
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -40,7 +41,6 @@ WAIT_S = 1800.0
 `give_up`; one that dies closes its connections. Both end the waiting at once: this is for one that hangs."""
 
 _T = TypeVar("_T")
-_constructed = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,9 @@ class RunningMoments:
 
     def __init__(self) -> None:
         self.current = Moments()
-        self._number = next(_constructed)
         self._num_exchanged = 0
         self._one_call = threading.Lock()
+        self._number = _groups.next_number(self)
 
     def update(self, values: Sequence[float]) -> Moments:
         """Count in the `values` of this rank's call, and those of the others' calls; all of them so far.
@@ -173,11 +173,11 @@ class RunningMoments:
     def _exchanged(self, own: Moments | None) -> Moments:
         """The moments of all ranks' values, merged in the order of ranks."""
         before, batch = self.current, own or Moments()
-        state = [self._number, self._num_exchanged, before.count, before.mean, before.squares]
+        state = [self._num_exchanged, before.count, before.mean, before.squares]
         row = [*state, float(own is None), batch.count, batch.mean, batch.squares]
         self._num_exchanged += 1
         try:
-            rows = _gathered(self._number, row)
+            rows = _groups.gathered(self._number, row)
         except RuntimeError as error:
             raise RewardUnavailableError(
                 "the ranks could not exchange the moments of their scores: one of them left, hangs, or made "
@@ -185,7 +185,7 @@ class RunningMoments:
             ) from error
         for rank, told in enumerate(rows):
             if told[:5] != rows[0][:5]:
-                names = "reward number, calls, scores counted, mean, squares"
+                names = "reward, calls, scores counted, their mean and squares"
                 raise ConfigError(
                     f"rank {rank} normalizes by other statistics than rank 0: {told[:5]} and {rows[0][:5]} "
                     f"({names}). Construct the rewards in the same order on every rank, and load the same "
@@ -213,37 +213,56 @@ def num_ranks() -> int:
 
 
 class _Groups:
-    """The gloo groups of this process's `RunningMoments`, by their number; made again for another world."""
+    """The gloo groups of this process's `RunningMoments`; made again for another world.
+
+    A group's place among them is that of its `RunningMoments` among those that live, by construction. Not
+    by number alone: a process may have served something else before it became a rank.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._living: weakref.WeakValueDictionary[int, RunningMoments] = weakref.WeakValueDictionary()
         self._world: Any = None
+        self._places: dict[int, int] = {}
         self._groups: list[Any] = []
 
-    def of(self, number: int) -> Any:
-        """Of its own, since the default group may be NCCL's, and others may use it meanwhile."""
+    def next_number(self, one: RunningMoments) -> int:
+        """Of one that was just constructed."""
+        with self._lock:
+            number = next(self._numbers)
+            self._living[number] = one
+            return number
+
+    def gathered(self, number: int, row: Sequence[float]) -> list[list[float]]:
+        """Of every rank, in their order: the place of the group and the `row`, float64 bit by bit."""
+        import torch
+        import torch.distributed as dist
+
+        place, group = self._group_of(number)
+        sent = torch.tensor([place, *row], dtype=torch.float64)
+        received = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+        dist.all_gather(received, sent, group=group)
+        return [told.tolist() for told in received]
+
+    def _group_of(self, number: int) -> tuple[int, Any]:
+        """A group of its own, since the default one may be NCCL's, and others may use it meanwhile."""
         import torch.distributed as dist
 
         with self._lock:
             if self._world is not dist.group.WORLD:
-                self._world, self._groups = dist.group.WORLD, []
-            while len(self._groups) <= number:
+                self._world, self._places, self._groups = dist.group.WORLD, {}, []
+            if number not in self._places:
+                for other in sorted(self._living):
+                    if other <= number:
+                        self._places.setdefault(other, len(self._places))
+            place = self._places[number]
+            while len(self._groups) <= place:
                 self._groups.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_S)))
-            return self._groups[number]
+            return place, self._groups[place]
 
 
 _groups = _Groups()
-
-
-def _gathered(number: int, row: Sequence[float]) -> list[list[float]]:
-    """The `row` of every rank, in their order; float64 travels bit by bit."""
-    import torch
-    import torch.distributed as dist
-
-    sent = torch.tensor(row, dtype=torch.float64)
-    received = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(received, sent, group=_groups.of(number))
-    return [told.tolist() for told in received]
 
 
 async def _in_own_thread(work: Callable[[], _T]) -> _T:

@@ -142,14 +142,23 @@ def a_rank_that_hangs(rank: int, root: Path) -> Any:
     return error_of(lambda: one.shape(answer([2.0]))) if rank == 0 else "hung"
 
 
+def a_rank_that_had_another_life(rank: int, root: Path) -> Any:
+    """As a process that Ray gave to other work before."""
+    for _ in range(3 * rank):
+        shaper()
+    one = shaper()
+    one.shape(answer([1.0 + rank]))
+    return bits(one)
+
+
 def a_rank_that_made_one_more(rank: int, root: Path) -> Any:
     """Rank 1's reward is then the counterpart of none: both wait, but not for ever."""
-    if rank == 1:
-        shaper()
+    more = shaper() if rank == 1 else None
     before, moments.WAIT_S = moments.WAIT_S, 1.0
     one = shaper()
     said = error_of(lambda: one.shape(answer([1.0])))
     moments.WAIT_S = before
+    del more
     return {"said": said, "bits": bits(one)}
 
 
@@ -167,6 +176,7 @@ SCENES: list[Callable[[int, Path], Any]] = [
     a_rank_that_has_no_scores,
     a_rank_whose_score_is_nan,
     a_rank_that_resumed_alone,
+    a_rank_that_had_another_life,
     a_rank_that_hangs,
     a_rank_that_made_one_more,
     a_rank_that_dies,
@@ -281,6 +291,10 @@ def test_ranks_that_hold_different_states_are_told_apart(found: list[dict[str, A
         scene = rank["a_rank_that_resumed_alone"]
         assert scene["said"].startswith(f"{ConfigError.__name__}: rank 1 normalizes by other statistics")
         assert scene["bits"] == [4, (2.25).hex(), (2.75).hex()]
+
+
+def test_rewards_that_are_gone_do_not_part_the_ranks(found: list[dict[str, Any]]) -> None:
+    assert [rank["a_rank_that_had_another_life"] for rank in found] == [[2, (1.5).hex(), (0.5).hex()]] * 2
 
 
 def test_a_rank_that_hangs_or_dies_ends_the_waiting_as_an_error(found: list[dict[str, Any]]) -> None:
