@@ -347,10 +347,8 @@ def test_rewards_are_calibrated_by_the_version_that_answered(ray_cluster: None, 
             client.roll(model.version)
             result = client.score(prompts, completions)
             assert result.version == model.version
-            # Scores and their stored mean may be off by SAME each, in units of the spread.
-            near = 2 * SAME / min(std for _, std in result.calibration.values())
-            assert near < 0.01
-            assert shaper.shape(result, datasets=datasets) == pytest.approx(rewards, abs=near)
+            # In other batches scores differ by some 1e-6, and the spread of this tiny model's is 3e-3.
+            assert shaper.shape(result, datasets=datasets) == pytest.approx(rewards, abs=0.01)
             body = {"prompts": prompts, "completions": completions, "details": True}
             code, found = post(f"http://127.0.0.1:{port}/v1/score", body)
             told = {name: (one["mean"], one["std"]) for name, one in found["calibration"].items()}
