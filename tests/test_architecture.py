@@ -93,6 +93,8 @@ NO_TORCH_ON_IMPORT = [
     "data.quarantine",
     "data.selection",
     "data.tokenize",
+    "rl.moments",
+    "rl.shaping",
     "serve.client",
     "serve.drift",
     "serve.ensemble",
