@@ -2,7 +2,8 @@
 
 A colour is one of the page's: each is drawn as `var(--c0, #...)` and the like (page.html defines them for
 light and for dark), text stays text in the page's font, and the same numbers give the same bytes.
-Curves are thinned to a few hundred points; what has nothing finite to show is None instead of a picture.
+Curves of many values are thin lines under their running mean, of a few hundred points; what has nothing
+finite to show is None instead of a picture.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ INK, MUTED, GRID = "#1f2328", "#5d6673", "#dde1e6"
 COLOURS = ("#0b5fd0", "#c2410c", "#15803d", "#7c3aed", "#be185d", "#0e7490", "#946000", "#475569")
 """Blue, orange, green, violet, pink, cyan, ochre, slate."""
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {c: f"c{i}" for i, c in enumerate(COLOURS)}
+_NARROW, _WIDE = 4.6, 6.6
 _MOST_POINTS = 400
-_MARKED_POINTS = 40
 _SMOOTHED_FROM = 40
 
 
@@ -94,8 +95,8 @@ def hacking_picture(
         )
         for i, (name, (unit, values)) in enumerate(series.items())
     ]
-    shaded = " Shaded: since when a warning holds." if since else ""
-    return panels(title, rows, rolls=rolls, caption=f"All over the same steps.{shaded}", wide=True)
+    shaded = "Shaded: since when a warning holds." if since else ""
+    return panels(title, rows, rolls=rolls, caption=shaded, wide=True)
 
 
 def panels(
@@ -110,14 +111,15 @@ def panels(
     rows = [row for row in rows if any(np.isfinite(curve.values).any() for curve in row.curves)]
     if not rows:
         return None
-    height = 2.5 if len(rows) == 1 else 0.55 + 1.15 * len(rows)
-    with _canvas(8.0 if wide else 4.6, height) as figure:
+    height = 2.5 if len(rows) == 1 else 0.8 + 1.15 * len(rows)
+    with _canvas(_WIDE if wide else _NARROW, height) as figure:
         axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
-        smoothed = 0
         for axis, row in zip(axes, rows, strict=True):
             for curve in row.curves:
-                smoothed = max(smoothed, _draw(axis, curve))
+                _draw(axis, curve)
             _name_axis(axis, row.unit)
+            if not any(curve.values[np.isfinite(curve.values)].any() for curve in row.curves):
+                axis.set_ylim(-0.05, 1.0)  # all zero: nothing is below
             if row.since is not None:
                 end = max(float(curve.steps[-1]) for curve in row.curves)
                 axis.axvspan(row.since, max(end, row.since), color=COLOURS[1], alpha=0.14, linewidth=0)
@@ -128,11 +130,7 @@ def panels(
         axes[-1].set_xlabel("step")
         _whole_steps(axes[-1])
         svg = _svg(figure, title)
-    if smoothed:
-        caption += f" Thin: as logged; thick: the mean over {smoothed} logging events."
-    if rolls:
-        caption += " Dotted: another version of the reward model took over."
-    return Picture(title, svg, caption.strip(), wide)
+    return Picture(title, svg, caption, wide)
 
 
 def histogram(title: str, unit: str, groups: Mapping[str, Array], *, caption: str = "") -> Picture | None:
@@ -145,7 +143,7 @@ def histogram(title: str, unit: str, groups: Mapping[str, Array], *, caption: st
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, min(40, max(8, int(np.sqrt(len(pooled)) * 1.5))) + 1)
-    with _canvas(4.6, 2.7) as figure:
+    with _canvas(_NARROW, 2.7) as figure:
         axis = figure.subplots()
         for place, (label, values) in enumerate(kept.items()):
             if not len(values):
@@ -178,7 +176,7 @@ def paired_dots(
     first, second = before[order], after[order]
     places = np.arange(1, len(order) + 1)
     size = float(np.clip(900 / len(order), 4, 26))
-    with _canvas(4.6, 2.7) as figure:
+    with _canvas(_NARROW, 2.7) as figure:
         axis = figure.subplots()
         up = second >= first
         for sign, colour in ((up, COLOURS[0]), (~up, COLOURS[1])):
@@ -201,7 +199,7 @@ def shares(
         return None
     parts_KN = np.nan_to_num(np.stack(list(of.values())))
     left, right = _spans(steps)
-    with _canvas(8.0, 1.35) as figure:
+    with _canvas(_WIDE, 1.35) as figure:
         axis = figure.subplots()
         bottom = np.zeros(len(steps))
         for place, part in enumerate(parts_KN):
@@ -247,27 +245,23 @@ def _runs(
             yield float(left[first]), float(right[last - 1]), float(part[first]), float(bottom[first])
 
 
-def _draw(axis: Axes, curve: Curve) -> int:
-    """The curve; over how many points it was smoothed, 0 for none."""
+def _draw(axis: Axes, curve: Curve) -> None:
+    """Few values with a mark each; many as a thin line under their running mean."""
     finite = np.isfinite(curve.values)
     band = curve.band if curve.band is not None else np.full(len(curve.values), np.nan)
     steps, values, band = (_thin(part[finite]) for part in (curve.steps, curve.values, band))
     if not len(values):
-        return 0
-    colour = COLOURS[curve.colour]
+        return
+    colour, label = COLOURS[curve.colour], visible(curve.label)
     look: dict[str, Any] = {"color": colour, "linestyle": "--" if curve.dashed else "-"}
     if np.isfinite(band).any():
         axis.fill_between(steps, values - band, values + band, color=colour, alpha=0.13, linewidth=0)
-    if len(values) <= _SMOOTHED_FROM:
-        marker = "o" if len(values) <= _MARKED_POINTS else ""
-        axis.plot(
-            steps, values, linewidth=1.6, marker=marker, markersize=3, label=visible(curve.label), **look
-        )
-        return 0
-    width = 2 * max(2, len(values) // 30) + 1
+    if len(values) < _SMOOTHED_FROM:
+        axis.plot(steps, values, linewidth=1.6, marker="o", markersize=3, label=label, **look)
+        return
     axis.plot(steps, values, linewidth=0.8, alpha=0.4, **look)
-    axis.plot(steps, _running_mean(values, width), linewidth=2, label=visible(curve.label), **look)
-    return width * -(-int(finite.sum()) // len(values))
+    smooth = _running_mean(values, 2 * max(2, len(values) // 30) + 1)
+    axis.plot(steps, smooth, linewidth=2, label=label, **look)
 
 
 def _running_mean(values: Array, width: int) -> Array:
@@ -337,7 +331,11 @@ def _canvas(width: float, height: float) -> Iterator[Figure]:
     with style.context(["default", _STYLE]), warnings.catch_warnings():
         # Layout measures in DejaVu; a glyph that it lacks is the reader's font's to show.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height))
+        # Inches, the same in all pictures: axes stand under each other, and nothing need be drawn twice.
+        left, right, top, bottom = 0.62, 0.12, 0.3, 0.5
+        figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height, hspace=0.5)
+        yield figure
 
 
 def _svg(figure: Figure, title: str) -> str:

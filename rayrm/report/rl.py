@@ -28,7 +28,7 @@ from rayrm.report.figures import (
 )
 from rayrm.report.page import write_page
 from rayrm.report.reading import Array, Record, column, last_of_each_step, number, read_lines, read_object
-from rayrm.rl.guard import RULES, WINDOWS, Alarm, HackingGuard
+from rayrm.rl.guard import RULES, WINDOWS, Alarm, GuardSettings, HackingGuard
 from rayrm.rl.heldout import Gain, paired_gain
 
 REPORT = "report.html"
@@ -38,18 +38,19 @@ _NUM_LATE = 512
 _LONGEST_TEXT = 1500
 
 _NEEDS = {
-    "gold": "a gold reward beside it",
-    "spread": "an ensemble's spread",
-    "length": "completion lengths and their correlation",
+    "gold": "gold reward",
+    "spread": "spread of an ensemble",
+    "length": "correlation with completion lengths",
     "repetition": "repetition",
-    "kl": "KL (`beta` is 0)",
+    "kl": "KL (TRL logs none where `beta` is 0)",
 }
 
 
-def write_rl_report(run_dir: str | Path) -> Path:
+def write_rl_report(run_dir: str | Path, guard_settings: GuardSettings | None = None) -> Path:
     """Write `report.html` into a run directory of `jobs/grpo.py` and its kin, over the one before; its path.
 
     The page is one file without scripts that loads nothing; the same directory gives the same bytes.
+    `guard_settings`: when it warns of reward hacking, as `HackingGuard` was told during the run.
 
     Raises:
         RunDirectoryError: the directory or its `metrics.jsonl` is missing, or the disk takes no file.
@@ -66,7 +67,7 @@ def write_rl_report(run_dir: str | Path) -> Path:
     records, stepless = last_of_each_step(read_lines(metrics, notes))
     if stepless:
         notes.append(f"metrics.jsonl: {stepless} records without a `step` were left out.")
-    guard = HackingGuard()
+    guard = HackingGuard(guard_settings)
     for record in records:
         guard.see(record)
     heldout = _heldout(place / "heldout.json", notes)
@@ -87,11 +88,13 @@ def write_rl_report(run_dir: str | Path) -> Path:
         gain=heldout.gain if heldout else None,
         heldout=_heldout_pictures(heldout) if heldout else [],
         alarms=[alarm.text for alarm in guard.alarms],
-        watched=_watched(guard),
+        watching=any(guard.watched(rule) for rule in RULES),
+        unwatched=_unwatched(guard, records),
         hacking=[
             picture for name in names if (picture := _hacking(records, name, names, guard.alarms, rolls))
         ],
         curves=pictures,
+        rolls=rolls,
         absent=absent,
         versions=[strip for name in names if (strip := _versions(records, name, names, rolls))],
         comparisons=_compared(heldout) if heldout and heldout.shown else paired,
@@ -161,7 +164,7 @@ def _heldout_pictures(heldout: _Heldout) -> list[Picture]:
         histogram("Held-out rewards", "reward of a fresh sample", spread),
         paired_dots(
             "Held-out reward by prompt",
-            "mean reward of the prompt's samples",
+            "a prompt's mean reward",
             before,
             after,
             caption=f"{(after > before).sum()} of {gain.num_prompts} prompts gained.",
@@ -170,11 +173,11 @@ def _heldout_pictures(heldout: _Heldout) -> list[Picture]:
     return [picture for picture in drawn if picture]
 
 
-def _watched(guard: HackingGuard) -> list[str]:
+def _unwatched(guard: HackingGuard, records: list[Record]) -> list[str]:
     """What the guard could not judge, so that no warning means something."""
     lines = []
     lacking = [_NEEDS[rule] for rule in RULES if not guard.watched(rule)]
-    if lacking:
+    if lacking and records:
         lines.append(f"Not watched, since the log has no {', no '.join(lacking)}.")
     most = max(guard.watched(rule) for rule in RULES)
     if 0 < most < WINDOWS[0]:
