@@ -235,8 +235,14 @@ def _curves(
             curve(f"{name}/score_mean", f"{name}/score_std", "reward model"),
             curve(f"{name}/gold_mean", None, "gold", colour=6, dashed=True),
         ]
+        beside = bool(np.isfinite(both[1].values).any())
         per_name: list[tuple[str, str, list[Curve], str]] = [
-            ("Score beside gold", "mean score", both, "Band: one standard deviation of the scores."),
+            (
+                "Score beside gold" if beside else "Score",
+                "mean score",
+                both if beside else both[:1],
+                "Band: one standard deviation of the scores.",
+            ),
             ("Spread of the ensemble", "score", [curve(f"{name}/spread")], "Mean over a step's texts."),
             (
                 "Length correlation",
