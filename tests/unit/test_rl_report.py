@@ -271,8 +271,11 @@ def test_noise_has_no_sign_and_the_same_directory_gives_the_same_bytes(quiet_dir
     assert [file.name for file in quiet_dir.iterdir() if "report" in file.name] == ["report.html"]
 
 
-def test_settings_of_the_guard_reach_the_report(quiet_dir: Path) -> None:
-    strict = write_rl_report(quiet_dir, GuardSettings(max_kl=0.01)).read_text(encoding="utf-8")
+def test_settings_of_the_guard_reach_the_report(tmp_path: Path) -> None:
+    rows = [{"step": step, "kl": 0.05} for step in range(1, 16)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "beyond the bound" not in page(tmp_path).text
+    strict = write_rl_report(tmp_path, GuardSettings(max_kl=0.01)).read_text(encoding="utf-8")
     assert "beyond the bound of 0.01" in strict
 
 
