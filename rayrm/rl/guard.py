@@ -287,8 +287,9 @@ def find_trend(values: Array, bound: float) -> Trend | None:
     """The rise in `values` `[n]`, if its Mann-Kendall z is beyond `bound`; a fall is the rise of `-values`.
 
     z = (S - 1) / sqrt(var S * (1 + r) / (1 - r)), S = sum over i < j of sign(x_j - x_i), var S with its
-    correction for ties, r the lag-1 autocorrelation of what the fit leaves, where positive (after
-    Yue and Wang, https://doi.org/10.1023/B:WARM.0000043140.61082.60). The fit is level up to `begins`, then a line.
+    correction for ties, r the lag-1 autocorrelation of what the fit leaves, where positive (after Yue and
+    Wang, https://doi.org/10.1023/B:WARM.0000043140.61082.60). The fit is level up to `begins`, from there a
+    line.
     """
     num = len(values)
     ties = np.unique(values, return_counts=True)[1].astype(np.float64)
