@@ -39,7 +39,8 @@ LAYERS: list[set[str]] = [
     {"data"},
     {"model", "metrics"},
     {"train", "serve"},
-    {"rl", "report"},
+    {"rl"},
+    {"report"},
     {"demo"},
     {"doctor", "inspect_command", "serve_commands", "cli"},
 ]
