@@ -3,8 +3,12 @@
     from rayrm.rl import nemo_rl  # in the script that starts the run, before its data is set up
     nemo_rl.register("reward")
 
-and in the configuration `data.default.env_name: reward`, `env.reward: {service: reward, end: "<|im_end|>\\n"}`.
-Contract: NVIDIA-NeMo/RL at 7ea279ab, `nemo_rl/environments/interfaces.py` and `environments/utils.py`; caller:
+and in the configuration
+
+    data: {default: {env_name: reward}}
+    env: {reward: {service: reward, end: "<|im_end|>\\n"}}
+
+Contract: NVIDIA-NeMo/RL at 7ea279ab, `nemo_rl/environments/{interfaces,utils}.py`; caller:
 `calculate_rewards` of `nemo_rl/experience/rollouts.py`, which asks for a batch at once, or, in asynchronous
 rollouts, for each sample: the actor answers them at the same time, and they travel together. An error of
 `step` ends NeMo-RL's rollout; it makes no reward up.
@@ -22,10 +26,11 @@ import torch
 
 from rayrm.errors import ConfigError, MissingExtraError, ScoreError
 from rayrm.rl.service import reward_service
+from rayrm.serve.request import check_truncation
 
 if TYPE_CHECKING:
     from rayrm.serve.client import RewardClient
-    from rayrm.serve.request import ScoreResult
+    from rayrm.serve.request import ScoreResult, Truncation
 
 
 class _Return(NamedTuple):
@@ -48,23 +53,33 @@ try:
 except ImportError:  # the actor may run, and be tested, where NeMo-RL is not; PyPI's nemo_rl is a placeholder
     EnvironmentReturn = _Return
 
-_SETTINGS = ("service", "model", "end", "deadline_s", "pin_version", "hedge_after_s", "prefer_local")
+_SETTINGS = (
+    "service",
+    "model",
+    "end",
+    "truncation",
+    "deadline_s",
+    "pin_version",
+    "hedge_after_s",
+    "prefer_local",
+)
 
 
 class RewardEnvironmentActor:
     """One prompt, one answer, one score.
 
     What is scored: where a sample's metadata (its processor's `extra_env_info`) has `messages`, these as the
-    prompt and the answer as a message, by the reward model's own chat template. Else NeMo-RL's processors have
-    left text in the message log to which the policy's template has been applied: it is scored as it stands,
-    followed by `end`, what that template writes after an answer ("<|im_end|>\\n" for ChatML), since NeMo-RL
-    takes special tokens out of answers and a reward model is trained to score at that end. That is right only
-    where policy and reward model have one template.
+    prompt and the answer as a message, by the reward model's own chat template. Else NeMo-RL's processors
+    have left text in the message log to which the policy's template has been applied: it is scored as it
+    stands, followed by `end`, what that template writes after an answer ("<|im_end|>\\n" for ChatML), since
+    NeMo-RL takes special tokens out of answers and a reward model is trained to score at that end. That is
+    right only where policy and reward model have one template.
 
     Args:
         config: of the run's `env.NAME`: `service`, `model` (else `RAYRM_REWARD`, `RAYRM_REWARD_MODEL`), `end`
-            ("" for a reward model of plain text), and `RewardClient`'s `deadline_s`, `pin_version`,
-            `hedge_after_s`, `prefer_local`.
+            ("" for a reward model of plain text), `truncation` (of a text beyond the model's positions:
+            "left" or "right"), and `RewardClient`'s `deadline_s`, `pin_version`, `hedge_after_s`,
+            `prefer_local`.
 
     Raises ConfigError for any other key.
     """
@@ -78,7 +93,9 @@ class RewardEnvironmentActor:
             )
         self._end: str | None = settings.pop("end", None)
         if not isinstance(self._end, str | None):
-            raise ConfigError(f"`end` ({self._end!r}) must be text, such as \"<|im_end|>\\n\".")
+            raise ConfigError(f'`end` ({self._end!r}) must be text, such as "<|im_end|>\\n".')
+        self._truncation: Truncation | None = settings.pop("truncation", None)
+        check_truncation(self._truncation)
         self._client: RewardClient = reward_service(
             settings.pop("service", None), settings.pop("model", None), **settings
         )
@@ -95,23 +112,27 @@ class RewardEnvironmentActor:
         RewardUnavailableError.
         """
         answers = [_answer(place, log) for place, log in enumerate(message_log_batch)]
-        rows = [{} if row is None else row for row in metadata]
-        told = [row.get("messages") for row in rows]
-        places = [place for place, messages in enumerate(told) if messages is not None]
-        others = [place for place, messages in enumerate(told) if messages is None]
+        told: dict[int, Any] = {
+            place: row["messages"]
+            for place, row in enumerate(metadata)
+            if row is not None and row.get("messages") is not None
+        }
+        others = [place for place in range(len(answers)) if place not in told]
         scores = torch.zeros(len(answers), dtype=torch.float32)
-        if places:
+        if told:
             result = await self._client.score_async(
-                [told[place] for place in places],
-                [[{"role": "assistant", "content": answers[place]}] for place in places],
+                list(told.values()),
+                [[{"role": "assistant", "content": answers[place]}] for place in told],
+                truncation=self._truncation,
             )
-            scores[places] = torch.tensor(result.scores)
+            scores[list(told)] = torch.tensor(result.scores)
             self._seen.add(result)
         if others:
             result = await self._client.score_async(
                 [_before(message_log_batch[place]) for place in others],
                 [answers[place] + self._ending() for place in others],
                 rendered=True,
+                truncation=self._truncation,
             )
             scores[others] = torch.tensor(result.scores)
             self._seen.add(result)
@@ -149,10 +170,10 @@ class RewardEnvironmentActor:
     def _ending(self) -> str:
         if self._end is None:
             raise ConfigError(
-                "`env.NAME.end` is missing: samples have no `messages` in their metadata, so NeMo-RL's text is "
-                "scored, and it lacks what the policy's chat template writes after an answer. Write it, such as "
-                'end: "<|im_end|>\\n" ("" for a reward model of plain text), or let the data\'s processor put '
-                "the prompt's message list into extra_env_info[\"messages\"]."
+                "`env.NAME.end` is missing: samples have no `messages` in their metadata, so NeMo-RL's text "
+                "is scored, and it lacks what the policy's chat template writes after an answer. Write it, "
+                'such as end: "<|im_end|>\\n" ("" for a reward model of plain text), or let the data\'s '
+                'processor put the prompt\'s message list into extra_env_info["messages"].'
             )
         return self._end
 
@@ -206,8 +227,8 @@ def register(name: str = "reward") -> None:
     except ImportError as error:
         raise MissingExtraError(
             f"NeMo-RL is not installed here, or not whole ({error}). Run inside a checkout of "
-            "https://github.com/NVIDIA-NeMo/RL, with rayrm beside it: uv pip install rayrm (PyPI's nemo_rl is a "
-            "placeholder)."
+            "https://github.com/NVIDIA-NeMo/RL, with rayrm beside it: uv pip install rayrm (PyPI's nemo_rl "
+            "is a placeholder)."
         ) from error
     actor = f"{__name__}.RewardEnvironment"
     environments.register_env(name, actor)

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from rayrm.errors import ConfigError, MissingExtraError, ScoreError
 from rayrm.rl.service import reward_service
+from rayrm.serve.request import check_truncation
 
 if TYPE_CHECKING:
-    from rayrm.serve.request import ScoreResult
+    from rayrm.serve.request import ScoreResult, Truncation
 
 try:
     from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
@@ -43,6 +44,7 @@ class RewardEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no types
         env_config, extras: as SkyRL passes them; not read.
         service, model: the reward service's name, and which of its models; else `RAYRM_REWARD`,
             `RAYRM_REWARD_MODEL`.
+        truncation: of a text beyond the model's positions: "left" or "right"; None: refuse.
         settings: more of `RewardClient`'s (`deadline_s`, `pin_version`, ...).
     """
 
@@ -53,9 +55,12 @@ class RewardEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no types
         *,
         service: str | None = None,
         model: str | None = None,
+        truncation: Truncation | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
+        check_truncation(truncation)
+        self._truncation = truncation
         self._client = reward_service(service, model, **settings)
         self._prompt: list[dict[str, Any]] | None = None
         self._result: ScoreResult | None = None
@@ -79,17 +84,19 @@ class RewardEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no types
     def score(self, completion: list[dict[str, Any]]) -> ScoreResult:
         """The service's score of the messages that follow the prompt; kept for `get_metrics`."""
         if self._prompt is None:
-            raise ScoreError("`step` before `init`: the environment has no prompt yet. Call init(prompt) first.")
+            raise ScoreError(
+                "`step` before `init`: the environment has no prompt yet. Call init(prompt) first."
+            )
         if _in_event_loop():
             raise ConfigError(
                 "`environment.skyrl_gym.max_env_workers` (0) lets SkyRL step environments in its event loop, "
                 "which a reward would block. Set it above 0 (SkyRL's default is 32)."
             )
-        self._result = self._client.score([self._prompt], [completion])
+        self._result = self._client.score([self._prompt], [completion], truncation=self._truncation)
         return self._result
 
     def get_metrics(self) -> dict[str, Any]:
-        """Of the latest score: `score`, `latency_s`, `retries`, `truncated`, an ensemble's `spread`, `version`."""
+        """The latest `score`, `latency_s`, `retries`, `truncated`, `version`, an ensemble's `spread`."""
         if self._result is None:
             return {}
         found = {
@@ -103,7 +110,7 @@ class RewardEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no types
 
     @staticmethod
     def aggregate_metrics(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-        """Means of the numbers, and `version/<version>`: the share of the answers that this version scored."""
+        """Means of the numbers, and `version/<version>`: the share of answers that this version scored."""
         found: dict[str, Any] = default_aggregate_metrics(metrics)
         versions = [entry["version"] for entry in metrics if "version" in entry]
         return {**found, **{f"version/{one}": versions.count(one) / len(versions) for one in set(versions)}}

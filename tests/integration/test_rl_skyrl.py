@@ -1,7 +1,7 @@
 """SkyRL's own generator (skyrl 0.3.0) drives our environment against a deployed reward model.
 
-Real: `SkyRLGymGenerator`, its configuration, and skyrl_gym. Stood in for: the inference engine (fixed answers),
-`func_timeout`, which skyrl_gym's SQL environment imports and nothing here calls; two packages' own
+Real: `SkyRLGymGenerator`, its configuration, and skyrl_gym. Stood in for: the inference engine (fixed
+answers), `func_timeout`, which skyrl_gym's SQL environment imports and nothing here calls; two packages' own
 `__init__`, which load SkyRL's HTTP API and its image generator.
 """
 
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from ray import serve
 
 from rayrm.errors import ConfigError, RewardUnavailableError
 from rayrm.serve.client import RewardClient
