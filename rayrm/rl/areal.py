@@ -7,7 +7,7 @@ The service is `RAYRM_REWARD`, the model `RAYRM_REWARD_MODEL`, the cluster `RAY_
 
 AReaL calls a reward in a pool of processes, which it forks. Such a process must not use the Ray connection of
 the process that it was forked from, and another one of its own would be slow to make: it asks its parent
-instead, over a socket that only the parent's user and children can use, and the parent calls the service.
+instead, over a socket that only the parent's children can use, and the parent calls the service.
 So all calls of a rollout process travel together, however many processes its pool has.
 
 Beware of AReaL's `AsyncRewardWrapper`: after 15 s (`timeout_seconds`), four times over, it takes **0** as the
@@ -25,12 +25,12 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import AuthenticationError
+from multiprocessing import AuthenticationError, parent_process
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, Literal, get_args
 
 from rayrm.data.tokenize import TextInput
-from rayrm.errors import ConfigError, RayrmError, RewardUnavailableError, ScoreError
+from rayrm.errors import ConfigError, RewardUnavailableError, ScoreError
 from rayrm.rl.service import reward_service
 from rayrm.serve.client import RewardClient
 from rayrm.serve.request import Truncation, check_truncation
@@ -96,16 +96,24 @@ class RewardFunction:
         Raises ScoreError (a row without `column`, a text that cannot be scored), RewardUnavailableError.
         """
         asked = self._input(prompt, completions, data)
-        if self._parent is None or self._parent.pid == os.getpid():
-            return self._scored(asked)
-        return _ask(self._parent, self, asked)
+        parent = self._parent_here()
+        return self._scored(asked) if parent is None else _ask(parent, self, asked)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is pickled goes to a process of a pool. One that has a parent already hands on that.
-        return {**self.__dict__, "_parent": self._parent or _serve_children()}
+        return {**self.__dict__, "_parent": self._parent_here() or _server.address()}
 
     def __repr__(self) -> str:
         return f"RewardFunction({self._service!r}, {self._model!r}, text={self._text!r})"
+
+    def _parent_here(self) -> _Address | None:
+        """Whom this process asks: who pickled the function, if that is who started this process.
+
+        None: it calls the service itself, as where a controller on another machine sent the function.
+        """
+        started_by = parent_process()
+        if self._parent is None or started_by is None or self._parent.pid != started_by.pid:
+            return None
+        return self._parent
 
     def _scored(self, asked: TextInput) -> float:
         return self._client().score_inputs([asked], truncation=self._truncation).scores[0]
@@ -161,10 +169,6 @@ _server = _Server()
 _asking = threading.local()
 
 
-def _serve_children() -> _Address:
-    return _server.address()
-
-
 def _accept(listener: Listener) -> None:
     while True:
         try:
@@ -184,12 +188,15 @@ def _answer(connection: Connection[Any, Any]) -> None:
                 function, asked = connection.recv()
             except (EOFError, OSError):
                 return
-            told: float | RayrmError
+            told: float | Exception
             try:
                 told = function._scored(asked)
-            except RayrmError as error:
+            except Exception as error:  # whatever it is, the child raises it
                 told = error
-            connection.send(told)
+            try:
+                connection.send(told)
+            except OSError:
+                return  # it waits no longer
 
 
 def _ask(parent: _Address, function: RewardFunction, asked: TextInput) -> float:
@@ -205,14 +212,14 @@ def _ask(parent: _Address, function: RewardFunction, asked: TextInput) -> float:
                 f"the process {parent.pid} that calls the reward service for its pool gave no answer within "
                 f"{deadline_s:g} s. Its log may say why."
             )
-        told: float | RayrmError = connection.recv()
+        told: float | Exception = connection.recv()
     except (OSError, EOFError, AuthenticationError) as error:
         _asking.connection = None
         raise RewardUnavailableError(
             f"the process {parent.pid} that calls the reward service for its pool is gone "
             f"({type(error).__name__}). Start the pool from a process that lives as long."
         ) from error
-    if isinstance(told, RayrmError):
+    if isinstance(told, Exception):
         raise told
     return told
 

@@ -47,8 +47,8 @@ class RewardWorker(Worker):  # type: ignore[misc]  # ROLL ships no types
     Service and model are `RAYRM_REWARD` and `RAYRM_REWARD_MODEL` of the worker's `system_envs`. The prompt is
     the row's `messages`, and then the reward model's text form must be conversational; else its `prompt`, as
     plain text: the columns that ROLL itself makes its prompts of (`data_args.messages`, `data_args.prompt`).
-    The response is decoded by the policy's tokenizer, without special tokens. `truncation` is of a text beyond
-    the reward model's positions, which is else refused: derive from this class to set "left" or "right".
+    The response is decoded by the policy's tokenizer, without special tokens. `truncation` is of a text
+    beyond the reward model's positions, else refused: derive from this class to set "left" or "right".
     """
 
     truncation: Truncation | None = None

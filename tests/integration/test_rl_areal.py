@@ -1,9 +1,9 @@
-"""AReaL's own workflow and reward pool (areal 1.0.4) call our reward function against a deployed reward model.
+"""AReaL's own workflow and reward pool (areal 1.0.4) call our reward function, of a deployed reward model.
 
 Real: `RLVRWorkflow` (areal/workflow/rlvr.py), `AsyncRewardWrapper` with its pool of processes
-(areal/api/reward_api.py), `import_from_string`, `apply_chat_template`. Stood in for: the inference engine (fixed
-answers) and the types it is asked with, AReaL's session tracing and statistics, which import its whole engine;
-`areal`'s own `__init__` for the same reason.
+(areal/api/reward_api.py), `import_from_string`, `apply_chat_template`. Stood in for: the inference engine
+(fixed answers) and the types it is asked with, AReaL's session tracing and statistics, which import its whole
+engine; `areal`'s own `__init__` for the same reason.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import inspect
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 from rayrm.errors import RewardUnavailableError, ScoreError
-from rayrm.rl.areal import RewardFunction
+from rayrm.rl.areal import RewardFunction, reward_fn
 from rayrm.serve.client import RewardClient
 from tests.installed import only
 from tests.served import SAME, sent_together, served
@@ -152,6 +153,12 @@ def test_the_pools_processes_ask_their_parent_and_travel_together(
 
 def pid_of() -> int:
     return os.getpid()
+
+
+def test_our_deadline_ends_before_areal_takes_zero(areal: Any) -> None:
+    wrapper = inspect.signature(areal.rewards.AsyncRewardWrapper)
+    # A child of the pool waits for a second more than its parent's call may take.
+    assert reward_fn._settings["deadline_s"] + 1 < wrapper.parameters["timeout_seconds"].default
 
 
 @pytest.mark.ray

@@ -1,8 +1,8 @@
 """NeMo-RL's contract, executed: our environment actor as `create_env` starts it, asked as its rollouts ask.
 
 NeMo-RL is on no package index (PyPI's is a placeholder). The calls are those of NVIDIA-NeMo/RL at 7ea279ab:
-nemo_rl/environments/utils.py (`create_env`) and nemo_rl/experience/rollouts.py (`calculate_rewards`: messages of
-role and content alone, in groups by task; the six fields by their order, each indexed by sample).
+nemo_rl/environments/utils.py (`create_env`) and nemo_rl/experience/rollouts.py (`calculate_rewards`: messages
+of role and content alone, in groups by task; the six fields by their order, each indexed by sample).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def test_settings_that_are_none_of_its_own_are_refused() -> None:
 
 
 def test_register_tells_nemo_rl_the_actor_and_its_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MissingExtraError, match="https://github.com/NVIDIA-NeMo/RL"):
+    with pytest.raises(MissingExtraError, match="Run inside a checkout of https"):
         nemo_rl.register()
     known: dict[str, str] = {}
     pythons: dict[str, str] = {}

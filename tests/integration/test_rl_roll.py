@@ -1,9 +1,9 @@
 """ROLL's contract, executed: our reward worker as ROLL's `Cluster` starts it, asked as its schedulers ask.
 
-ROLL is on no package index: `tests/stand_ins/roll` has what the worker imports, after alibaba/ROLL at 8eb27cc2.
-The calls are those of roll/distributed/executor/cluster.py (actors with `system_envs`, keyword
-`worker_config`), and `compute_rewards` of roll/distributed/scheduler/generate_scheduler.py (a prompt's answers,
-many at a time) and reward_scheduler.py (one batch, a share for each worker).
+ROLL is on no package index: `tests/stand_ins/roll` has what the worker imports, after alibaba/ROLL at
+8eb27cc2. The calls are those of roll/distributed/executor/cluster.py (actors with `system_envs`, keyword
+`worker_config`), and `compute_rewards` of roll/distributed/scheduler/generate_scheduler.py (a prompt's
+answers, many at a time) and reward_scheduler.py (one batch, a share for each worker).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_workers_give_each_response_the_services_score(roll: Any, reward: Reward
     asked = [workers[n % 2].compute_rewards.remote(data.rows(n, n + 1)) for n in range(12)]
     alone = [output.batch["response_level_rewards"].item() for output in ray.get(asked)]
     assert alone == pytest.approx(expected, abs=SAME)
-    # A share for each worker: as the reward scheduler asks. Messages may be JSON, as ROLL's data may have them.
+    # A share for each worker, as the reward scheduler asks; messages as JSON, which ROLL takes too.
     told = batch_of(roll, messages=[json.dumps(question) for question in QUESTIONS])
     shares = ray.get(
         [worker.compute_rewards.remote(told.rows(6 * n, 6 * n + 6)) for n, worker in enumerate(workers)]
@@ -130,7 +130,7 @@ def test_a_prompt_column_is_plain_text(roll: Any, ray_cluster: None, published: 
 @pytest.mark.ray
 def test_no_reward_is_made_up(roll: Any, reward: RewardClient, model: Path) -> None:
     (worker,) = started(roll, model, num_workers=1)
-    with pytest.raises(ScoreError, match="neither `messages` nor `prompt` .it has domain"):
+    with pytest.raises(ScoreError, match=r"neither `messages` nor `prompt` \(it has domain"):
         ray.get(worker.compute_rewards.remote(batch_of(roll, domain=["preference"] * 12)))
     (lost,) = started(roll, model, "nowhere", num_workers=1)
     with pytest.raises(RewardUnavailableError, match="no application 'nowhere' runs"):
@@ -147,5 +147,5 @@ def test_methods_are_bound_as_rolls_cluster_looks_for_them(roll: Any) -> None:
 
 
 def test_without_roll_the_import_says_what_to_type() -> None:
-    with pytest.raises(MissingExtraError, match="https://github.com/alibaba/ROLL"):
+    with pytest.raises(MissingExtraError, match="Run inside a checkout of https"):
         importlib.import_module("rayrm.rl.roll")

@@ -55,10 +55,6 @@ def test_rendered_text_is_scored_as_it_stands(alone: None) -> None:
         RewardFunction(column="chat")("p", "c", [], [], messages=[])
 
 
-def test_its_deadline_ends_before_areal_takes_zero() -> None:
-    assert reward_fn._settings["deadline_s"] == 12.0
-
-
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_a_process_of_a_pool_gets_its_parents_answer_or_error(alone: None, start: str) -> None:
     function = RewardFunction(text="rendered")
@@ -80,7 +76,8 @@ def test_a_child_whose_parent_is_gone_or_silent_says_so(monkeypatch: pytest.Monk
     parent = function._parent
     assert parent is not None
     assert parent.pid == os.getpid()
-    parent.pid = -1  # as a child sees it
+    # As a child of this process sees it.
+    monkeypatch.setattr(RewardFunction, "_parent_here", lambda self: self._parent)
     silent = threading.Event()
     monkeypatch.setattr(RewardFunction, "_scored", lambda self, asked: float(silent.wait()))
     with pytest.raises(RewardUnavailableError, match=r"no answer within 0\.2 s"):
@@ -90,6 +87,18 @@ def test_a_child_whose_parent_is_gone_or_silent_says_so(monkeypatch: pytest.Monk
     with pytest.raises(RewardUnavailableError, match="is gone"):
         function("p", "c", [], [])
     assert areal._server.address().place  # still answers others
+
+
+def test_a_function_from_a_process_that_is_not_the_parent_calls_the_service_itself(alone: None) -> None:
+    """As where a controller on another machine sends it to a rollout worker."""
+    function: RewardFunction = pickle.loads(pickle.dumps(RewardFunction(text="rendered")))
+    sent = function._parent
+    assert sent is not None
+    sent.pid, sent.place = 1, "/nowhere"
+    assert function("p", "abc", [], []) == 3.0
+    again: RewardFunction = pickle.loads(pickle.dumps(function))
+    assert again._parent is not None
+    assert again._parent.pid == os.getpid()
 
 
 def test_strangers_are_not_answered() -> None:

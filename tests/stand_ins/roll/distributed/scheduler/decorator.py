@@ -1,4 +1,4 @@
-"""As roll/distributed/scheduler/decorator.py of alibaba/ROLL at 8eb27cc2: what `Cluster` finds a method by."""
+"""As roll/distributed/scheduler/decorator.py of alibaba/ROLL at 8eb27cc2: how `Cluster` finds a method."""
 
 from __future__ import annotations
 

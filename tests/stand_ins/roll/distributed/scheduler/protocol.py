@@ -1,4 +1,4 @@
-"""As roll/distributed/scheduler/protocol.py of alibaba/ROLL at 8eb27cc2: a batch and how it is made and cut."""
+"""As roll/distributed/scheduler/protocol.py of alibaba/ROLL at 8eb27cc2: a batch, made and cut."""
 
 from __future__ import annotations
 
