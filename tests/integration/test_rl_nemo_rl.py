@@ -7,6 +7,7 @@ of role and content alone, in groups by task; the six fields by their order, eac
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from rayrm.errors import ConfigError, MissingExtraError, RewardUnavailableError,
 from rayrm.rl import nemo_rl
 from rayrm.rl.nemo_rl import RewardEnvironment, RewardEnvironmentActor
 from rayrm.serve.client import RewardClient
-from tests.served import SAME, served
+from tests.served import SAME, sent_together, served
 from tests.tiny import CHAT_TEMPLATE, WORDS, save_tiny, tiny_tokenizer
 
 NAME = "nemo-test"
@@ -96,6 +97,22 @@ def test_a_batch_and_single_samples_get_the_services_scores(environment: Any, re
     assert metrics["reward_max"] == pytest.approx(max(result.scores), abs=SAME)
     assert metrics["truncated"] == 0.0
     assert ray.get(environment.global_post_process_and_metrics.remote({}))[1] == {}
+
+
+@pytest.mark.ray
+def test_samples_of_asynchronous_rollouts_travel_together(
+    reward: RewardClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = RewardEnvironmentActor({"service": NAME, "end": "<|end|>"})
+
+    async def all_of_them() -> list[Any]:
+        return await asyncio.gather(*(actor.step([log], [None]) for log in logs()))
+
+    with sent_together(monkeypatch) as sizes:
+        returned = asyncio.run(all_of_them())
+    assert sum(sizes) == 12
+    assert len(sizes) <= 6
+    assert len({round(one.rewards.item(), 4) for one in returned}) > 8
 
 
 @pytest.mark.ray

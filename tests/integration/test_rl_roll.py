@@ -8,6 +8,7 @@ answers, many at a time) and reward_scheduler.py (one batch, a share for each wo
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
@@ -24,7 +25,7 @@ import torch
 from rayrm.errors import MissingExtraError, RewardUnavailableError, ScoreError
 from rayrm.serve.client import RewardClient
 from rayrm.serve.registry import PublishedModel
-from tests.served import SAME, served
+from tests.served import SAME, sent_together, served
 from tests.tiny import WORDS, save_tiny, tiny_tokenizer
 
 NAME = "roll-test"
@@ -68,12 +69,17 @@ def started(roll: Any, tokenizer: Path, service: str = NAME, num_workers: int = 
         }
         options = {"num_cpus": 0.01, "max_concurrency": 1000, "runtime_env": {"env_vars": env_vars}}
         workers.append(ray.remote(roll.RewardWorker).options(**options).remote(worker_config=config))
-    policy = SimpleNamespace(
+    pipeline = SimpleNamespace(actor_train=policy_of(tokenizer))
+    ray.get([worker.initialize.remote(pipeline) for worker in workers])
+    return workers
+
+
+def policy_of(tokenizer: Path) -> Any:
+    """The settings that the worker takes the policy's tokenizer and the data's columns from."""
+    return SimpleNamespace(
         model_args=SimpleNamespace(model_name_or_path=str(tokenizer)),
         data_args=SimpleNamespace(messages=None, prompt=None),
     )
-    ray.get([worker.initialize.remote(SimpleNamespace(actor_train=policy)) for worker in workers])
-    return workers
 
 
 def batch_of(roll: Any, **columns: Any) -> Any:
@@ -115,6 +121,29 @@ def test_workers_give_each_response_the_services_score(roll: Any, reward: Reward
         metrics = output.meta_info["metrics"]
         assert metrics[f"{NAME}/score_mean"] == pytest.approx(sum(share) / 6, abs=SAME)
         assert metrics[f"{NAME}/version/{version}"] == 1.0
+
+
+@pytest.mark.ray
+def test_prompts_that_are_rewarded_together_travel_together(
+    roll: Any, reward: RewardClient, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker in this process, asked as Ray asks an actor of coroutines."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "RAYRM_REWARD": NAME}.items():
+        monkeypatch.setenv(name, value)
+    worker = roll.RewardWorker(worker_config=None)
+    worker.initialize(SimpleNamespace(actor_train=policy_of(model)))
+    data = batch_of(roll, messages=QUESTIONS)
+
+    async def all_of_them() -> list[Any]:
+        return await asyncio.gather(*(worker.compute_rewards(data.rows(n, n + 1)) for n in range(12)))
+
+    with sent_together(monkeypatch) as sizes:
+        outputs = asyncio.run(all_of_them())
+    assert sum(sizes) == 12
+    assert len(sizes) <= 6
+    assert [output.batch["scores"].item() for output in outputs] == pytest.approx(
+        expected_of(reward)[0], abs=SAME
+    )
 
 
 @pytest.mark.ray
