@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayrm.errors import PreemptedError, RayrmError, ScoreError
 from rayrm.inspect_command import add_data
-from rayrm.rl_commands import add_rl
+from rayrm.rl_commands import add_refresh, add_rl
 from rayrm.runfile import split_words
 from rayrm.serve_commands import (
     MODEL,
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     add_roll(command("roll", None, "Let a running service serve another version, without losing a request."))
     add_status(command("status", None, "What a running service serves, and how its replicas stand."))
     add_rl(command("rl", None, "Train a policy by GRPO or RLOO against the reward service."))
+    add_refresh(command("refresh", None, "Train the served model on, on a judge's rankings of the samples."))
     _add_sweep(command("sweep", _sweep, "Train a run file's run with several settings, and name the best."))
     demo = command("demo", _demo, "The whole way once: data, training, evaluation, serving, GRPO.")
     demo.add_argument("--out", default="demo-out", help="default: demo-out")

@@ -72,7 +72,6 @@ RAY_FILES = {
     "serve/caller.py",
     "serve/client.py",
     "rl/launch.py",
-    "rl/grpo.py",
     "rl/nemo_rl.py",
 }
 """They may import ray anywhere, and their docstrings say "[RAY]"."""

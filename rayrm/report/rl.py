@@ -1,7 +1,7 @@
 """A reinforcement-learning run as one page: did fresh samples get better, and was the reward gamed?
 
 Reads what the run left in its directory: `metrics.jsonl` (needed; it may be empty), `heldout.json`,
-`samples.jsonl` and `run.toml` (each may be missing; the page says what it could not show).
+`samples*.jsonl` and `run.toml` (each may be missing; the page says what it could not show).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _NEEDS = {
 
 
 def write_rl_report(run_dir: str | Path, guard_settings: GuardSettings | None = None) -> Path:
-    """Write `report.html` into a run directory of `jobs/grpo.py` and its kin, over the one before; its path.
+    """Write `report.html` into an RL run's directory, over the one before; its path.
 
     The page is one file without scripts that loads nothing; the same directory gives the same bytes.
     `guard_settings`: when it warns of reward hacking, as `HackingGuard` was told during the run.
@@ -61,7 +61,7 @@ def write_rl_report(run_dir: str | Path, guard_settings: GuardSettings | None = 
         what = "holds no metrics.jsonl" if place.is_dir() else "is no directory"
         raise RunDirectoryError(
             f"`{place}` {what}: a report is made of a training run's directory. Train first: "
-            f'python jobs/grpo.py run.toml output_dir="{place}"'
+            f'rayrm rl run.toml output_dir="{place}"'
         )
     notes: list[str] = []
     records, stepless = last_of_each_step(read_lines(metrics, notes))
@@ -78,7 +78,7 @@ def write_rl_report(run_dir: str | Path, guard_settings: GuardSettings | None = 
     names = reward_names(records)
     rolls = _rolls(records, names)
     pictures, absent = _curves(records, names, rolls)
-    paired, top = _samples(place / "samples.jsonl", notes)
+    paired, top = _samples(place, notes)
     return write_page(
         place / REPORT,
         "rl.html",
@@ -313,15 +313,17 @@ def _versions(
     return picture, legend
 
 
-def _samples(file: Path, notes: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """From `samples.jsonl`: prompts as first and last answered, and what scored highest at the end."""
-    if not file.is_file():
-        notes.append("samples.jsonl is missing: no completions of the run are shown.")
+def _samples(place: Path, notes: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """From all ranks: prompts as first and last answered, and what scored highest at the end."""
+    files = sorted(place.glob("samples*.jsonl"))
+    if not files:
+        notes.append("samples*.jsonl is missing: no completions of the run are shown.")
         return [], []
     first: dict[str, Record] = {}
     last: dict[str, Record] = {}
     late: deque[Record] = deque(maxlen=_NUM_LATE)
-    for sample in read_lines(file, notes):
+    ranks = [read_lines(file, notes) for file in files]
+    for sample in heapq.merge(*ranks, key=lambda sample: number(sample.get("step"))):
         prompt = plain_text(sample.get("prompt"))
         if prompt in first or len(first) < _NUM_LATE:
             first.setdefault(prompt, sample)

@@ -136,7 +136,7 @@ _REMEDY = {
     "raise `beta` (the KL penalty), or refresh the reward model on samples of this policy.",
     "length": "Give the reward a length penalty, or refresh the reward model with pairs whose better side is "
     "the shorter one.",
-    "repetition": "Read samples.jsonl. Raise `beta` (the KL penalty) or the `temperature`, or refresh the "
+    "repetition": "Read samples*.jsonl. Raise `beta` (the KL penalty) or the `temperature`, or refresh the "
     "reward model with pairs whose rejected side repeats itself.",
     "kl": "Raise `beta` (the KL penalty), lower `learning_rate`, or stop here: what a reward says of "
     "texts this far from its training data means little.",

@@ -189,7 +189,7 @@ def _parsed(file: str, at: int, line: bytes) -> dict[str, Any] | None:
     if not isinstance(row, dict) or row.get("prompt") is None or row.get("completion") is None:
         raise DataError(
             f"{file}, byte {at}: the line ({shown(row)}) must be an object with `prompt` and `completion`. "
-            "Give the samples.jsonl that the RL run writes."
+            "Give the samples-*.jsonl that the RL run writes."
         )
     return row
 

@@ -26,7 +26,7 @@ class RefreshConfig:
     """Which service is refreshed, from which samples, by whose judgement, and when a round may take over."""
 
     samples: str | list[str]
-    """Glob, or globs, of the `samples.jsonl` files that RL appends to: `step`, `prompt`, `completion`."""
+    """Glob, or globs, of the `samples-<rank>.jsonl` that RL appends to: `step`, `prompt`, `completion`."""
     judge: str
     """The function that ranks: "path/to/file.py:function" or "package.module:function". It is called as
     `judge(prompt, completions)` with the different completions of one prompt, and returns a number for each,

@@ -228,7 +228,7 @@ def test_a_killed_replica_and_a_roll_cost_no_reward(
     assert all(record["versions"] for record in summary.records)
     assert summary.records[0]["versions"] == [first]
     assert summary.records[-1]["versions"] == [target.version]
-    assert max(record["chat/retries"] for record in summary.records) > 0
+    assert replica_pids(NAME) != [pid]
     assert all(np.isfinite(record["reward"]) for record in summary.records)
     samples = samples_of(tmp_path / "run")
     assert len(samples) == 40 * 2 * 2
