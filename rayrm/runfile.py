@@ -3,7 +3,8 @@
 Sections are [model] (with [model.lora]), [data], [reward], [cluster] and [serve]; a bare key in an override
 is a [reward] key. An unknown section or key is an error that names the nearest, and all problems are told at
 once. The word "none" stands for TOML's missing null. Relative paths mean what they mean to the shell:
-relative to the current directory, not to the run file.
+relative to the current directory, not to the run file. Jobs whose files have other sections are read and
+written alike, by `read_tables` and `dump_tables`.
 """
 
 from __future__ import annotations
@@ -60,11 +61,43 @@ def read_run(path: str | Path | None, overrides: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError: the file is missing or no TOML, or a section, key or value is wrong.
     """
+    return Run(**read_tables(path, overrides, SECTIONS, needs={"data": ("train",)}))
+
+
+def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """A command's words: the run file (None: there is none) and the overrides."""
+    if words and "=" not in words[0]:
+        return words[0], list(words[1:])
+    return None, list(words)
+
+
+def read_tables(
+    path: str | Path | None,
+    overrides: Sequence[str],
+    sections: Mapping[str, type],
+    *,
+    bare: str = "reward",
+    needs: Mapping[str, Sequence[str]] = {},
+) -> dict[str, Any]:
+    """Read a file of these `sections` and put `overrides` over it, as `read_run` does.
+
+    Args:
+        sections: of each name the settings class that its table becomes; one that the file leaves out has
+            its defaults.
+        bare: the section of overrides that name none (`learning_rate=2e-6`).
+        needs: by section, keys that this kind of file must give though their default is None.
+
+    Returns:
+        the settings of every section, by its name.
+
+    Raises:
+        ConfigError: as `read_run`, all problems at once.
+    """
     tables = {} if path is None else _read_toml(Path(path))
     for word in overrides:
-        _override(tables, word)
+        _override(tables, word, sections, bare)
     origin = "the command line" if path is None else str(path)
-    return _build(tables, origin)
+    return _build(tables, origin, sections, needs)
 
 
 def dump_run(run: Run) -> str:
@@ -73,9 +106,13 @@ def dump_run(run: Run) -> str:
     Settings that are None are left out, or written "none" where None is not the default; so are None values
     inside tables. Raises ConfigError for a value that TOML cannot hold.
     """
+    return dump_tables({section: getattr(run, section) for section in SECTIONS})
+
+
+def dump_tables(configs: Mapping[str, Any]) -> str:
+    """The settings of each section as TOML, which `read_tables` reads back; see `dump_run`."""
     tables = {}
-    for section in SECTIONS:
-        config = getattr(run, section)
+    for section, config in configs.items():
         table = {}
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
@@ -114,20 +151,18 @@ def _value(text: str) -> Any:
     return value if len(parsed) == 1 and isinstance(value, bool | int | float | str | list | dict) else text
 
 
-def _override(tables: dict[str, Any], word: str) -> None:
+def _override(tables: dict[str, Any], word: str, sections: Mapping[str, type], bare: str) -> None:
     key, equals, text = word.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override `{word}` must be key=value. Type for example `learning_rate=2e-6`.")
     path = key.strip().split(".")
     if len(path) == 1:
-        _check_bare_key(path[0], word)
-        path = ["reward", *path]
-    elif path[0] in field_names(
-        RewardConfig
-    ):  # a table of [reward], as in `lr_scheduler_kwargs.num_cycles=2`
-        path = ["reward", *path]
-    elif path[0] not in SECTIONS:
-        raise ConfigError(f"override `{word}`: `{path[0]}` is no section.{_sections(path[0])}")
+        _check_bare_key(path[0], word, sections, bare)
+        path = [bare, *path]
+    elif path[0] in field_names(sections[bare]):  # a table, as in `lr_scheduler_kwargs.num_cycles=2`
+        path = [bare, *path]
+    elif path[0] not in sections:
+        raise ConfigError(f"override `{word}`: `{path[0]}` is no section.{_sections(path[0], sections)}")
     table = tables
     for name in path[:-1]:
         inner = table.setdefault(name, {})
@@ -137,27 +172,33 @@ def _override(tables: dict[str, Any], word: str) -> None:
     table[path[-1]] = _value(text)
 
 
-def _check_bare_key(key: str, word: str) -> None:
-    if key in SECTIONS:
-        known = ", ".join(f"`{key}.{name}`" for name in field_names(SECTIONS[key])[:3])
+def _check_bare_key(key: str, word: str, sections: Mapping[str, type], bare: str) -> None:
+    # A section may be named as a key of the bare one is; what follows it says which is meant.
+    if key in sections and key not in field_names(sections[bare]):
+        known = ", ".join(f"`{key}.{name}`" for name in field_names(sections[key])[:3])
         raise ConfigError(f"override `{word}`: `{key}` is a section. Type a key of it: {known} ...")
-    homes = [section for section, owner in SECTIONS.items() if key in field_names(owner)]
-    if homes and "reward" not in homes:
+    homes = [section for section, owner in sections.items() if key in field_names(owner)]
+    if homes and bare not in homes:
         keys = " or ".join(f"`{home}.{word}`" for home in homes)
-        raise ConfigError(f"override `{word}`: `{key}` is no [reward] key. Type {keys}.")
+        raise ConfigError(f"override `{word}`: `{key}` is no [{bare}] key. Type {keys}.")
 
 
-def _sections(name: str) -> str:
-    return nearest(name, SECTIONS) or f" Sections are {', '.join(SECTIONS)}."
+def _sections(name: str, sections: Mapping[str, type]) -> str:
+    return nearest(name, sections) or f" Sections are {', '.join(sections)}."
 
 
-def _build(tables: Mapping[str, Any], origin: str) -> Run:
+def _build(
+    tables: Mapping[str, Any],
+    origin: str,
+    sections: Mapping[str, type],
+    needs: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
     problems = []
     configs: dict[str, Any] = {}
     for section in tables:
-        if section not in SECTIONS:
-            problems.append(_misplaced(section))
-    for section, owner in SECTIONS.items():
+        if section not in sections:
+            problems.append(_misplaced(section, sections))
+    for section, owner in sections.items():
         table = tables.get(section, {})
         if not isinstance(table, dict):
             problems.append(f"`{section}` ({table!r}) must be a section. Type `[{section}]`, then its keys.")
@@ -167,23 +208,23 @@ def _build(tables: Mapping[str, Any], origin: str) -> Run:
         except ConfigError as problem:
             problems += [f"[{section}] {line}" for line in str(problem).splitlines()]
         else:
-            if section == "data" and configs[section].train is None:
-                problems.append("[data] `train` is missing: a run needs it.")
+            absent = [key for key in needs.get(section, ()) if getattr(configs[section], key) is None]
+            problems += [f"[{section}] `{key}` is missing: a run needs it." for key in absent]
     if problems:
         raise ConfigError(
             "\n".join([f"{origin}:", *problems]) if len(problems) > 1 else f"{origin}: {problems[0]}"
         )
-    return Run(**configs)
+    return configs
 
 
-def _misplaced(name: str) -> str:
+def _misplaced(name: str, sections: Mapping[str, type]) -> str:
     """What to say of a top-level name that is no section."""
-    homes = [section for section, owner in SECTIONS.items() if name in field_names(owner)]
-    if name in NOT_HONOURED or name in SAME:
+    homes = [section for section, owner in sections.items() if name in field_names(owner)]
+    if "reward" in sections and (name in NOT_HONOURED or name in SAME):
         homes = ["reward"]
     if homes:
         return f"`{name}` stands outside its section. Put it under [{homes[0]}]."
-    return f"`[{name}]` is no section.{_sections(name)}"
+    return f"`[{name}]` is no section.{_sections(name, sections)}"
 
 
 def _storable(value: Any, key: str) -> Any:

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ray import serve
 
+from rayrm.serve.caller import Caller
 from rayrm.serve.client import RewardClient
 from rayrm.serve.deployment import Model, deploy
 from tests.tiny import WORDS
@@ -30,6 +32,21 @@ def served(model: Model | dict[str, Model], name: str, **fields: Any) -> Iterato
         yield deploy(model, name, **{**LIGHT, **fields})
     finally:
         serve.delete(name)
+
+
+@contextmanager
+def sent_together(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many calls each request of this process carried, while it lasts."""
+    sizes: list[int] = []
+    send = Caller._send
+
+    def counted(caller: Caller, calls: list[Any]) -> None:
+        sizes.append(len(calls))
+        send(caller, calls)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Caller, "_send", counted)
+        yield sizes
 
 
 def writable_copy(source: Path, target: Path) -> Path:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rayrm.config import ClusterConfig, DataConfig, LoraConfig, ModelConfig, RewardConfig, ServeConfig
 from rayrm.errors import ConfigError
-from rayrm.runfile import Run, dump_run, read_run
+from rayrm.runfile import Run, dump_run, dump_tables, read_run, read_tables
 
 FIRST = """
 [model]
@@ -229,3 +229,32 @@ def test_a_written_run_holds_no_credentials(tmp_path: Path) -> None:
         DataConfig(train=url, eval=url, eval_fraction=0.1)
     assert "secret" not in str(error.value)
     assert "s3://***@bucket" in str(error.value)
+
+
+def test_a_file_of_other_sections_is_read_and_written_alike(tmp_path: Path) -> None:
+    sections = {"serve": ServeConfig, "cluster": ClusterConfig}
+    path = run_file(tmp_path, "[serve]\nname = 'judge'\n")
+    read = read_tables(path, ["num_replicas=2", "cluster.num_workers=3"], sections, bare="serve")
+    assert read == {
+        "serve": ServeConfig(name="judge", num_replicas=2),
+        "cluster": ClusterConfig(num_workers=3),
+    }
+    assert read_tables(run_file(tmp_path, dump_tables(read)), [], sections, bare="serve") == read
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "says"),
+    [
+        ("[reward]", "num_replicas=1", r"`\[reward\]` is no section. Sections are serve, cluster"),
+        ("", "num_workers=1", r"`num_workers` is no \[serve\] key. Type `cluster.num_workers=1`"),
+        ("", "reward.seed=1", r"`reward` is no section. Sections are serve, cluster"),
+        ("", "num_replica=1", r"\[serve\] `num_replica` .* Did you mean `num_replicas`"),
+        ("", "num_replicas=1", r"\[cluster\] `address` is missing"),
+    ],
+)
+def test_a_mistake_in_a_file_of_other_sections_is_told_by_its_own(
+    tmp_path: Path, text: str, word: str, says: str
+) -> None:
+    sections = {"serve": ServeConfig, "cluster": ClusterConfig}
+    with pytest.raises(ConfigError, match=says):
+        read_tables(run_file(tmp_path, text), [word], sections, bare="serve", needs={"cluster": ["address"]})
