@@ -31,9 +31,12 @@ from ray import serve
 from ray.exceptions import RayTaskError
 
 from rayrm import RewardClient, deploy
-from rayrm.data.messages import Text, parse_text
+from rayrm.data.messages import Text
 from rayrm.errors import DataError, RayrmError, RunDirectoryError
+from rayrm.report.rl import write_rl_report
+from rayrm.rl.guard import length_correlation, repetition
 from rayrm.rl.heldout import Gain, paired_gain
+from rayrm.rl.launch import read_prompts
 from rayrm.rl.ppo import PPOSettings
 from rayrm.rl.ppo_learner import Learner
 from rayrm.serve.connect import connect
@@ -52,8 +55,7 @@ def step_record(
     scores, lengths = np.array(column["score"]), np.array(column["length"])
     tokens, learned = float(lengths.sum()), {k: v for k, v in calls[0].items() if "/" in k}
     mean, deviation = float(scores.mean()), float(scores.std())
-    spread = float(lengths.std())
-    related = float(np.corrcoef(scores, lengths)[0, 1]) if deviation > 0 and spread > 0 else 0.0
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in column["completion"]]
     record = {
         "step": number,
         "reward": mean,
@@ -72,7 +74,8 @@ def step_record(
         f"{name}/latency_s": max(call["latency_s"] for call in calls),
         f"{name}/retries": sum(call["retries"] for call in calls),
         f"{name}/truncated": sum(call["truncated"] for call in calls) / len(rows),
-        f"{name}/length_correlation": related,
+        f"{name}/length_correlation": length_correlation(column["score"], column["length"]),
+        f"{name}/repetition": float(np.mean([repetition(text) for text in texts])),
     }
     if column["spread"][0] is not None:
         record[f"{name}/spread"] = float(np.mean(column["spread"]))
@@ -81,23 +84,14 @@ def step_record(
     return {**record, "versions": sorted(versions)}
 
 
-def read_prompts(file: str) -> list[Text]:
-    """The column `prompt` of a jsonl file. Raises DataError naming the line."""
-    prompts: list[Text] = []
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"`{file}` cannot be read: {error.strerror}. Give a jsonl file.") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(parse_text("prompt", json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"`{file}` line {number} is no row with a `prompt`, a string or a message list: {error}. "
-                'Write {"prompt": ...} on each line.'
-            ) from error
-    if len({type(prompt) for prompt in prompts}) != 1:
-        raise DataError(f"`{file}` must have prompts, all strings or all message lists. Convert them.")
+def prompts_of(file: str) -> list[Text]:
+    """The column `prompt` of a file. Raises DataError where it has none, or strings beside message lists."""
+    prompts: list[Text] = [row["prompt"] for row in read_prompts(file)]
+    if len({isinstance(prompt, str) for prompt in prompts}) != 1:
+        raise DataError(
+            f"`{file}` must have prompts that are all strings, or all message lists. Convert them to "
+            "what the reward model was trained on."
+        )
     return prompts
 
 
@@ -142,7 +136,8 @@ def train(settings: PPOSettings, actors: list[Any], reward: Any, prompts: list[T
             record = step_record(name, number, rows, [call for _, call in parts])
             metrics.write(json.dumps(record) + "\n")
             samples.writelines(json.dumps({key: row[key] for key in SAMPLE_KEYS}) + "\n" for row in rows)
-            metrics.flush(), samples.flush()
+            metrics.flush()
+            samples.flush()
             print(
                 f"step {number}/{settings.steps}: score {record['reward']:+.3f} "
                 f"(std {record['reward_std']:.3f})  kl {record['objective/kl']:.3f} nats  "
@@ -203,7 +198,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, PPOSetti
 
 def main(arguments: Sequence[str] | None = None) -> Gain:
     options, settings = parse(arguments)
-    prompts, heldout = read_prompts(options.prompts), read_prompts(options.heldout)
+    prompts, heldout = prompts_of(options.prompts), prompts_of(options.heldout)
     output = Path(options.output_dir).resolve()
     if output.exists() and any(output.iterdir()):
         raise RunDirectoryError(f"the output directory ({output}) is not empty; give a new one or remove it.")
@@ -238,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> Gain:
     print(
         f"held-out reward {gain.before:+.3f} -> {gain.after:+.3f}: gain {gain.gain:+.3f} "
         f"[{gain.low:+.3f}, {gain.high:+.3f}], 95% interval over {gain.num_prompts} prompts, "
-        f"{gain.num_samples} fresh samples of each policy\n{output}"
+        f"{gain.num_samples} fresh samples of each policy\n{write_rl_report(output)}"
     )
     return gain
 
