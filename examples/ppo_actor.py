@@ -124,12 +124,21 @@ def start_actors(settings: PPOSettings, policy: str, reward: Any) -> list[Any]:
     return actors
 
 
+def gathered(answers: list[Any]) -> list[Any]:
+    """`ray.get` that raises as soon as one of them failed: the other ranks would wait for that one."""
+    waiting = list(answers)
+    while waiting:
+        done, waiting = ray.wait(waiting)
+        ray.get(done)
+    return list(ray.get(answers))
+
+
 def train(settings: PPOSettings, actors: list[Any], reward: Any, prompts: list[Text], output: Path) -> None:
     """Every step of the run, told on the console and in the run's directory."""
     name, ranks = reward.__name__, len(actors)
     with (output / "metrics.jsonl").open("w") as metrics, (output / "samples.jsonl").open("w") as samples:
         for number, taken in enumerate(step_prompts(prompts, settings), 1):
-            parts = ray.get(
+            parts = gathered(
                 [actor.step.remote(number, taken[rank::ranks]) for rank, actor in enumerate(actors)]
             )
             rows = [row for rows, _ in parts for row in rows]

@@ -29,7 +29,7 @@ Total = Callable[[Tensor], Tensor]
 class PPOSettings:
     """How PPO trains, under the names of TRL's `PPOConfig` and `GRPOConfig` where those have one."""
 
-    steps: Count = 20
+    steps: Count = 12
     """Rollouts; each is learned from `num_ppo_epochs` times."""
 
     prompts_per_step: Count = 32
@@ -97,7 +97,7 @@ def completion_mask(tokens: Tensor, eos_ids: Sequence[int]) -> Tensor:
 
     Told from the first EOS, not from padding, which may be the same token.
     """
-    ends = torch.isin(tokens, torch.tensor(list(eos_ids), dtype=tokens.dtype, device=tokens.device)).long()
+    ends = torch.isin(tokens, tokens.new_tensor(list(eos_ids))).long()
     return (ends.cumsum(1) - ends == 0).float()
 
 

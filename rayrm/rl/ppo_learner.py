@@ -84,15 +84,16 @@ class Learner:
         # What the model says of generation (a top-k, a repetition penalty) would sample from another
         # distribution than the one that is learned from: only its end-of-sequence tokens hold.
         self.saved_generation = self.policy.generation_config
-        ends = self.saved_generation.eos_token_id or self.tokenizer.eos_token_id
-        self.eos_ids = [ends] if isinstance(ends, int) else list(ends or [])
+        ends = self.saved_generation.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        self.eos_ids: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
         self.policy.generation_config = GenerationConfig(
             do_sample=True,
             temperature=settings.temperature,
             top_k=0,
             top_p=1.0,
             max_new_tokens=settings.max_completion_length,
-            eos_token_id=self.eos_ids,
+            eos_token_id=self.eos_ids or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
@@ -164,7 +165,7 @@ class Learner:
         tokens = model.generate(input_ids=asked, attention_mask=shown)
         completions = tokens[:, asked.shape[1] :]
         mask = completion_mask(completions, self.eos_ids)
-        ended = torch.isin(completions, torch.tensor(self.eos_ids, device=self.device)).any(1)
+        ended = torch.isin(completions, completions.new_tensor(self.eos_ids)).any(1)
         texts = [
             self.tokenizer.decode(row[kept], skip_special_tokens=True)
             for row, kept in zip(completions, mask.bool(), strict=True)

@@ -138,6 +138,9 @@ def test_two_actors_learn_what_one_learns_from_the_same_rollout(ray_cluster: Non
         weights = ray.get(
             [actor.__ray_call__.remote(lambda learner: learner.policy.state_dict()) for actor in actors]
         )
+        # A rank that fails ends the step, though the other one waits for its gradients.
+        with pytest.raises(IndexError):
+            ppo_actor.gathered([actors[0].step.remote(1, questions(4)), actors[1].step.remote(1, [])])
     finally:
         for actor in actors:
             ray.kill(actor)

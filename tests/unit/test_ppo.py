@@ -257,14 +257,12 @@ def test_the_values_learn_what_completions_are_worth(policy: str) -> None:
         prompts_per_step=16, num_mini_batches=1, num_ppo_epochs=8, max_completion_length=4, kl_coef=0.0,
         learning_rate=1e-9, value_learning_rate=3e-2, cliprange_value=100.0,
     )  # fmt: skip
-    learner = Learner(settings, policy, Reward(lambda text: 8.0))
-    learner.center_scale = (0.0, 1.0)  # so that a value head at zero is far off
-    for number in range(1, 9):
-        learner.step(number, questions(16))
+    learner = Learner(settings, policy, Reward(lambda text: 1.0))
+    learner.center_scale = (0.0, 1.0)  # every return is 1, and the value head begins at 0
+    losses = [learner.step(number, questions(16))[1]["loss/value_avg"] for number in range(1, 9)]
+    assert losses[-1] < 0.2 * losses[0]
     rollout, _ = learner.roll_out(questions(16))
-    values = rollout.values[rollout.generated.mask.bool()]
-    assert values.mean().item() == pytest.approx(8.0, abs=0.5)
-    assert values.std().item() < 1.0
+    assert rollout.values[rollout.generated.mask.bool()].mean().item() == pytest.approx(1.0, abs=0.15)
 
 
 def bandit(policy: str, word: str, num_steps: int, **fields: Any) -> tuple[list[float], list[float]]:
