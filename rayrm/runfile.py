@@ -64,6 +64,13 @@ def read_run(path: str | Path | None, overrides: Sequence[str] = ()) -> Run:
     return Run(**read_tables(path, overrides, SECTIONS, needs={"data": ("train",)}))
 
 
+def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """A command's words: the run file (None: there is none) and the overrides."""
+    if words and "=" not in words[0]:
+        return words[0], list(words[1:])
+    return None, list(words)
+
+
 def read_tables(
     path: str | Path | None,
     overrides: Sequence[str],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="jsonl of texts like those to be served (as for `score`): replicas must score the first 256 of "
         "them as now, and drift of scores is measured against them",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="NAME=FILE",
+        action="append",
+        default=[],
+        help="jsonl of texts of one kind: mean and spread of their scores come with every answer, for "
+        "rewards with `calibrate=NAME`; may be given several times",
     )
     parser.add_argument("--roll", metavar="SERVICE", help="then let this running service serve the version")
     parser.add_argument("--address", help="the Ray cluster of --roll")
@@ -87,6 +96,7 @@ def _publish(options: argparse.Namespace) -> int:
         # A service that refuses the version keeps its own, and the registry's current one with it.
         make_current=options.roll is None,
         probe=options.probe,
+        calibrate=_named_files(options.calibrate),
     )
     was = "published" if published.is_new else "was already published"
     print(f"{published.name} {published.version} {was}: {published.path}")
@@ -96,6 +106,17 @@ def _publish(options: argparse.Namespace) -> int:
         model = options.name if options.name in client.status()["models"] else None
         _print_roll(options.roll, client.roll(published.path, model=model))
     return 0
+
+
+def _named_files(words: Sequence[str]) -> dict[str, str]:
+    """`NAME=FILE` words of --calibrate."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, _, file = word.partition("=")
+        if not name or not file or name in found:
+            raise ConfigError(f"--calibrate ({word!r}) must be NAME=FILE, each name once. Type: chat=FILE")
+        found[name] = file
+    return found
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -39,7 +39,8 @@ LAYERS: list[set[str]] = [
     {"data"},
     {"model", "metrics"},
     {"train", "serve"},
-    {"rl", "report"},
+    {"rl"},
+    {"report"},
     {"demo"},
     {"doctor", "inspect_command", "serve_commands", "cli"},
 ]
@@ -70,7 +71,7 @@ RAY_FILES = {
     "serve/roll.py",
     "serve/caller.py",
     "serve/client.py",
-    "rl/grpo.py",
+    "rl/launch.py",
     "rl/nemo_rl.py",
 }
 """They may import ray anywhere, and their docstrings say "[RAY]"."""
@@ -94,6 +95,8 @@ NO_TORCH_ON_IMPORT = [
     "data.quarantine",
     "data.selection",
     "data.tokenize",
+    "rl.moments",
+    "rl.shaping",
     "serve.client",
     "serve.drift",
     "serve.ensemble",

@@ -142,27 +142,30 @@ def prompt_hash(prompt: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
-def excluded_prompts(source: Any, columns: Mapping[str, str] | None = None) -> Hashes:
+def excluded_prompts(
+    source: Any, columns: Mapping[str, str] | None = None, *, name: str = "exclude_prompts_of"
+) -> Hashes:
     """The sorted hashes of a source's prompts; a row needs no more than its `prompt`.
 
-    `source` as `plan_sources` takes it; `columns`: our names of its columns -> its own. A row without a
+    `source` as `plan_sources` takes it; `columns`: our names of its columns -> its own; `name`: the setting
+    that names it, for messages. A row without a
     readable prompt excludes nothing and is logged; `DataError` for a source in which no row has one.
     """
-    plan = plan_sources(source, max_rows=None, name="exclude_prompts_of")
+    plan = plan_sources(source, max_rows=None, name=name)
     rows = ((row.where, row.content) for piece in plan.work for row in read_work(piece))
     unread: list[str] = []
     found = sorted({prompt_hash(prompt) for prompt in _prompts(rows, columns or {}, unread)})
     named = ", ".join(plan.names[:3])
     if not found:
         raise DataError(
-            f"`exclude_prompts_of` ({named}) has no row with a prompt"
+            f"`{name}` ({named}) has no row with a prompt"
             + (f" ({unread[0]})" if unread else "")
             + "; give a source with a `prompt` column, or with pairs"
         )
     if unread:
         _log.warning(
-            "exclude_prompts_of: %d rows of %s have no readable prompt and exclude nothing; first: %s",
-            *(len(unread), named, unread[0]),
+            "%s: %d rows of %s have no readable prompt and exclude nothing; first: %s",
+            *(name, len(unread), named, unread[0]),
         )
     return np.array(found, np.uint64)
 

@@ -165,7 +165,6 @@ def use_model(
     """Publish, serve, and let the service score the held-out pairs, rank answers and reward GRPO."""
     from ray import serve
 
-    from rayrm.rl.grpo import run_grpo
     from rayrm.serve.deployment import deploy
     from rayrm.serve.registry import publish
 
@@ -187,20 +186,30 @@ def use_model(
         for score, answer in ranking:
             console.print(f"   {score:+.3f}  {answer}")
         say(6, f"GRPO: {GRPO_STEPS} steps of a policy whose only reward is the service")
-        logs = run_grpo(
-            base,
-            client,
-            [row["prompt"] for row in train[:16]],
-            GRPO_STEPS,
-            max_completion_length=16,
-            seed=SEED,
-        )
-        rewards = [log["reward"] for log in logs if "reward" in log]
+        rewards = [record["reward"] for record in short_rl(run, base, "demo-reward")]
         for number, reward in enumerate(rewards, 1):
             console.print(f"   step {number}: mean reward {reward:+.3f}")
     finally:
         serve.delete("demo-reward")
     return measure(train, heldout, scores, trainer, training_s, ranking, rewards)
+
+
+def short_rl(run: Path, base: Path, service: str) -> list[dict[str, Any]]:
+    """A few steps of GRPO in this process against the running service; the log's records."""
+    from rayrm.rl.launch import train_policy
+    from rayrm.rl.settings import PolicyConfig, PromptsConfig, RewardSource, RLRun
+
+    settings = {
+        "output_dir": str(run / "policy"),
+        "max_steps": GRPO_STEPS,
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 16,
+        "seed": SEED,
+    }
+    prompts = PromptsConfig(train=str(run / "data" / "train.jsonl"), max_train=16)
+    source = RewardSource(service=service)
+    return train_policy(RLRun(PolicyConfig(name=str(base)), prompts, source, "grpo", settings)).records
 
 
 def measure(

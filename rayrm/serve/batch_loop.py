@@ -117,6 +117,7 @@ class BatchLoop:
             truncated=sorted({place for result in found for place in result.truncated}),
             timing=timing,
             errors=errors,
+            calibration={},
         )
 
     def swap(self, model: LoadedModel) -> None:

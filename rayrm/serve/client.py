@@ -143,6 +143,12 @@ class RewardClient:
         """`score_ids` for asyncio."""
         return await self.ask(self._request(id_inputs(sequences), truncation))
 
+    async def score_inputs_async(
+        self, inputs: Sequence[TextInput], *, truncation: Truncation | None = None
+    ) -> ScoreResult:
+        """`score_inputs` for asyncio."""
+        return await self.ask(self._request(list(inputs), truncation))
+
     async def ask(self, request: ScoreRequest) -> ScoreResult:
         """The answer to a request as it stands, whatever this client's `model` and `pin_version`."""
         return await asyncio.wrap_future(start_call(self._settings, request))

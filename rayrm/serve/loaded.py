@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rayrm.errors import ScoreError
+from rayrm.serve.calibration import stored_calibration
 from rayrm.serve.drift import Distribution, ScoreWindow
 from rayrm.serve.probe import check_probe
 from rayrm.serve.registry import MANIFEST
@@ -50,6 +51,7 @@ class LoadedModel:
     model: RewardModel
     queue: ScoreQueue
     window: ScoreWindow | None = None
+    calibration: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     waiting: dict[int, Waiting] = field(default_factory=dict)
     num_bound: int = 0
     loaded_at: float = field(default_factory=time.time)
@@ -70,7 +72,8 @@ class LoadedModel:
         # Of a model without a probe too: broken weights end the loading, and not the first caller's request.
         check_finite(model.score_ids([np.zeros(1, np.int32)]))
         stored = Distribution.stored(manifest)
-        return cls(name, place, model, model.queue(), ScoreWindow(stored) if stored else None)
+        window = ScoreWindow(stored) if stored else None
+        return cls(name, place, model, model.queue(), window, stored_calibration(manifest))
 
     def encode(self, request: ScoreRequest, start: int, stop: int) -> Encoded:
         """The ids of a part of the request."""
@@ -147,7 +150,14 @@ class LoadedModel:
             entry.tokenize_s, begun - entry.added_at, entry.compute_s, entry.tokenize_s + now - entry.added_at
         )
         return ScoreResult(
-            placed, self.place.version, self.name, num_tokens, encoded.truncated, None, timing, encoded.errors
+            placed,
+            self.place.version,
+            self.name,
+            num_tokens,
+            encoded.truncated,
+            timing=timing,
+            errors=encoded.errors,
+            calibration=self.calibration,
         )
 
 

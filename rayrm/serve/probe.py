@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,16 +111,21 @@ def read_probe(source: str | Path) -> ProbeTexts:
 
     Raises DataError for a file that cannot be read or is empty, ScoreError naming the row that is no text.
     """
+    return read_texts(source, "`probe`", MOST_TEXTS)
+
+
+def read_texts(source: str | Path, argument: str, most: int) -> ProbeTexts:
+    """As `read_probe`: the first `most` texts of a file that was given as `argument`."""
     inputs: list[TextInput] = []
     for where, row in read_rows(str(source)):
-        if len(inputs) >= MOST_TEXTS:
-            logger.info("the probe is the first %d texts of %s; the others are not used", MOST_TEXTS, source)
+        if len(inputs) >= most:
+            logger.info("%s is the first %d texts of %s; the others are not used", argument, most, source)
             break
         inputs += inputs_of_row(where, row, rendered=False)
     if not inputs:
-        raise PublishError(f"`probe` ({str(source)!r}) has no row. Give a file of texts, or leave it out.")
+        raise PublishError(f"{argument} ({str(source)!r}) has no row. Give a file of texts, or leave it out.")
     # As the manifest will hold them: what is scored now must be what is read back.
-    rows = json.loads(json.dumps(_rows(inputs[:MOST_TEXTS]), default=str))
+    rows = json.loads(json.dumps(as_rows(inputs[:most]), default=str))
     return ProbeTexts([TextInput(**row) for row in rows], str(source))
 
 
@@ -147,34 +153,41 @@ def probe_scores(model: RewardModel, inputs: Sequence[TextInput]) -> list[float]
     return model.score_ids(list(model.encode_request(_request(inputs)).sequences.values()))
 
 
-def probe_record(directory: Path, given: ProbeTexts | None, *, is_adapter: bool) -> dict[str, Any]:
-    """What the manifest says of the saved model in `directory`: `probe` and, of a given one, `distribution`.
+@contextmanager
+def opened_to_score(directory: Path, *, may_lack_base: bool) -> Iterator[RewardModel | None]:
+    """The saved model in `directory`, on the CPU in float32; one at a time in a process.
 
-    Empty for an adapter whose base cannot be read here. Raises PublishError: the model cannot be loaded, or
-    has a score that is not finite, or scores all texts of a given probe alike.
+    None for an adapter that `may_lack_base` and whose base cannot be read here. Raises PublishError: the
+    model cannot be loaded.
     """
     from rayrm.serve.scorer import RewardModel
 
     with _one_load_at_a_time:
+        model = None
         try:
             model = RewardModel.from_pretrained(directory, device="cpu")
         except (OSError, ValueError) as error:
-            if is_adapter and given is None:
-                logger.warning(
-                    "published without a probe, since the adapter's base cannot be read: %s", error
-                )
-                return {}
-            raise PublishError(
-                f"the model cannot be loaded, so its probe has no scores: {error}. Publish a checkpoint "
-                "that `rayrm score` takes."
-            ) from error
-        inputs = built_in_inputs(model) if given is None else given.inputs
-        try:
-            scores = probe_scores(model, inputs)
-        except ScoreError as error:
-            whose = "a built-in text" if given is None else f"`probe` ({given.source!r})"
-            raise PublishError(f"the model is not published, it cannot score {whose}: {error}") from error
-    record: dict[str, Any] = {"probe": {"inputs": _rows(inputs), "scores": scores}}
+            if not may_lack_base:
+                raise PublishError(
+                    f"the model cannot be loaded, so its probe has no scores: {error}. Publish a checkpoint "
+                    "that `rayrm score` takes."
+                ) from error
+            logger.warning("published without a probe, since the adapter's base cannot be read: %s", error)
+        yield model
+
+
+def probe_record(model: RewardModel, given: ProbeTexts | None) -> dict[str, Any]:
+    """What the manifest says of the model: `probe` and, of a given one, `distribution`.
+
+    Raises PublishError: a score that is not finite, or all texts of a given probe score alike.
+    """
+    inputs = built_in_inputs(model) if given is None else given.inputs
+    try:
+        scores = probe_scores(model, inputs)
+    except ScoreError as error:
+        whose = "a built-in text" if given is None else f"`probe` ({given.source!r})"
+        raise PublishError(f"the model is not published, it cannot score {whose}: {error}") from error
+    record: dict[str, Any] = {"probe": {"inputs": as_rows(inputs), "scores": scores}}
     if given is not None:
         found = Distribution.of(scores, given.source)
         if found.std == 0:
@@ -188,7 +201,7 @@ def probe_record(directory: Path, given: ProbeTexts | None, *, is_adapter: bool)
 
 def check_same_probe(manifest: Mapping[str, Any], given: ProbeTexts | None) -> None:
     """Raise PublishError if a version that is published already holds another probe than the one given."""
-    if given is None or (manifest.get("probe") or {}).get("inputs") == _rows(given.inputs):
+    if given is None or (manifest.get("probe") or {}).get("inputs") == as_rows(given.inputs):
         return
     name, version = manifest["name"], manifest["version"]
     raise PublishError(
@@ -244,7 +257,7 @@ def _as_strings(turns: Sequence[str], *, rendered: bool) -> TextInput:
     return TextInput("".join(said[:-1]) + "\n\nAssistant:", f" {turns[-1]}", rendered=rendered)
 
 
-def _rows(inputs: Sequence[TextInput]) -> list[dict[str, Any]]:
+def as_rows(inputs: Sequence[TextInput]) -> list[dict[str, Any]]:
     """As JSON holds them; what is as it is by default is left out."""
     rows = []
     for entry in inputs:

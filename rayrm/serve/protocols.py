@@ -68,7 +68,7 @@ class OwnBody(BaseModel):
     partial: bool = False
     """A text that cannot be scored gets null and a line in `errors`, instead of failing the request."""
     details: bool = False
-    """Add `num_tokens` of each text, and `timing` in seconds."""
+    """Add `num_tokens` of each text, `timing` in seconds, and the version's `calibration` by data set."""
 
 
 def _own_request(body: OwnBody) -> ScoreRequest:
@@ -116,6 +116,9 @@ def _own_answer(body: OwnBody, result: ScoreResult) -> dict[str, Any]:
         ]
     if body.details:
         answer |= {"num_tokens": result.num_tokens, "timing": dataclasses.asdict(result.timing)}
+        answer["calibration"] = {
+            name: {"mean": mean, "std": std} for name, (mean, std) in result.calibration.items()
+        }
     return answer
 
 

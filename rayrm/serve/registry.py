@@ -27,7 +27,12 @@ from pydantic import BaseModel, ValidationError
 
 from rayrm.errors import PublishError
 from rayrm.hashed_file import write_hashed
-from rayrm.serve.probe import ProbeTexts, check_same_probe, probe_record, read_probe
+from rayrm.serve.calibration import (
+    PublicationTexts,
+    check_same_texts,
+    publication_record,
+    read_publication_texts,
+)
 from rayrm.serve.saved import SavedFiles, file_sha256, read_json, saved_files, training_records
 from rayrm.settings import readable
 
@@ -63,6 +68,14 @@ class _Probe(BaseModel):
     scores: list[float]
 
 
+class _Calibration(BaseModel):
+    mean: float
+    std: float
+    count: int
+    source: str
+    sha256: str
+
+
 class Current(BaseModel):
     """What is read of current.json."""
 
@@ -77,6 +90,7 @@ class Manifest(Current):
     source: str
     files: dict[str, _File]
     probe: _Probe | None = None
+    calibration: dict[str, _Calibration] | None = None
 
 
 def publish(
@@ -87,6 +101,7 @@ def publish(
     merge_lora: bool = True,
     make_current: bool = True,
     probe: str | Path | None = None,
+    calibrate: Mapping[str, str | Path] | None = None,
 ) -> PublishedModel:
     """Copy the saved model `checkpoint` into `registry/<name>/<version>/` and make it the current version.
 
@@ -99,14 +114,18 @@ def publish(
     be served: the mean and spread of their scores are then kept as well, and drift is measured against them.
     For these scores the model is loaded on the CPU in float32: 4 bytes a parameter.
 
+    `calibrate` names files of texts, as `{"chat": "chat.jsonl"}`: mean and standard deviation of the scores
+    of the first 1024 of each are kept, and come with every answer of this version, for rewards that are to
+    have them as zero and unit (`rayrm.rl.shaping`). Texts of the policy before its training do well.
+
     Raises:
         PublishError: not a saved reward model (no safetensors, not one label, a shard missing or corrupt), a
-            `name` that cannot be a directory's name, a score that is not finite, or content that is published
-            already with another probe.
-        DataError, ScoreError: what is wrong with the file `probe`, by its line.
+            `name` that cannot be a directory's name, a score that is not finite, a calibration of one text
+            or without spread, or content that is published already with another probe or calibration.
+        DataError, ScoreError: what is wrong with the files `probe` and `calibrate`, by its line.
     """
     _check_name(name)
-    given = None if probe is None else read_probe(probe)
+    given = read_publication_texts(probe, calibrate)
     home = Path(registry) / name
     saved = saved_files(checkpoint)
     if saved.is_adapter and merge_lora:
@@ -200,20 +219,20 @@ def _version_of(saved: SavedFiles) -> tuple[str, dict[str, str]]:
 
 
 def _publish_files(
-    saved: SavedFiles, source: Path, home: Path, name: str, probe: ProbeTexts | None
+    saved: SavedFiles, source: Path, home: Path, name: str, given: PublicationTexts
 ) -> PublishedModel:
     """Write the version's directory beside, then rename it; `source` is where the training's records are."""
     version, digests = _version_of(saved)
     target = home / version
     if (target / MANIFEST).is_file():
-        check_same_probe(_checked(Manifest, target / MANIFEST).model_dump(), probe)
+        check_same_texts(_checked(Manifest, target / MANIFEST).model_dump(), given)
         logger.info("%s %s is already published at %s: nothing was written", name, version, target)
         return PublishedModel(name, version, target, is_new=False)
     home.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=home, prefix=f".{version}-"))
     try:
         manifest = _fill(partial, saved, source, digests, name, version)
-        manifest |= probe_record(partial, probe, is_adapter=saved.is_adapter)
+        manifest |= publication_record(partial, given, is_adapter=saved.is_adapter)
         _close(partial, manifest)
         try:
             os.rename(partial, target)
@@ -221,7 +240,7 @@ def _publish_files(
             # Another publisher of the same content was first: its directory is as good as ours.
             if not (target / MANIFEST).is_file():
                 raise
-            check_same_probe(_checked(Manifest, target / MANIFEST).model_dump(), probe)
+            check_same_texts(_checked(Manifest, target / MANIFEST).model_dump(), given)
             return PublishedModel(name, version, target, is_new=False)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

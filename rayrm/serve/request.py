@@ -77,6 +77,8 @@ class ScoreResult:
     of its members' scores for each text (None: a single model). An ensemble's `version` joins its members'.
     `errors`: where the request was `partial`, why a text has no score, by its place; its score is NaN.
     `retries`: how often the caller sent it again, for a lost replica, a full queue or a version that rolls.
+    `calibration`: mean and standard deviation of the version's scores on data sets, by the names that they
+    were given at publication; an ensemble has none.
     """
 
     scores: list[float]
@@ -88,6 +90,7 @@ class ScoreResult:
     timing: Timing = field(default_factory=Timing)
     errors: dict[int, str] = field(default_factory=dict)
     retries: int = 0
+    calibration: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def text_inputs(

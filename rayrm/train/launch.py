@@ -181,7 +181,7 @@ def with_absolute_paths(run: Run) -> Run:
         data=dataclasses.replace(
             run.data,
             **{
-                name: _absolute_source(getattr(run.data, name))
+                name: absolute_source(getattr(run.data, name))
                 for name in ("train", "eval", "exclude_prompts_of")
             },
             token_cache=None
@@ -194,13 +194,14 @@ def with_absolute_paths(run: Run) -> Run:
     )
 
 
-def _absolute_source(source: Any) -> Any:
+def absolute_source(source: Any) -> Any:
+    """A source, several, or several by name, with each path that is one here absolute."""
     if isinstance(source, dict):
-        return {name: _absolute_source(one) for name, one in source.items()}
+        return {name: absolute_source(one) for name, one in source.items()}
     if isinstance(source, list):
-        return [_absolute_source(one) for one in source]
+        return [absolute_source(one) for one in source]
     if isinstance(source, SourceConfig):
-        return dataclasses.replace(source, path=_absolute_source(source.path))
+        return dataclasses.replace(source, path=absolute_source(source.path))
     return source if source is None else _absolute(source)
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rayrm.serve.caller import Caller
 from rayrm.serve.client import RewardClient
 from rayrm.serve.registry import PublishedModel, publish
 
 # The handle and the process compute the same float32 numbers in other batches.
-from tests.served import served
+from tests.served import free_port, served
 from tests.tiny import save_tiny
 
 
@@ -40,3 +44,35 @@ def client(ray_cluster: None, published: PublishedModel) -> Iterator[RewardClien
     # A name of this test run alone: replicas are found, and killed, by it.
     with served(published, f"test-reward-{os.getpid()}", num_replicas=2) as running:
         yield running
+
+
+@dataclass(frozen=True)
+class ChatService:
+    """A service of a model trained on messages, by handle and by HTTP; `path` is the model's directory."""
+
+    client: RewardClient
+    url: str
+    path: Path
+
+
+@pytest.fixture(scope="module")
+def chat_service(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatService]:
+    root = tmp_path_factory.mktemp("serve-chat")
+    model = publish(save_tiny(root / "model", seed=3), root / "registry", "chat")
+    port = free_port()
+    with served(model, f"chat-{os.getpid()}", http_port=port) as running:
+        yield ChatService(running, f"http://127.0.0.1:{port}", model.path)
+
+
+@pytest.fixture
+def requests_sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many calls each request of this process to a service took along, as they are sent."""
+    sent: list[int] = []
+    send = Caller._send
+
+    def counted(caller: Caller, calls: list[Any]) -> None:
+        sent.append(len(calls))
+        send(caller, calls)
+
+    monkeypatch.setattr(Caller, "_send", counted)
+    return sent

@@ -1,0 +1,17 @@
+"""Train the served reward model on while RL runs: `rayrm refresh` on the job's cluster.
+
+    ray job submit --working-dir . -- python jobs/refresh.py jobs/refresh.toml \\
+        samples='/shared/runs/rl/samples-*.jsonl' judge=judge.py:judge output_dir=/shared/runs/refresh
+
+The service must run. The words after the file change it: a bare key is one of [refresh]. Goes on until it is
+stopped, or `max_rounds` are done; the same command goes on where it was cut off.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rayrm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["refresh", *sys.argv[1:]]))

@@ -1,0 +1,55 @@
+"""slime's custom reward: `--custom-rm-path rayrm.rl.slime.reward`, with or without `--group-rm`.
+
+slime awaits it for one sample, or with `--group-rm` for the samples of a prompt, in the event loop of its
+rollout; calls that arrive together travel together, and one group is scored by one version. It passes no
+settings: the environment variables of `service.py` name the service and its model. Over HTTP the same scores
+come from `--rm-type remote_rm --rm-url http://host:8000/reward`. Contract read from THUDM/slime 0.3.1
+(624b824a): `slime/rollout/rm_hub/__init__.py`, `slime/rollout/sglang_rollout.py`, `slime/utils/types.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rayrm.data.messages import Text
+from rayrm.data.tokenize import TextInput
+from rayrm.rl.service import reward_service
+from rayrm.serve.request import Scorable, ScoreRequest, check_none_refused, text_scorable
+
+
+async def reward(args: Any, sample: Any, **kwargs: Any) -> Any:
+    """The reward of a `slime.utils.types.Sample`, a float; of a list of them, a list in their order.
+
+    Args:
+        args: slime's arguments; `kwargs`: what a rollout of the user's adds. Neither has a part in a score.
+        sample: a string `prompt` is rendered text, as slime's `--apply-chat-template` leaves it, and goes
+            before the response as it is; one of messages is a dialogue that the response answers.
+
+    The version that scored stands in each sample's `metadata["reward_version"]`.
+
+    Raises:
+        ScoreError: a sample that cannot be scored (named).
+        RewardUnavailableError: no such application, or no answer before the deadline.
+    """
+    samples: Sequence[Any] = sample if isinstance(sample, list) else [sample]
+    if not samples:
+        return []
+    inputs = [_input(one, place) for place, one in enumerate(samples)]
+    check_none_refused(inputs)
+    client = reward_service()
+    result = await client.ask(ScoreRequest(inputs, client.model))
+    for one in samples:
+        if isinstance(one.metadata, dict):
+            one.metadata["reward_version"] = result.version
+    return result.scores if isinstance(sample, list) else result.scores[0]
+
+
+def _input(sample: Any, place: int) -> Scorable:
+    prompt: Text = sample.prompt
+    completion: Text = sample.response
+    rendered = isinstance(prompt, str)
+    if not rendered:
+        completion = [{"role": "assistant", "content": sample.response}]
+    entry = TextInput(prompt, completion, rendered=rendered)
+    return text_scorable(f"samples[{place}].prompt", f"samples[{place}].response", entry)

@@ -1,0 +1,59 @@
+"""`rayrm rl` and `refresh`: a policy that learns from the reward service, and the service from the policy."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_rl(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_rl)
+    parser.add_argument(
+        "run",
+        nargs="*",
+        metavar="run.toml key=value",
+        help="an RL run file, then settings such as max_steps=100 or cluster.num_workers=2, over its own",
+    )
+
+
+def add_refresh(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_refresh)
+    parser.add_argument(
+        "run",
+        nargs="*",
+        metavar="refresh.toml key=value",
+        help="a refresh file, then settings such as min_pairs=128 or reward.learning_rate=1e-5, over its own",
+    )
+
+
+def _refresh(options: argparse.Namespace) -> int:
+    from rayrm.rl.refresh_settings import read_refresh
+    from rayrm.runfile import split_words
+
+    settings = read_refresh(*split_words(options.run))  # before the seconds that torch and ray take to import
+    from rayrm.rl.refresh import refresh
+
+    for outcome in refresh(settings):
+        ended = f"serves {outcome.version}" if outcome.accepted else f"refused: {outcome.reason}"
+        print(f"round {outcome.round}: {outcome.num_rows} rows on {outcome.base}, {ended}")
+    return 0
+
+
+def _rl(options: argparse.Namespace) -> int:
+    from rayrm.rl.runfile import read_rl_run
+    from rayrm.runfile import split_words
+
+    run = read_rl_run(*split_words(options.run))
+    from rayrm.report.rl import write_rl_report
+    from rayrm.rl.launch import train_policy
+
+    summary = train_policy(run)
+    print(f"policy: {summary.output_dir} ({len(summary.records)} steps logged)")
+    if summary.gain is not None:
+        gain = summary.gain
+        print(
+            f"held-out reward {gain.before:+.3f} -> {gain.after:+.3f}: gain {gain.gain:+.3f}, 95% interval "
+            f"{gain.low:+.3f} to {gain.high:+.3f} ({gain.num_samples} samples of each policy, "
+            f"{gain.num_prompts} prompts)"
+        )
+    print(f"report: {write_rl_report(summary.output_dir)}")
+    return 0
