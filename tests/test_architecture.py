@@ -42,11 +42,11 @@ LAYERS: list[set[str]] = [
     {"rl"},
     {"report"},
     {"demo"},
-    {"doctor", "inspect_command", "serve_commands", "cli"},
+    {"doctor", "inspect_command", "serve_commands", "rl_commands", "cli"},
 ]
 """Bottom first. A part imports what stands below it; parts of one row do not know each other."""
 
-TOGETHER = [LAYERS[0], {"doctor", "inspect_command", "serve_commands", "cli"}]
+TOGETHER = [LAYERS[0], {"doctor", "inspect_command", "serve_commands", "rl_commands", "cli"}]
 """Rows whose modules form one part and may import each other."""
 
 ABOVE = {"jobs", "examples", "tests"}

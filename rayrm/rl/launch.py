@@ -26,7 +26,7 @@ from rayrm.own_ray import trainer_class
 from rayrm.rl.heldout import Gain
 from rayrm.rl.policy import HELDOUT_FILE, PolicyJob, read_metrics, train_policy_rank, trainer_config
 from rayrm.rl.runfile import dump_rl_run, with_absolute_places
-from rayrm.rl.settings import RewardSource, RLRun
+from rayrm.rl.settings import RLRun
 from rayrm.serve.caller import CallSettings, service_handle
 from rayrm.serve.client import RewardClient
 from rayrm.serve.score_file import read_rows
@@ -136,21 +136,12 @@ def _reward_service(run: RLRun) -> Iterator[_Clients]:
         )
     settings = _placed(run)
     logger.info("starting the reward service %r", settings.name)
-    client = deploy(_directories(source), config=settings)
+    client = deploy(source.model or "", config=settings)
     try:
         yield _clients(run, settings.name, source.use or client.model)
     finally:
         if ray.is_initialized():
             serve.delete(settings.name)
-
-
-def _directories(source: RewardSource) -> str | dict[str, str]:
-    """Where each model lies: a directory, or what the registry beside the run publishes under a name."""
-    from rayrm.serve_commands import model_directory
-
-    if isinstance(source.model, dict):
-        return {name: model_directory(place, "registry") for name, place in source.model.items()}
-    return model_directory(source.model or "", "registry")
 
 
 def _clients(run: RLRun, name: str, use: str | None) -> _Clients:

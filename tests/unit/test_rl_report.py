@@ -308,7 +308,7 @@ def test_a_run_that_logged_nothing_has_a_page(tmp_path: Path) -> None:
     assert "svg" not in made.tags
     assert "nothing was logged" in made.text
     assert "Nothing was watched" in made.text
-    for file in ("heldout.json", "samples.jsonl", "run.toml"):
+    for file in ("heldout.json", "samples*.jsonl", "run.toml"):
         assert f"{file} is missing" in made.text
 
 
@@ -368,7 +368,7 @@ def test_a_heldout_file_that_holds_something_else_is_left_out_with_a_note(
 
 
 def test_a_directory_that_no_run_left_is_an_error_that_says_what_to_type(tmp_path: Path) -> None:
-    with pytest.raises(RunDirectoryError, match=r"holds no metrics.jsonl.*python jobs/grpo.py run.toml"):
+    with pytest.raises(RunDirectoryError, match=r"holds no metrics.jsonl.*rayrm rl run.toml"):
         write_rl_report(tmp_path)
     with pytest.raises(RunDirectoryError, match="is no directory"):
         write_rl_report(tmp_path / "nowhere")
