@@ -101,8 +101,8 @@ class RewardWorker(Worker):  # type: ignore[misc]  # ROLL ships no types
             return [str(entry) for entry in rows[self._prompt]], list(texts)
         raise ScoreError(
             f"the batch has neither `{self._messages}` nor `{self._prompt}` (it has "
-            f"{', '.join(sorted(rows)) or 'none'}). Name the data's column: actor_train.data_args.messages, "
-            "or actor_train.data_args.prompt."
+            f"{', '.join(sorted(rows.keys())) or 'none'}). Name the data's column: "
+            "actor_train.data_args.messages, or actor_train.data_args.prompt."
         )
 
     def _metrics(self, result: ScoreResult) -> dict[str, float]:

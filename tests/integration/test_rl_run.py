@@ -327,9 +327,10 @@ def test_the_example_runs_with_a_service_by_name(running: RewardClient, policy: 
 
 @pytest.mark.ray
 def test_trls_asynchronous_trainer_scores_a_group_while_others_are_generated(
-    running: RewardClient, versions: list[PublishedModel]
+    running: RewardClient, versions: list[PublishedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call of TRL's `AsyncGRPOTrainer`, which generates on meanwhile; vLLM alone is not there."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.async_grpo.async_rollout_worker import (
         RolloutGroup,
         TrainingSequence,
