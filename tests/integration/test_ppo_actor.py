@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from examples import ppo_actor
 from rayrm.errors import DataError, RunDirectoryError, ScoreError
 from rayrm.rl.ppo import PPOSettings
 from rayrm.rl.ppo_learner import Learner, Rollout
+from rayrm.serve.client import RewardClient
 from rayrm.serve.registry import PublishedModel, publish
 from rayrm.serve.scorer import RewardModel
 from tests.integration.test_cli import write_rows
@@ -51,44 +50,41 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def disturbed(
-    ray_cluster: None, published: PublishedModel, second: PublishedModel, tmp_path: Path
-) -> Iterator[str]:
-    """A service whose only replica is killed after the first step, and which then rolls to `second`."""
-    name = f"ppo-{os.getpid()}"
-    stop = threading.Event()
-    with served(published, name) as reward:
-
-        def disturb() -> None:
-            while not read_lines(tmp_path / "out" / "metrics.jsonl") and not stop.is_set():
-                time.sleep(0.05)
-            if not stop.is_set():
-                os.kill(replica_pids(name)[0], signal.SIGKILL)
-                reward.roll(second.version)
-
-        thread = threading.Thread(target=disturb)
-        thread.start()
-        yield name
-        stop.set()
-        thread.join()
+def service(ray_cluster: None, published: PublishedModel) -> Iterator[RewardClient]:
+    with served(published, f"ppo-{os.getpid()}") as reward:
+        yield reward
         reward.roll(published.version)
 
 
 def test_a_killed_replica_and_a_roll_lose_no_reward_and_each_score_is_its_version_s(
-    disturbed: str, published: PublishedModel, second: PublishedModel, policy: Path, tmp_path: Path
+    service: RewardClient,
+    published: PublishedModel,
+    second: PublishedModel,
+    policy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts = [f"what is the {word}?" for word in WORDS[:12]]
-    steps = 60
+    steps, name = 6, service.name
+    plain = ppo_actor.step_prompts
+
+    def disturbed(*given: Any) -> Iterator[Any]:
+        for number, taken in enumerate(plain(*given), 1):
+            if number == 3:
+                os.kill(replica_pids(name)[0], signal.SIGKILL)
+            if number == 5:
+                service.roll(second.version)
+            yield taken
+
+    monkeypatch.setattr(ppo_actor, "step_prompts", disturbed)
     gain = ppo_actor.main(
-        words(tmp_path, policy, disturbed, prompts, "--steps", str(steps), "--num-ppo-epochs", "1",
-              "--learning-rate", "1e-3")
-    )  # fmt: skip
+        words(tmp_path, policy, name, prompts, "--steps", str(steps), "--learning-rate", "1e-3")
+    )
     out = tmp_path / "out"
     log, samples = read_lines(out / "metrics.jsonl"), read_lines(out / "samples.jsonl")
     assert [record["step"] for record in log] == list(range(1, steps + 1))
     assert [sample["step"] for sample in samples] == [step for step in range(1, steps + 1) for _ in range(8)]
-    assert log[0]["versions"] == [published.version]
-    assert log[-1]["versions"] == [second.version]
+    assert [record["versions"] for record in log] == [[published.version]] * 4 + [[second.version]] * 2
     for model in (published, second):
         of_it = [sample for sample in samples if sample["version"] == model.version]
         expected = RewardModel.from_pretrained(model.path).score(
@@ -99,7 +95,7 @@ def test_a_killed_replica_and_a_roll_lose_no_reward_and_each_score_is_its_versio
         of_it = [sample for sample in samples if sample["step"] == record["step"]]
         assert record["reward"] == pytest.approx(sum(sample["score"] for sample in of_it) / 8)
         assert {sample["version"] for sample in of_it} == set(record["versions"])
-        assert record[f"{disturbed}/version/{record['versions'][0]}"] > 0
+        assert record[f"{name}/version/{record['versions'][0]}"] == 1
     heldout = json.loads((out / "heldout.json").read_text())
     assert heldout["version"] == second.version
     assert heldout["gain"]["gain"] == gain.gain
