@@ -10,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +70,7 @@ def train_policy(run: RLRun) -> RLSummary:
     trainer_config(run, len(heldout))
     _begin(run)
     join_cluster(run.cluster.address)
-    with _reward_service(run) as (clients, gold):
+    with _ending_on_sigterm(), _reward_service(run) as (clients, gold):
         for one in (*clients.values(), gold):
             _warm_up(one, (heldout or prompts)[0]["prompt"])
         _fit(PolicyJob(run, clients, gold, prompts, heldout))
@@ -114,6 +117,24 @@ def _begin(run: RLRun) -> None:
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     file.write_text(said, encoding="utf-8")
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM (`ray job stop`) ends the block as Ctrl-C does, so that the service of this run is removed.
+
+    Ray Train sets handlers of its own for Ctrl-C and leaves them behind; those from before come back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 @contextmanager
