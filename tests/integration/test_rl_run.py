@@ -31,8 +31,9 @@ from rayrm.errors import (
     RunDirectoryError,
     ScoreError,
 )
-from rayrm.rl.launch import RLSummary, read_prompts, train_policy
-from rayrm.rl.policy import read_metrics
+from rayrm.rl.launch import RLSummary, train_policy
+from rayrm.rl.prompts import read_prompts
+from rayrm.rl.run_log import read_metrics
 from rayrm.rl.settings import PolicyConfig, PromptsConfig, RewardSource, RLRun
 from rayrm.rl.shaping import Shaping
 from rayrm.rl.trl import AsyncTRLReward
@@ -144,7 +145,7 @@ def test_a_run_serves_its_reward_trains_two_workers_and_leaves_nothing(
     after = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     check_heldout(out, versions[0], summary)
-    with pytest.raises(RunDirectoryError, match="finished policy"):
+    with pytest.raises(RunDirectoryError, match="finished run"):
         train_policy(run)
 
 
@@ -406,4 +407,4 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(
             )
     again = subprocess.run(command, check=False, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "finished policy" in again.stderr
+    assert "finished run" in again.stderr
