@@ -73,7 +73,8 @@ def train_policy(run: RLRun, *, report: Report | None = None) -> RLSummary:
     """
     show_logs()
     run = with_absolute_places(run)
-    heldout = [] if run.prompts.heldout is None else read_prompts(given.heldout, given.max_heldout)
+    given = run.prompts
+    heldout = [] if given.heldout is None else read_prompts(given.heldout, given.max_heldout)
     prompts = without_heldout(read_prompts(given.train, given.max_train), heldout)
     check_trainer(run, len(prompts), len(heldout))
     begin(run)
