@@ -190,7 +190,8 @@ def _nodes_with_room(run: RLRun, num_replicas: int) -> list[str]:
             raise ClusterError(
                 f"{num_workers} policy workers of {worker}{beside} do not fit together on this cluster, "
                 f"which has {_total()}, free {_free()}. Lower `cluster.num_workers`, "
-                "`cluster.resources_per_worker`, `serve.num_replicas` or `serve.num_cpus`, or end what runs beside."
+                "`cluster.resources_per_worker`, `serve.num_replicas` or `serve.num_cpus`, or end what runs "
+                "beside."
             )
         nodes = placement_group_table(group)["bundles_to_node_id"]
         return sorted({node for place, node in nodes.items() if places[int(place)] >= num_workers})
