@@ -20,7 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from rayrm.data.messages import Text
 from rayrm.errors import ClusterError, ConfigError, DataError, RayrmError, RunDirectoryError
@@ -70,7 +75,7 @@ def train_policy(run: RLRun) -> RLSummary:
     trainer_config(run, len(heldout))
     _begin(run)
     join_cluster(run.cluster.address)
-    with _ending_on_sigterm(), _reward_service(run) as (clients, gold):
+    with ending_on_sigterm(), _reward_service(run) as (clients, gold):
         for one in (*clients.values(), gold):
             _warm_up(one, (heldout or prompts)[0]["prompt"])
         _fit(PolicyJob(run, clients, gold, prompts, heldout))
@@ -120,7 +125,7 @@ def _begin(run: RLRun) -> None:
 
 
 @contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
+def ending_on_sigterm() -> Iterator[None]:
     """SIGTERM (`ray job stop`) ends the block as Ctrl-C does, so that the service of this run is removed.
 
     Ray Train sets handlers of its own for Ctrl-C and leaves them behind; those from before come back.
@@ -191,15 +196,13 @@ def _placed(run: RLRun) -> Any:
     bundles = [kept for bundle in bundles if (kept := {k: v for k, v in bundle.items() if v > 0})]
     if not bundles:
         return settings
-    group = placement_group(bundles, strategy="PACK")
+    group = reserve_room(
+        bundles,
+        f"{num_workers} policy workers of {worker} and {settings.num_replicas} replicas of {replica}",
+        "Lower `cluster.num_workers`, `cluster.resources_per_worker`, `serve.num_replicas` or "
+        "`serve.num_cpus`, or end what runs beside.",
+    )
     try:
-        if not group.wait(_ROOM_WAIT_S):
-            raise ClusterError(
-                f"{num_workers} policy workers of {worker} and {settings.num_replicas} replicas of {replica} "
-                f"do not fit together on this cluster, which has {_total()}, free {_free()}. Lower "
-                "`cluster.num_workers`, `cluster.resources_per_worker`, `serve.num_replicas` or "
-                "`serve.num_cpus`, or end what runs beside."
-            )
         nodes = placement_group_table(group)["bundles_to_node_id"]
         mine = sorted({node for place, node in nodes.items() if int(place) >= num_workers})
     finally:
@@ -210,6 +213,23 @@ def _placed(run: RLRun) -> Any:
     selector = {_NODE: f"in({','.join(mine)})"}
     options |= {"label_selector": selector, "fallback_strategy": [{"label_selector": {}}]}
     return dataclasses.replace(settings, ray_actor_options=options)
+
+
+def reserve_room(bundles: list[dict[str, float]], asked: str, remedy: str) -> PlacementGroup:
+    """A placement group of all `bundles` at once, as close together as it goes; who asks removes it.
+
+    Raises ClusterError where there is no room within a minute: `asked` says for what, `remedy` what to type.
+    """
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        if group.wait(_ROOM_WAIT_S):
+            return group
+        raise ClusterError(
+            f"{asked} do not fit together on this cluster, which has {_total()}, free {_free()}. {remedy}"
+        )
+    except BaseException:
+        remove_placement_group(group)
+        raise
 
 
 def _of_worker(run: RLRun) -> dict[str, float]:
