@@ -303,14 +303,11 @@ def main(arguments: Sequence[str] | None = None) -> Gain:
     if output.exists() and any(output.iterdir()):
         raise RunDirectoryError(f"the output directory ({output}) is not empty; give a new one or remove it.")
     output.mkdir(parents=True, exist_ok=True)
-    (output / "run.toml").write_text(
-        tomli_w.dumps({"run": {key: str(value) for key, value in vars(options).items() if key in RUN_KEYS},
-                       "ppo": dataclasses.asdict(settings)})
-    )  # fmt: skip
-
+    run = {key: str(value) for key, value in vars(options).items() if key in RUN_KEYS}
     connect()
     try:
         with ending_on_sigterm(), running(options, settings) as (actors, reward):
+            (output / "run.toml").write_text(tomli_w.dumps({"run": run, "ppo": dataclasses.asdict(settings)}))
             train(settings, actors, reward, prompts, output)
             ray.get(actors[0].save.remote(str(output)))
             asked = heldout[: options.heldout_prompts]

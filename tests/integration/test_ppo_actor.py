@@ -276,6 +276,7 @@ def test_more_actors_than_there_is_room_for_are_refused_before_anything_starts(
     # The 4 CPUs hold the actors alone, and not a replica beside them.
     with pytest.raises(ClusterError, match=r"16 actors of .*0\.25.* and a replica of .* has \{'CPU': 4"):
         ppo_actor.main(given)
+    assert not list((tmp_path / "out").iterdir())  # the same command may be typed again
     with pytest.raises(ClusterError, match=r"32 actors of .* do not fit .*free .*Lower --num-actors"):
         ppo_actor.reserve_actors(PPOSettings(num_actors=32, num_mini_batches=1))
 
