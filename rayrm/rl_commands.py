@@ -45,8 +45,14 @@ def _rl(options: argparse.Namespace) -> int:
     run = read_rl_run(*split_words(options.run))
     from rayrm.report.rl import write_rl_report
     from rayrm.rl.launch import train_policy
+    from rayrm.rl.run_log import read_metrics
 
-    summary = train_policy(run)
+    try:
+        summary = train_policy(run, report=write_rl_report)
+    finally:
+        # Also of a run that was cut off: it shows how far it came.
+        if read_metrics(run.output_dir):
+            print(f"report: {write_rl_report(run.output_dir)}")
     print(f"policy: {summary.output_dir} ({len(summary.records)} steps logged)")
     if summary.gain is not None:
         gain = summary.gain
@@ -55,5 +61,4 @@ def _rl(options: argparse.Namespace) -> int:
             f"{gain.low:+.3f} to {gain.high:+.3f} ({gain.num_samples} samples of each policy, "
             f"{gain.num_prompts} prompts)"
         )
-    print(f"report: {write_rl_report(summary.output_dir)}")
     return 0

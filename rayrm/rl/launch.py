@@ -28,22 +28,31 @@ from ray.util.placement_group import (
 )
 
 from rayrm.data.messages import Text
-from rayrm.errors import ClusterError, ConfigError, DataError, RayrmError, RunDirectoryError
+from rayrm.errors import ClusterError, ConfigError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.own_ray import trainer_class
+from rayrm.rl.fresh_answers import HELDOUT_FILE
 from rayrm.rl.heldout import Gain
-from rayrm.rl.policy import HELDOUT_FILE, PolicyJob, read_metrics, train_policy_rank, trainer_config
-from rayrm.rl.runfile import dump_rl_run, with_absolute_places
+from rayrm.rl.moments import PeerFailedError
+from rayrm.rl.policy import PolicyJob, train_policy_rank
+from rayrm.rl.prompts import read_prompts, without_heldout
+from rayrm.rl.run_directory import FINISHED, begin
+from rayrm.rl.run_log import Report, read_metrics, write_whole
+from rayrm.rl.runfile import with_absolute_places
 from rayrm.rl.settings import RLRun
+from rayrm.rl.trainer_config import check_trainer
 from rayrm.serve.caller import CallSettings, service_handle
 from rayrm.serve.client import RewardClient
-from rayrm.serve.score_file import read_rows
+from rayrm.serve_settings import ServeConfig
 from rayrm.train.last_error import forget_error, leave_error, left_error
 from rayrm.train.launch import join_cluster, ray_train_settings
 
 logger = logging.getLogger("rayrm.rl")
 
 _ROOM_WAIT_S = 60.0
+_ON_SIGTERM = 128 + signal.SIGTERM
+_SERVICE = "service.json"
+"""In the run's directory while a service of its own runs: whose it is, should this process be killed."""
 _NODE = "ray.io/node-id"
 _Clients = tuple[dict[str, RewardClient], RewardClient | None]
 
@@ -57,8 +66,10 @@ class RLSummary:
     gain: Gain | None
 
 
-def train_policy(run: RLRun) -> RLSummary:
+def train_policy(run: RLRun, *, report: Report | None = None) -> RLSummary:
     """Train what `run` says to the end; goes on where a run of the same settings was cut off.
+
+    `report`: called with the run's directory now and then while it trains.
 
     Raises:
         ConfigError, DataError, PublishError, ModelError, RunDirectoryError, ClusterError: refused before a
@@ -67,61 +78,22 @@ def train_policy(run: RLRun) -> RLSummary:
     """
     show_logs()
     run = with_absolute_places(run)
-    _check_trl()
-    prompts = read_prompts(run.prompts.train, run.prompts.max_train)
-    heldout = (
-        [] if run.prompts.heldout is None else read_prompts(run.prompts.heldout, run.prompts.max_heldout)
-    )
-    trainer_config(run, len(heldout))
-    _begin(run)
+    given = run.prompts
+    heldout = [] if given.heldout is None else read_prompts(given.heldout, given.max_heldout)
+    prompts = without_heldout(read_prompts(given.train, given.max_train), heldout)
+    check_trainer(run, len(prompts), len(heldout))
+    begin(run)
     join_cluster(run.cluster.address)
     with ending_on_sigterm(), _reward_service(run) as (clients, gold):
         for one in (*clients.values(), gold):
             _warm_up(one, (heldout or prompts)[0]["prompt"])
-        _fit(PolicyJob(run, clients, gold, prompts, heldout))
+        _fit(PolicyJob(run, clients, gold, prompts, heldout, report))
     output_dir = run.output_dir
     file = output_dir / HELDOUT_FILE
     gain = Gain(**json.loads(file.read_text(encoding="utf-8"))["gain"]) if file.exists() else None
-    return RLSummary(output_dir, read_metrics(output_dir), gain)
-
-
-def read_prompts(source: str, most: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a source that have a `prompt`, without the columns of preferences.
-
-    Other columns go to the reward as they are. Raises DataError naming the row that has no prompt.
-    """
-    rows: list[dict[str, Any]] = []
-    for where, row in read_rows(source):
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not prompt or not isinstance(prompt, str | list):
-            raise DataError(
-                f"{where}: `prompt` ({prompt!r}) must be a string or a message list [{{'role': 'user', "
-                "'content': ...}]. Give rows with a prompt, or rename the column that holds it."
-            )
-        rows.append({key: value for key, value in row.items() if key not in ("chosen", "rejected")})
-        if most is not None and len(rows) >= most:
-            break
-    if not rows:
-        raise DataError(f"{source} holds no rows. Give rows with a `prompt`.")
-    return rows
-
-
-def _begin(run: RLRun) -> None:
-    """Make the run's directory, or check that it holds this run, unfinished."""
-    output_dir = run.output_dir
-    file = output_dir / "run.toml"
-    if (output_dir / "config.json").exists() or (output_dir / "adapter_config.json").exists():
-        raise RunDirectoryError(
-            f"{output_dir} holds a finished policy. Choose another `output_dir`, or delete that directory."
-        )
-    said = dump_rl_run(run)
-    if file.exists() and file.read_text(encoding="utf-8") != said:
-        raise RunDirectoryError(
-            f"{output_dir} holds another run: its run.toml says otherwise. Choose another `output_dir`, or "
-            "set what you changed back to go on with that run."
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(said, encoding="utf-8")
+    records = read_metrics(output_dir)
+    write_whole(output_dir / FINISHED, {"steps": records[-1]["step"] if records else 0})
+    return RLSummary(output_dir, records, gain)
 
 
 @contextmanager
@@ -134,7 +106,7 @@ def ending_on_sigterm() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_ON_SIGTERM))
     try:
         yield
     finally:
@@ -147,27 +119,35 @@ def _reward_service(run: RLRun) -> Iterator[_Clients]:
     """The rewards' clients by name, and the gold reward's. A service of this run ends with the block."""
     from ray import serve
 
-    source = run.reward
+    source, settings = run.reward, run.serve
     if source.service is not None:
         name = source.service
         service_handle(CallSettings(name))  # raises where none of that name runs
+        _nodes_with_room(run, 0)
         yield _clients(run, name, source.use)
         return
     from rayrm.serve.deployment import deploy
 
-    if run.serve.name in serve.status().applications:
-        raise ConfigError(
-            f"a service {run.serve.name!r} runs on this cluster, and [reward] has a `model` to serve. Type "
-            f"reward.service={run.serve.name} without `model` to use it, or serve.name=ANOTHER."
-        )
+    note = run.output_dir / _SERVICE
+    place = {"name": settings.name, "cluster": ray.get_runtime_context().gcs_address}
+    if settings.name in serve.status().applications:
+        if not note.exists() or json.loads(note.read_text(encoding="utf-8")) != place:
+            raise ConfigError(
+                f"a service {settings.name!r} runs on this cluster, and [reward] has a `model` to serve. "
+                f"Type reward.service={settings.name} without `model` to use it, or serve.name=ANOTHER."
+            )
+        logger.info("removing the service %r, which an attempt that was killed left", settings.name)
+        serve.delete(settings.name)
     settings = _placed(run)
     logger.info("starting the reward service %r", settings.name)
-    client = deploy(source.model or "", config=settings)
+    write_whole(note, place)
     try:
+        client = deploy(source.model or "", config=settings)
         yield _clients(run, settings.name, source.use or client.model)
     finally:
-        if ray.is_initialized():
+        if ray.is_initialized() and settings.name in serve.status().applications:
             serve.delete(settings.name)
+        note.unlink(missing_ok=True)
 
 
 def _clients(run: RLRun, name: str, use: str | None) -> _Clients:
@@ -179,40 +159,47 @@ def _clients(run: RLRun, name: str, use: str | None) -> _Clients:
     return {one.__name__: one for one in rewards}, None if gold is None else client(gold)
 
 
-def _placed(run: RLRun) -> Any:
+def _placed(run: RLRun) -> ServeConfig:
     """`[serve]` with its replicas on nodes where Ray has room for them and for the policy workers at once.
+
+    Replicas prefer those nodes, and start elsewhere when a node is lost.
+    """
+    settings = run.serve
+    nodes = _nodes_with_room(run, settings.num_replicas)
+    if settings.placement_group_bundles is not None or settings.autoscaling is not None or not nodes:
+        return settings  # the user places them
+    selector = {_NODE: f"in({','.join(nodes)})"}
+    options = {"label_selector": selector, "fallback_strategy": [{"label_selector": {}}]}
+    return dataclasses.replace(settings, ray_actor_options={**(settings.ray_actor_options or {}), **options})
+
+
+def _nodes_with_room(run: RLRun, num_replicas: int) -> list[str]:
+    """Nodes for so many replicas, where the policy workers have room too. ClusterError where there is none.
 
     Ray Train makes a placement group of its own and Serve places each replica by itself, so that neither
     knows of the other. One group over both, as close together as it goes, is asked for and given back: it
-    tells before anything starts whether all fit, and where. Replicas prefer those nodes, and start elsewhere
-    when a node is lost.
+    tells before anything starts whether all fit, and where.
     """
-    scaling, _ = ray_train_settings(run.cluster)
-    worker = {"CPU": 1.0} if scaling is None else _of_worker(run)
-    num_workers = 0 if scaling is None else run.cluster.num_workers
-    settings = run.serve
-    replica = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
-    bundles = [worker] * num_workers + [replica] * settings.num_replicas
-    bundles = [kept for bundle in bundles if (kept := {k: v for k, v in bundle.items() if v > 0})]
-    if not bundles:
-        return settings
+    num_workers = run.cluster.num_workers
+    worker = _of_worker(run)
+    replica = {"CPU": run.serve.num_cpus, "GPU": run.serve.num_gpus}
+    asked = [worker] * num_workers + [replica] * num_replicas
+    bundles = [{kind: amount for kind, amount in bundle.items() if amount > 0} for bundle in asked]
+    places = [place for place, bundle in enumerate(bundles) if bundle]
+    if not places:
+        return []
+    beside = f" and {num_replicas} replicas of {replica}" if num_replicas else ""
     group = reserve_room(
-        bundles,
-        f"{num_workers} policy workers of {worker} and {settings.num_replicas} replicas of {replica}",
+        [bundles[place] for place in places],
+        f"{num_workers} policy workers of {worker}{beside}",
         "Lower `cluster.num_workers`, `cluster.resources_per_worker`, `serve.num_replicas` or "
         "`serve.num_cpus`, or end what runs beside.",
     )
     try:
         nodes = placement_group_table(group)["bundles_to_node_id"]
-        mine = sorted({node for place, node in nodes.items() if int(place) >= num_workers})
+        return sorted({node for place, node in nodes.items() if places[int(place)] >= num_workers})
     finally:
         remove_placement_group(group)
-    options = dict(settings.ray_actor_options or {})
-    if settings.placement_group_bundles is not None or settings.autoscaling is not None or not mine:
-        return settings  # the user places them
-    selector = {_NODE: f"in({','.join(mine)})"}
-    options |= {"label_selector": selector, "fallback_strategy": [{"label_selector": {}}]}
-    return dataclasses.replace(settings, ray_actor_options=options)
 
 
 def reserve_room(bundles: list[dict[str, float]], asked: str, remedy: str) -> PlacementGroup:
@@ -233,9 +220,11 @@ def reserve_room(bundles: list[dict[str, float]], asked: str, remedy: str) -> Pl
 
 
 def _of_worker(run: RLRun) -> dict[str, float]:
-    if run.cluster.resources_per_worker is not None:
-        return dict(run.cluster.resources_per_worker)
-    return {"CPU": 1.0, "GPU": 1.0} if run.cluster.use_gpu else {"CPU": 1.0}
+    """What Ray Train reserves for a worker."""
+    given = run.cluster.resources_per_worker
+    if given is None:
+        return {"GPU": 1.0} if run.cluster.use_gpu else {"CPU": 1.0}
+    return {"GPU": 1.0, **given} if run.cluster.use_gpu else dict(given)
 
 
 def _total() -> dict[str, float]:
@@ -282,6 +271,10 @@ def _fit(job: PolicyJob) -> None:
         )
     try:
         trainer.fit()
+    except SystemExit as ended:
+        if ended.code == _ON_SIGTERM:
+            raise
+        raise KeyboardInterrupt from ended  # Ray Train's own answer to Ctrl-C: it has stopped the workers
     except Exception as failure:
         raise (left_error(output_dir) or _told(failure, output_dir)) from failure
     else:
@@ -314,17 +307,8 @@ def _run_rank(config: dict[str, Any]) -> None:
         return
     try:
         train_policy_rank(job)
+    except PeerFailedError:
+        raise  # the other rank leaves its own
     except RayrmError as error:
         leave_error(job.run.output_dir, error)
         raise
-
-
-def _check_trl() -> None:
-    import importlib.util
-
-    from rayrm.errors import MissingExtraError
-
-    if importlib.util.find_spec("trl") is None:
-        raise MissingExtraError(
-            "GRPO and RLOO need TRL, which is not installed. Type: pip install 'rayrm[trl]'"
-        )

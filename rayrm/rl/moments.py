@@ -86,6 +86,10 @@ class Moments:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 
+class PeerFailedError(RewardUnavailableError):
+    """Another rank failed, so that this one has no statistics; what that rank raised says why."""
+
+
 class RunningMoments:
     """`current`, the moments of all values of all ranks so far. Pickles with what it has counted."""
 
@@ -179,7 +183,7 @@ class RunningMoments:
         try:
             rows = _groups.gathered(self._number, row)
         except RuntimeError as error:
-            raise RewardUnavailableError(
+            raise PeerFailedError(
                 "the ranks could not exchange the moments of their scores: one of them left, hangs, or made "
                 f"fewer calls. See what it says; every rank must call each reward equally often. ({error})"
             ) from error
@@ -193,7 +197,7 @@ class RunningMoments:
                 )
         gone = [rank for rank, told in enumerate(rows) if told[5]]
         if gone:
-            raise RewardUnavailableError(
+            raise PeerFailedError(
                 f"the scores of rank {', '.join(map(str, gone))} failed, and no rank normalizes without "
                 "them. That rank's error says what to do."
             )

@@ -12,6 +12,7 @@ from typing import Any
 
 from rayrm.config import ClusterConfig
 from rayrm.errors import MissingExtraError
+from rayrm.rl.guard import GuardSettings
 from rayrm.rl.settings import Algorithm, PolicyConfig, PromptsConfig, RewardSource, RLRun
 from rayrm.rl.shaping import Shaping
 from rayrm.runfile import dump_tables, read_tables
@@ -23,11 +24,13 @@ SECTIONS: dict[str, type] = {
     "prompts": PromptsConfig,
     "reward": RewardSource,
     "shaping": Shaping,
+    "guard": GuardSettings,
     "cluster": ClusterConfig,
     "serve": ServeConfig,
 }
 """Sections of an RL run file beside `[rl]`, the trainer's."""
 TRAINER = "rl"
+_PATHS = ("deepspeed", "fsdp_config")
 
 
 def read_rl_run(path: str | Path | None, overrides: Sequence[str] = ()) -> RLRun:
@@ -71,7 +74,11 @@ def with_absolute_places(run: RLRun) -> RLRun:
             if model is None
             else _absolute(model),
         ),
-        trainer={**run.trainer, "output_dir": str(run.output_dir.expanduser().absolute())},
+        trainer={
+            **run.trainer,
+            **{name: _absolute(value) for name in _PATHS if isinstance(value := run.trainer.get(name), str)},
+            "output_dir": str(run.output_dir.expanduser().absolute()),
+        },
     )
 
 

@@ -1,4 +1,4 @@
-"""The sections of an RL run file: `[policy]`, `[prompts]`, `[reward]`, `[shaping]` and `[rl]`.
+"""The sections of an RL run file: `[policy]`, `[prompts]`, `[reward]`, `[shaping]`, `[guard]`, `[rl]`.
 
 `[cluster]` and `[serve]` are those of a training run. `[rl]` has `algorithm` and the fields of TRL's config
 of it; a bare key on the command line is one of these.
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from rayrm.config import ClusterConfig, LoraConfig
+from rayrm.rl.guard import GuardSettings
 from rayrm.rl.shaping import Shaping
 from rayrm.serve_settings import ServeConfig
 from rayrm.settings import Count, OptionalCount, json_value, none_word, settings
@@ -66,6 +67,8 @@ class RewardSource:
     `{helpful = 1.0, safe = 0.5}`."""
     gold: Annotated[str | None, BeforeValidator(none_word)] = None
     """Another of its models or ensembles, which is watched and not trained on."""
+    truncation: Annotated[Literal["left", "right"] | None, BeforeValidator(none_word)] = None
+    """What to do with a text beyond the reward model's positions. None: it ends the run."""
     asynchronous: bool = True
     """Call it by asyncio: the reward and the gold reward at once."""
     deadline_s: Annotated[float, Field(gt=0)] = 600.0
@@ -88,7 +91,8 @@ class RewardSource:
                 f"`use` is missing: [reward] has the models {', '.join(self.model)}. Type which one is the "
                 f'reward: use = "{next(iter(self.model))}", or an ensemble of [serve].'
             )
-        if self.gold is not None and self.gold in (self.use, *(self.weights or ())):
+        only = next(iter(self.model)) if isinstance(self.model, dict) and len(self.model) == 1 else None
+        if self.gold is not None and self.gold in (self.use or only, *(self.weights or ())):
             raise ValueError(
                 f"`gold` ({self.gold!r}) is the reward itself. Name another model, or delete it."
             )
@@ -105,6 +109,7 @@ class RLRun:
     trainer: dict[str, Any]
     """Fields of TRL's `GRPOConfig` or `RLOOConfig`."""
     shaping: Shaping = field(default_factory=Shaping)
+    guard: GuardSettings = field(default_factory=GuardSettings)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
 

@@ -24,7 +24,7 @@ from rayrm.errors import writing
 from rayrm.rl.guard import length_correlation, repetition
 from rayrm.rl.shaping import Shaper, Shaping, weighted
 from rayrm.serve.client import RewardClient
-from rayrm.serve.request import ScoreResult, row_inputs
+from rayrm.serve.request import ScoreResult, Truncation, check_truncation, row_inputs
 
 _GOLD = " gold"
 HELDOUT = "heldout_prompt"
@@ -48,6 +48,7 @@ class TRLReward:
         weights: of several rewards, by name; 1 where it says nothing.
         shaping: what becomes of each score before it is a reward; None: nothing.
         gold: another reward that is logged and never trained on, such as a larger model's.
+        truncation: what to do with a text beyond the reward model's positions; None: refuse.
         samples: a directory in which each rank appends what was scored to `samples-<rank>.jsonl`.
 
     A call returns one finite float for each completion or raises what `RewardClient.score` and `Shaper.shape`
@@ -61,6 +62,7 @@ class TRLReward:
         weights: Mapping[str, float] | None = None,
         shaping: Shaping | None = None,
         gold: RewardClient | None = None,
+        truncation: Truncation | None = None,
         samples: str | Path | None = None,
     ) -> None:
         if isinstance(reward, str):
@@ -69,6 +71,8 @@ class TRLReward:
         self.weights = {**dict.fromkeys(self.clients, 1.0), **(weights or {})}
         weighted({name: [] for name in self.clients}, self.weights)  # raises for names that do not match
         self.gold = gold
+        check_truncation(truncation)
+        self.truncation = truncation
         self.shapers = {name: Shaper(shaping) for name in self.clients}
         self.samples = None if samples is None else Path(samples)
         self.heldout: list[HeldoutSample] = []
@@ -84,10 +88,13 @@ class TRLReward:
     ) -> list[float]:
         try:
             call = _Call.of(prompts, completions, completion_ids, columns)
-            results = {name: client.score_inputs(call.inputs) for name, client in self._asked().items()}
+            results = {
+                name: client.score_inputs(call.inputs, truncation=self.truncation)
+                for name, client in self._asked().items()
+            }
         except Exception:
-            for shaper in self.shapers.values():
-                shaper.give_up()  # else other ranks would wait for this one's scores
+            if HELDOUT not in columns:
+                self._first_shaper().give_up()  # where other ranks would wait for this one's scores
             raise
         if call.heldout is not None:
             return self._keep_heldout(call, results)
@@ -109,12 +116,15 @@ class TRLReward:
             call = _Call.of(prompts, completions, completion_ids, columns)
             asked = self._asked()
             found = await asyncio.gather(
-                *(client.score_inputs_async(call.inputs) for client in asked.values())
+                *(
+                    client.score_inputs_async(call.inputs, truncation=self.truncation)
+                    for client in asked.values()
+                )
             )
             results = dict(zip(asked, found, strict=True))
         except Exception:
-            for shaper in self.shapers.values():
-                await shaper.give_up_async()
+            if HELDOUT not in columns:
+                await self._first_shaper().give_up_async()
             raise
         if call.heldout is not None:
             return self._keep_heldout(call, results)
@@ -139,8 +149,10 @@ class TRLReward:
 
     def _datasets(self, call: _Call) -> list[Any] | None:
         """Which data set each row belongs to, where the calibration is by a column."""
-        shaping = next(iter(self.shapers.values())).settings
-        return call.columns.get(shaping.calibrate_column or "")
+        return call.columns.get(self._first_shaper().settings.calibrate_column or "")
+
+    def _first_shaper(self) -> Shaper:
+        return next(iter(self.shapers.values()))
 
     def _total(self, results: Mapping[str, ScoreResult]) -> list[float]:
         return weighted({name: results[name].scores for name in self.clients}, self.weights)
@@ -173,10 +185,12 @@ class TRLReward:
         for name in self.clients:
             for figure, value in _figures(call, results[name]).items():
                 call.log_metric(f"{name}/{figure}", float(value))
+        if len(self.clients) > 1:
+            call.log_metric(f"{self.__name__}/score_mean", float(np.mean(self._total(results))))
         if _GOLD in results:
-            gold, first = results[_GOLD], next(iter(self.clients))
-            call.log_metric(f"{first}/gold_mean", float(np.mean(gold.scores)))
-            call.log_metric(f"{first}/gold_version/{gold.version}", 1.0)
+            gold = results[_GOLD]
+            call.log_metric(f"{self.__name__}/gold_mean", float(np.mean(gold.scores)))
+            call.log_metric(f"{self.__name__}/gold_version/{gold.version}", 1.0)
 
 
 def _figures(call: _Call, result: ScoreResult) -> dict[str, float]:
@@ -288,5 +302,7 @@ def _append(directory: Path, call: _Call, scores: list[float], rewards: list[flo
         )
         for entry, score, reward in zip(call.inputs, scores, rewards, strict=True)
     ]
-    with writing(file), file.open("a", encoding="utf-8") as out:
-        out.write("".join(f"{line}\n" for line in lines))
+    with writing(file), file.open("ab+") as out:
+        if out.tell() and out.seek(-1, os.SEEK_END) is not None and out.read(1) != b"\n":
+            out.write(b"\n")  # a killed process left half a line
+        out.write("".join(f"{line}\n" for line in lines).encode())

@@ -25,12 +25,17 @@ def forget_error(output_dir: Path) -> None:
 
 
 def leave_error(output_dir: Path, error: RayrmError) -> None:
-    """Keep an error for the ranks of the next attempt, and for the driver."""
+    """Keep an error for the ranks of the next attempt, and for the driver; the first one, if several come."""
     aside = output_dir / f"{_FILE}.{socket.gethostname()}.{os.getpid()}"  # ranks may raise together
     left = json.dumps({"kind": type(error).__name__, "message": str(error)})
     with contextlib.suppress(OSError):  # a full disk is what the error may be about
         aside.write_text(left, encoding="utf-8")
-        aside.replace(output_dir / _FILE)
+        try:
+            os.link(aside, output_dir / _FILE)  # not over one that is there
+        except FileExistsError:
+            return
+        except OSError:  # a disk without links
+            aside.replace(output_dir / _FILE)
 
 
 def left_error(output_dir: Path) -> RayrmError | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ from ray import serve
 from transformers import AutoModelForCausalLM
 
 from examples import grpo_actor
-from rayrm.config import ClusterConfig
+from rayrm.config import ClusterConfig, LoraConfig
 from rayrm.errors import (
     ClusterError,
     ConfigError,
@@ -31,8 +32,9 @@ from rayrm.errors import (
     RunDirectoryError,
     ScoreError,
 )
-from rayrm.rl.launch import RLSummary, read_prompts, train_policy
-from rayrm.rl.policy import read_metrics
+from rayrm.rl.launch import RLSummary, train_policy
+from rayrm.rl.prompts import read_prompts
+from rayrm.rl.run_log import read_metrics
 from rayrm.rl.settings import PolicyConfig, PromptsConfig, RewardSource, RLRun
 from rayrm.rl.shaping import Shaping
 from rayrm.rl.trl import AsyncTRLReward
@@ -144,7 +146,7 @@ def test_a_run_serves_its_reward_trains_two_workers_and_leaves_nothing(
     after = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     check_heldout(out, versions[0], summary)
-    with pytest.raises(RunDirectoryError, match="finished policy"):
+    with pytest.raises(RunDirectoryError, match="finished run"):
         train_policy(run)
 
 
@@ -259,6 +261,66 @@ def test_rewards_of_two_workers_are_normalized_by_one_stream(
         for sample in mine:
             whole = (sample["score"] - np.mean(seen)) / np.std(seen)
             assert sample["reward"] == pytest.approx(whole, abs=1e-6)
+
+
+@pytest.mark.ray
+def test_a_reward_that_fails_on_one_rank_is_the_error_that_is_told(
+    running: RewardClient, policy: str, prompts: dict[str, str], tmp_path: Path
+) -> None:
+    """Of a held-out prompt and of one to train on; the other rank waits for statistics, and is let go."""
+    long = json.dumps({"prompt": [{"role": "user", "content": "red " * 400}]}) + "\n"
+    for name in ("train", "heldout"):
+        rows = Path(prompts[name]).read_text().splitlines(keepends=True)[:1]
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(rows[0] + long)
+        run = a_run(
+            policy,
+            {**prompts, name: str(file)},
+            RewardSource(service=NAME, use="chat"),
+            tmp_path / f"run-{name}",
+            cluster=TWO,
+            shaping=Shaping(normalize=True),
+        )
+        with pytest.raises(ScoreError, match="truncation"):
+            train_policy(run)
+
+
+@pytest.mark.ray
+def test_several_rewards_with_adapters_and_a_gold_reward(
+    ray_cluster: None,
+    policy: str,
+    prompts: dict[str, str],
+    versions: list[PublishedModel],
+    tmp_path: Path,
+) -> None:
+    first, second = (str(version.path) for version in versions)
+    source = RewardSource(
+        model={"good": first, "bad": second, "gold": first}, weights={"good": 1.0, "bad": -0.5}, gold="gold"
+    )
+    run = a_run(
+        policy,
+        PromptsConfig(**prompts, max_train=2, max_heldout=2, samples_per_prompt=4),
+        source,
+        tmp_path / "run",
+        serve=ServeConfig(name=f"{NAME}-several", num_cpus=0.2),
+        shaping=Shaping(clip=0.2),
+    )
+    summary = train_policy(dataclasses.replace(run, policy=PolicyConfig(name=policy, lora=LoraConfig(r=2))))
+    samples = samples_of(tmp_path / "run")
+    assert len(samples) == 2 * 2
+    texts = [[sample[key] for sample in samples] for key in ("prompt", "completion")]
+    good, bad = (np.array(RewardModel.from_pretrained(place).score(*texts)) for place in (first, second))
+    total = np.clip(good, -0.2, 0.2) - 0.5 * np.clip(bad, -0.2, 0.2)
+    assert [sample["reward"] for sample in samples] == pytest.approx(total.tolist(), abs=SAME)
+    assert [sample["score"] for sample in samples] == pytest.approx((good - 0.5 * bad).tolist(), abs=SAME)
+    for step, record in enumerate(summary.records):
+        mine = slice(2 * step, 2 * step + 2)
+        assert record["good+bad/gold_mean"] == pytest.approx(good[mine].mean(), abs=SAME)
+        assert record["reward"] == pytest.approx(total[mine].mean(), abs=SAME)
+        assert record["versions"] == sorted(version.version for version in versions)
+    assert (tmp_path / "run" / "adapter_config.json").is_file()
+    assert summary.gain is not None
+    assert summary.gain.num_samples == 2 * 4
 
 
 @pytest.mark.ray
@@ -406,4 +468,4 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(
             )
     again = subprocess.run(command, check=False, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "finished policy" in again.stderr
+    assert "finished run" in again.stderr

@@ -16,7 +16,7 @@ from rayrm.data.tokenize import TextInput
 from rayrm.errors import ConfigError, ScoreError
 from rayrm.rl.shaping import Shaping
 from rayrm.rl.trl import HELDOUT, AsyncTRLReward, TRLReward, versions_in
-from rayrm.serve.request import ScoreResult, Timing
+from rayrm.serve.request import ScoreResult, Timing, Truncation
 from rayrm.serve.scorer import RewardModel
 from tests.tiny import save_tiny
 
@@ -34,12 +34,14 @@ class InProcess:
         self.model = RewardModel.from_pretrained(path)
         self.__name__ = name
 
-    def score_inputs(self, inputs: Sequence[TextInput]) -> ScoreResult:
-        scores = self.model.score_inputs(inputs)
+    def score_inputs(self, inputs: Sequence[TextInput], truncation: Truncation | None = None) -> ScoreResult:
+        scores = self.model.score_inputs(inputs, truncation=truncation)
         return ScoreResult(scores, f"{self.__name__}-1", timing=Timing(total_s=0.5), retries=2)
 
-    async def score_inputs_async(self, inputs: Sequence[TextInput]) -> ScoreResult:
-        return self.score_inputs(inputs)
+    async def score_inputs_async(
+        self, inputs: Sequence[TextInput], truncation: Truncation | None = None
+    ) -> ScoreResult:
+        return self.score_inputs(inputs, truncation)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,22 @@ def test_held_out_prompts_are_kept_unshaped_and_move_no_statistics(clients: dict
     other.load_state_dict(state)
     assert called(other)[0] == called(reward)[0]
     assert first != scores
+
+
+def test_a_text_beyond_the_positions_is_cut_where_that_is_asked_for(clients: dict[str, Any]) -> None:
+    long = [[{"role": "assistant", "content": "red " * 5000}]]
+    with pytest.raises(ScoreError, match="truncation"):
+        TRLReward(clients["a"])(prompts=PROMPTS[:1], completions=long)
+    cut = TRLReward(clients["a"], truncation="left")(prompts=PROMPTS[:1], completions=long)
+    assert cut == pytest.approx(clients["a"].model.score(PROMPTS[:1], long, truncation="left"))
+
+
+def test_half_a_line_of_a_killed_process_spoils_no_other(clients: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "samples-0.jsonl").write_text('{"step": 1, "prom')
+    called(TRLReward(clients["a"], samples=tmp_path))
+    lines = (tmp_path / "samples-0.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert [json.loads(line)["step"] for line in lines[1:]] == [3, 3, 3]
 
 
 def test_what_cannot_be_scored_raises(clients: dict[str, Any]) -> None:

@@ -1,0 +1,69 @@
+"""What a policy answers: rows with a `prompt`, as sources hold them and as TRL takes them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from datasets import Dataset
+
+from rayrm.errors import DataError
+from rayrm.serve.score_file import read_rows
+
+logger = logging.getLogger("rayrm.rl")
+
+_OF_TEMPLATE = ("tools", "chat_template_kwargs")
+Rows = list[dict[str, Any]]
+
+
+def read_prompts(source: str, most: int | None = None) -> Rows:
+    """The rows of a source that have a `prompt`, without the columns of preferences.
+
+    Other columns go to the reward as they are. Raises DataError naming the row that has no prompt.
+    """
+    rows: Rows = []
+    for where, row in read_rows(source):
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not prompt or not isinstance(prompt, str | list):
+            raise DataError(
+                f"{where}: `prompt` ({prompt!r}) must be a string or a message list [{{'role': 'user', "
+                "'content': ...}]. Give rows with a prompt, or rename the column that holds it."
+            )
+        rows.append({key: value for key, value in row.items() if key not in ("chosen", "rejected")})
+        if most is not None and len(rows) >= most:
+            break
+    if not rows:
+        raise DataError(f"{source} holds no rows. Give rows with a `prompt`.")
+    return rows
+
+
+def without_heldout(rows: Rows, heldout: Rows) -> Rows:
+    """The rows whose prompt is not held out; the log counts the others. DataError where none is left."""
+    kept_out = {json.dumps(row["prompt"], sort_keys=True) for row in heldout}
+    kept = [row for row in rows if json.dumps(row["prompt"], sort_keys=True) not in kept_out]
+    if not kept:
+        raise DataError(
+            "every prompt of `prompts.train` is held out too, and held-out prompts are not trained on. Lower "
+            "`prompts.max_heldout`, or give other prompts."
+        )
+    if len(kept) < len(rows):
+        logger.warning(
+            "%d of %d prompts to train on are held out too: left out", len(rows) - len(kept), len(rows)
+        )
+    return kept
+
+
+def prompt_set(rows: Rows) -> Dataset:
+    """Rows as a data set, with every column that any of them has.
+
+    What the chat template is given differs in shape from row to row, and is JSON text here: a table would
+    fill each entry with the keys of all others.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return Dataset.from_list([{name: _cell(name, row.get(name)) for name in columns} for row in rows])
+
+
+def _cell(name: str, value: Any) -> Any:
+    is_open = name in _OF_TEMPLATE and value is not None and not isinstance(value, str)
+    return json.dumps(value) if is_open else value

@@ -1,0 +1,60 @@
+"""Whether an RL run may use a directory: begin in it, go on in it, or not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rayrm.errors import RunDirectoryError, writing
+from rayrm.rl.run_log import METRICS
+from rayrm.rl.runfile import dump_rl_run, read_rl_run
+from rayrm.rl.settings import RLRun
+
+FINISHED = "finished.json"
+_RUN = "run.toml"
+_OF_REWARD = ("use", "weights", "gold", "truncation")
+
+
+def begin(run: RLRun) -> None:
+    """Make the run's directory, or check that it holds this run, unfinished; then write its `run.toml`.
+
+    What says where and by what a run is computed (`[cluster]`, `[serve]`, which service) may change between
+    attempts, and anything may before the first step. Raises RunDirectoryError.
+    """
+    output_dir = run.output_dir
+    if (output_dir / FINISHED).exists():
+        raise RunDirectoryError(
+            f"{output_dir} holds a finished run. Choose another `output_dir`, or delete that directory."
+        )
+    file = output_dir / _RUN
+    if _has_begun(output_dir) and file.exists():
+        then, now = _what_it_learns(read_rl_run(file)), _what_it_learns(run)
+        unlike = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
+        if unlike:
+            raise RunDirectoryError(
+                f"{output_dir} holds another run. They differ in {', '.join(unlike)}. Choose another "
+                "`output_dir`, or set that back to go on with the run that is there."
+            )
+    elif not file.exists() and ((output_dir / "config.json").exists() or (output_dir / METRICS).exists()):
+        raise RunDirectoryError(f"{output_dir} holds something else. Choose another `output_dir`.")
+    with writing(file):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file.write_text(dump_rl_run(run), encoding="utf-8")
+
+
+def _has_begun(output_dir: Path) -> bool:
+    return (output_dir / METRICS).exists() or any(output_dir.glob("checkpoint-*"))
+
+
+def _what_it_learns(run: RLRun) -> dict[str, Any]:
+    """By key, what decides the run's result."""
+    reward = {name: getattr(run.reward, name) for name in _OF_REWARD}
+    tables = {
+        "policy": dataclasses.asdict(run.policy),
+        "prompts": dataclasses.asdict(run.prompts),
+        "reward": reward,
+        "shaping": dataclasses.asdict(run.shaping),
+        "rl": {"algorithm": run.algorithm, **run.trainer},
+    }
+    return {f"{table}.{key}": value for table, keys in tables.items() for key, value in keys.items()}

@@ -1,0 +1,129 @@
+"""What rank 0 writes while a policy learns (`metrics.jsonl`, the report), and what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from rayrm.errors import writing
+from rayrm.rl.guard import GuardSettings, HackingGuard
+from rayrm.rl.trl import TRLReward, versions_in
+
+logger = logging.getLogger("rayrm.rl")
+
+METRICS = "metrics.jsonl"
+SHAPING = "shaping.json"
+_REPORT_EVERY_S = 300.0
+Report = Callable[[Path], Any]
+
+
+class RunLog(TrainerCallback):  # type: ignore[misc]
+    """Rank 0's log: `metrics.jsonl`, a line of progress for each record, what the guard warns of, and now and
+    then the report."""
+
+    def __init__(self, output_dir: Path, guard: GuardSettings, report: Report | None = None) -> None:
+        self._file = output_dir / METRICS
+        self._guard = HackingGuard(guard)
+        self._report = report
+        self._began = self._reported = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What follows the checkpoint that training goes on from is logged again."""
+        kept = [record for record in read_metrics(self._file.parent) if record["step"] <= state.global_step]
+        with writing(self._file):
+            self._file.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
+        for record in kept:
+            self._guard.see(record)
+        self._began = self._reported = time.monotonic()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if not logs or "reward" not in logs:
+            return
+        record = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
+        record |= {**shares_of_versions(record), "step": state.global_step}
+        record["seconds"] = time.monotonic() - self._began
+        versions = versions_in(record)
+        with writing(self._file), self._file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(record | {"versions": versions}) + "\n")
+        kl = f", KL {record['kl']:.4f}" if "kl" in record else ""
+        logger.info(
+            "step %d of %d: reward %+.3f (std %.3f)%s, %.1f tokens, version %s",
+            state.global_step,
+            state.max_steps,
+            record["reward"],
+            record["reward_std"],
+            kl,
+            record.get("completions/mean_length", float("nan")),
+            " and ".join(versions) or "unknown",
+        )
+        for warning in self._guard.see(record):
+            logger.warning("%s", warning)
+        if self._report is not None and time.monotonic() - self._reported > _REPORT_EVERY_S:
+            self._report(self._file.parent)
+            self._reported = time.monotonic()
+
+
+class KeepShaping(TrainerCallback):  # type: ignore[misc]
+    """Keeps with each checkpoint what the shaping has seen: every rank has seen the same."""
+
+    def __init__(self, reward: TRLReward) -> None:
+        self._reward = reward
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / SHAPING
+        write_whole(file, self._reward.state_dict())
+
+
+def shares_of_versions(record: dict[str, float]) -> dict[str, float]:
+    """`NAME/version/<version>` as shares that add up to 1 for each reward.
+
+    TRL averages what a reward logs over those ranks that logged it: a version that any rank met reads 1.
+    """
+    totals: dict[str, float] = {}
+    for key, value in record.items():
+        if "/version/" in key:
+            name = key.split("/version/")[0]
+            totals[name] = totals.get(name, 0.0) + value
+    return {
+        key: value / totals[key.split("/version/")[0]] for key, value in record.items() if "/version/" in key
+    }
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The records of an RL run's `metrics.jsonl`, without a last line that was cut off."""
+    file = output_dir / METRICS
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def last_checkpoint(output_dir: Path, *, with_shaping: bool) -> Path | None:
+    """The latest whole checkpoint: the trainer's state is written last, what the shaping saw after it."""
+    needed = ["trainer_state.json", *([SHAPING] if with_shaping else [])]
+    found = [
+        (int(place.name.removeprefix("checkpoint-")), place)
+        for place in output_dir.glob("checkpoint-*")
+        if place.name.removeprefix("checkpoint-").isdigit()
+        and all((place / name).is_file() for name in needed)
+    ]
+    return max(found)[1] if found else None
+
+
+def write_whole(file: Path, content: Any) -> None:
+    """Write JSON that is there whole or not at all."""
+    aside = file.with_suffix(".partial")
+    with writing(file):
+        aside.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        aside.replace(file)
