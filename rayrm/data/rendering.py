@@ -26,7 +26,8 @@ class TextInput:
     """One text to encode: a completion and the prompt before it, both strings or both message lists.
 
     `prompt` None: the completion is the whole text. `rendered`: the strings hold the chat template's output
-    already (or the model has none).
+    already (or the model has none). `complete_turn`, beside it: a text that ends with an end-of-turn token,
+    as a policy stops, gets what the template writes after it (a newline after `<|im_end|>`), as in training.
     """
 
     prompt: Text | None
@@ -34,6 +35,7 @@ class TextInput:
     tools: list[Any] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     rendered: bool = False
+    complete_turn: bool = False
 
 
 def render(
@@ -65,6 +67,11 @@ def render(
         for place, (known, entry) in enumerate(zip(texts, inputs, strict=True)):
             if isinstance(known, str) and (plain or entry.rendered):
                 texts[place] = _open_once(known, opening, in_text=not plain)
+    if not plain and any(entry.rendered and entry.complete_turn for entry in inputs):
+        ending, least = _turn_ending(tokenizer)
+        for place, (known, entry) in enumerate(zip(texts, inputs, strict=True)):
+            if isinstance(known, str) and entry.rendered and entry.complete_turn:
+                texts[place] = _end_turn(known, ending, least)
     return texts
 
 
@@ -232,6 +239,37 @@ def _open_once(text: str, opening: str | None, *, in_text: bool) -> str:
     while bare.startswith(opening):
         bare = bare[len(opening) :]
     return opening + bare if in_text else bare
+
+
+def _turn_ending(tokenizer: Any) -> tuple[str, int]:
+    """What the chat template writes after an assistant's content, and up to where its end-of-turn token goes.
+
+    ("", 0) where there is no template, or it writes no token of the tokenizer's added ones there.
+    """
+    if not tokenizer.chat_template:
+        return "", 0
+    said = "rayrm-content"
+    dialogue = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+    try:
+        _, found, ending = str(tokenizer.apply_chat_template(dialogue, tokenize=False)).rpartition(said)
+    except _TEMPLATE_FAILURES:
+        return "", 0
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {""}
+    ends = [(ending.index(token), -len(token)) for token in added if token in ending]
+    if not found or not ends:
+        return "", 0
+    first, length = min(ends)  # of those that begin at one place the longest, as the tokenizer takes it
+    return ending, first - length
+
+
+def _end_turn(text: str, ending: str, least: int) -> str:
+    """`text` with the rest of `ending`, if it ends with `least` characters of that or more."""
+    if not ending:
+        return text
+    for known in range(len(ending), least - 1, -1):
+        if text.endswith(ending[:known]):
+            return text + ending[known:]
+    return text
 
 
 def _kind(text: Text) -> str:

@@ -2,7 +2,8 @@
 
 OpenRLHF loads this file in each rollout engine and calls `reward_func` in threads, with one query a call;
 calls that arrive together travel together. A query is the whole text as the policy saw and wrote it, special
-tokens included, and is scored as rendered text. It passes no settings: the environment variables of
+tokens included, and is scored as rendered text, with what the reward model's chat template writes after the
+end-of-turn token. It passes no settings: the environment variables of
 `service.py` name the service and its model (`ray job submit --runtime-env-json '{"env_vars": {...}}'`).
 Where this file is: `python -c 'import rayrm.rl.openrlhf as f; print(f.__file__)'`. By HTTP the same scores
 come from `/get_reward`, but there OpenRLHF goes on without the reward of a call that failed. Contract:
@@ -51,7 +52,7 @@ def reward_func(
         RewardLost: a text that cannot be scored, or no answer before the deadline.
     """
     try:
-        inputs = whole_texts("queries", list(queries))
+        inputs = whole_texts("queries", list(queries), complete_turn=True)
         check_none_refused(inputs)
         result = reward_service().score_inputs([text for text in inputs if isinstance(text, TextInput)])
     except Exception as error:  # whatever it is, OpenRLHF would go on without it

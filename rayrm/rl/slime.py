@@ -24,7 +24,8 @@ async def reward(args: Any, sample: Any, **kwargs: Any) -> Any:
     Args:
         args: slime's arguments; `kwargs`: what a rollout of the user's adds. Neither has a part in a score.
         sample: a string `prompt` is rendered text, as slime's `--apply-chat-template` leaves it, and goes
-            before the response as it is; one of messages is a dialogue that the response answers.
+            before the response as it is, with what the template writes after the
+            end-of-turn token; one of messages is a dialogue that the response answers.
 
     The version that scored stands in each sample's `metadata["reward_version"]`.
 
@@ -51,5 +52,5 @@ def _input(sample: Any, place: int) -> Scorable:
     rendered = isinstance(prompt, str)
     if not rendered:
         completion = [{"role": "assistant", "content": sample.response}]
-    entry = TextInput(prompt, completion, rendered=rendered)
+    entry = TextInput(prompt, completion, rendered=rendered, complete_turn=rendered)
     return text_scorable(f"samples[{place}].prompt", f"samples[{place}].response", entry)

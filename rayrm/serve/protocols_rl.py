@@ -35,7 +35,7 @@ class OpenRLHFBody(BaseModel):
 
 
 def _openrlhf_request(body: OpenRLHFBody) -> ScoreRequest:
-    return ScoreRequest(whole_texts("query", body.query))
+    return ScoreRequest(whole_texts("query", body.query, complete_turn=True))
 
 
 def _openrlhf_answer(body: OpenRLHFBody, result: ScoreResult) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class SlimeBody(BaseModel):
 def _slime_request(body: SlimeBody) -> ScoreRequest:
     """A prompt of messages is scored as a dialogue; a string goes before the response as it is."""
     if isinstance(body.prompt, str):
-        return ScoreRequest([TextInput(body.prompt, body.response, rendered=True)])
+        return ScoreRequest([TextInput(body.prompt, body.response, rendered=True, complete_turn=True)])
     prompt = read_messages("prompt", body.prompt)
     dialogue = TextInput(prompt, [{"role": "assistant", "content": body.response}])
     return ScoreRequest([text_scorable("prompt", "response", dialogue)])
@@ -116,8 +116,8 @@ SLIME = WireShape(
     title="slime",
     description="slime's remote reward model (`--rm-type remote_rm --rm-url http://host:8000/reward`): one "
     "sample, and the body of the answer is the reward. A string prompt is taken as rendered, as slime's "
-    "`--apply-chat-template` leaves it; a model trained on messages then sees of the response's end what the "
-    "response holds of it.",
+    "`--apply-chat-template` leaves it; what the template writes after a response's end-of-turn token "
+    "is added, and a response that was cut off stays so.",
     told_by=("response",),
     body=SlimeBody,
     to_request=_slime_request,

@@ -189,9 +189,15 @@ def read_texts(name: str, value: Any) -> list[Scorable]:
     return read_ids(name, [many] if type(many[0]) is int else many)
 
 
-def whole_texts(name: str, value: Any) -> list[Scorable]:
-    """Strings -> inputs that are the chat template's output, or plain text. Raises ScoreError otherwise."""
-    return [TextInput(None, text, rendered=True) for text in read_strings(name, value)]
+def whole_texts(name: str, value: Any, *, complete_turn: bool = False) -> list[Scorable]:
+    """Strings -> inputs that are the chat template's output, or plain text. Raises ScoreError otherwise.
+
+    `complete_turn`: as in `TextInput`, for what a policy wrote up to its stop token.
+    """
+    return [
+        TextInput(None, text, rendered=True, complete_turn=complete_turn)
+        for text in read_strings(name, value)
+    ]
 
 
 def read_strings(name: str, value: Any) -> list[str]:

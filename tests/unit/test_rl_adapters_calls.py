@@ -124,7 +124,9 @@ def test_verls_rollout_is_decoded_up_to_its_last_token(service: Service) -> None
 def test_openrlhfs_queries_are_whole_rendered_texts(service: Service) -> None:
     service.spread = [0.25, 0.75]
     answer = reward_func(["<|user|>why?", "b"], ["<|user|>", ""], [None, None])
-    assert service.texts() == [TextInput(None, text, rendered=True) for text in ("<|user|>why?", "b")]
+    assert service.texts() == [
+        TextInput(None, text, rendered=True, complete_turn=True) for text in ("<|user|>why?", "b")
+    ]
     for name in ("rewards", "scores"):
         assert torch.equal(answer[name], torch.tensor([0.5, 1.5]))
     assert {name: logged.tolist() for name, logged in answer["extra_logs"].items()} == {
@@ -167,8 +169,8 @@ def test_slimes_sample_is_a_float_and_its_group_a_list(service: Service) -> None
     assert asyncio.run(reward(None, [])) == []
     assert [len(request.inputs) for request in service.requests] == [1, 2]
     assert service.texts() == [
-        TextInput("<|user|>why?", " yes", rendered=True),
-        TextInput("<|user|>why?", "a", rendered=True),
+        TextInput("<|user|>why?", " yes", rendered=True, complete_turn=True),
+        TextInput("<|user|>why?", "a", rendered=True, complete_turn=True),
         TextInput(QUESTION, [{"role": "assistant", "content": "b"}]),
     ]
 
