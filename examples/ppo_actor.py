@@ -9,17 +9,21 @@ the length of this run. `--policy` is a causal language model; its tokenizer nee
 which is given texts. The files have a column `prompt`: strings or message lists, as the reward model was
 trained. Every field of `rayrm.rl.ppo.PPOSettings` is an option. With `--num-actors` each actor holds the
 whole model and has its share of the prompts. A lost replica of the reward costs time and no reward; a lost
-actor ends the run.
+actor ends the run. The trained policy is saved before it is compared with the one that it began as.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
+import re
+import secrets
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +33,26 @@ import tomli_w
 import torch
 from ray import serve
 from ray.exceptions import RayTaskError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrm import RewardClient, deploy
 from rayrm.data.messages import Text
-from rayrm.errors import DataError, RayrmError, RunDirectoryError
+from rayrm.errors import ConfigError, DataError, RayrmError, RunDirectoryError, VersionError
 from rayrm.report.rl import write_rl_report
 from rayrm.rl.guard import length_correlation, repetition
 from rayrm.rl.heldout import Gain, paired_gain
-from rayrm.rl.launch import read_prompts
+from rayrm.rl.launch import ending_on_sigterm, reserve_room
 from rayrm.rl.ppo import PPOSettings
 from rayrm.rl.ppo_learner import Learner
+from rayrm.rl.prompts import read_prompts
 from rayrm.serve.connect import connect
 
 GPU = torch.cuda.is_available()
 SERVED_HERE = "ppo-reward"
+ACTOR = {"CPU": 0.25, "GPU": 0.8} if GPU else {"CPU": 0.25}
+REPLICA = {"CPU": 0.5, "GPU": 0.2} if GPU else {"CPU": 0.5}
+SCORED_AT_ONCE = 64
 RUN_KEYS = ("policy", "reward", "prompts", "heldout", "heldout_prompts", "heldout_samples")
 SAMPLE_KEYS = ("step", "prompt", "completion", "score", "reward", "version")
 
@@ -113,11 +123,32 @@ def _free_address() -> str:
         return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
 
-def start_actors(settings: PPOSettings, policy: str, reward: Any) -> list[Any]:
-    """One actor for each rank, which have met where there are several."""
+def reserve_actors(settings: PPOSettings, *, with_replica: bool = False) -> PlacementGroup:
+    """Room for every actor at once, before any starts; `with_replica`: and for a replica beside them.
+
+    Raises ClusterError, which says what was asked and what is there, where there is none within a minute.
+    """
+    actors, asked = [ACTOR] * settings.num_actors, f"{settings.num_actors} actors of {ACTOR}"
+    remedy = "Lower --num-actors, or end what runs beside."
+    if with_replica:  # Serve places it: its room is given back, and left by what the actors hold
+        remove_placement_group(
+            reserve_room([*actors, REPLICA], f"{asked} and a replica of {REPLICA}", remedy)
+        )
+    return reserve_room(actors, asked, remedy)
+
+
+def start_actors(settings: PPOSettings, policy: str, reward: Any, room: PlacementGroup) -> list[Any]:
+    """One actor for each rank, in `room`, which have met where there are several; they end with `room`."""
     place = str(Path(policy).resolve()) if Path(policy).exists() else policy
-    learner = ray.remote(Learner).options(num_cpus=0.25, num_gpus=0.8 if GPU else 0)
-    actors = [learner.remote(settings, place, reward, rank) for rank in range(settings.num_actors)]
+    learner = ray.remote(Learner)
+    actors = [
+        learner.options(
+            num_cpus=ACTOR["CPU"],
+            num_gpus=ACTOR.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(room, rank),
+        ).remote(settings, place, reward, rank)
+        for rank in range(settings.num_actors)
+    ]
     if len(actors) > 1:
         address = ray.get(actors[0].__ray_call__.remote(lambda learner: _free_address()))
         ray.get([actor.join.remote(address) for actor in actors])
@@ -157,6 +188,31 @@ def train(settings: PPOSettings, actors: list[Any], reward: Any, prompts: list[T
             )
 
 
+def score_by_one_version(
+    reward: Any, prompts: list[Text], completions: list[Text]
+) -> tuple[list[float], str]:
+    """The scores, and the version that gave them all: the one that serves first is asked for from then on.
+
+    Many requests, so that how many texts there are has no part in whether one is answered in time. Where
+    the service rolls between them its new version scores all again; VersionError if it does so thrice.
+    """
+    asked = copy.copy(reward)
+    for left in (2, 1, 0):
+        asked.pin_version = None
+        scores: list[float] = []
+        try:
+            for start in range(0, len(prompts), SCORED_AT_ONCE):
+                these = slice(start, start + SCORED_AT_ONCE)
+                found = asked.score(prompts[these], completions[these])
+                scores += found.scores
+                asked.pin_version = found.version
+            break
+        except VersionError:
+            if not left:
+                raise
+    return scores, asked.pin_version
+
+
 def compare(actors: list[Any], reward: Any, prompts: list[Text], num_samples: int, output: Path) -> Gain:
     """Fresh samples of the starting and of the trained policy on `prompts`, all scored by one version."""
     ranks = len(actors)
@@ -169,20 +225,27 @@ def compare(actors: list[Any], reward: Any, prompts: list[Text], num_samples: in
             texts[rank::ranks] = of_rank
     asked = [prompt for prompt in prompts for _ in range(num_samples)] * 2
     given = [text for texts in sampled for row in texts for text in row]
-    scored = reward.score(asked, given)
-    scores = np.array(scored.scores).reshape(2, len(prompts), num_samples).tolist()
+    scored, version = score_by_one_version(reward, asked, given)
+    scores = np.array(scored).reshape(2, len(prompts), num_samples).tolist()
     gain = paired_gain(*scores)
     kept = {
         "prompts": prompts,
         "before": scores[0],
         "after": scores[1],
         "gain": dataclasses.asdict(gain),
-        "version": scored.version,
+        "version": version,
         "samples_before": sampled[0],
         "samples_after": sampled[1],
     }
     (output / "heldout.json").write_text(json.dumps(kept))
     return gain
+
+
+def count(word: str) -> int:
+    """An argument that counts something."""
+    if not re.fullmatch("[0-9]+", word) or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} must be a whole number, at least 1")
+    return int(word)
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, PPOSettings]:
@@ -195,14 +258,43 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, PPOSetti
     )
     parser.add_argument("--prompts", required=True, help="jsonl file to learn from")
     parser.add_argument("--heldout", required=True, help="jsonl file to compare the policies on")
-    parser.add_argument("--heldout-prompts", type=int, default=128, help="how many of its first rows")
-    parser.add_argument("--heldout-samples", type=int, default=2, help="of each policy, for each of them")
+    parser.add_argument("--heldout-prompts", type=count, default=128, help="how many of its first rows")
+    parser.add_argument("--heldout-samples", type=count, default=2, help="of each policy, for each of them")
     parser.add_argument("--output-dir", required=True, help="a new directory")
     for field in dataclasses.fields(PPOSettings):
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default)
     options = parser.parse_args(arguments)
     names = [field.name for field in dataclasses.fields(PPOSettings)]
-    return options, PPOSettings(**{name: getattr(options, name) for name in names})
+    try:
+        return options, PPOSettings(**{name: getattr(options, name) for name in names})
+    except ConfigError as error:  # of fields, which are flags here
+        said = re.sub(rf"`({'|'.join(names)})`", lambda name: f"--{name[1].replace('_', '-')}", str(error))
+        parser.error(said)
+
+
+@contextmanager
+def running(options: argparse.Namespace, settings: PPOSettings) -> Iterator[tuple[list[Any], Any]]:
+    """The actors of a run and its reward; what was started for it ends with the block.
+
+    A service has a name of its own, so that runs side by side do not take each other's.
+    """
+    serve_here = Path(options.reward).is_dir()
+    name = f"{SERVED_HERE}-{secrets.token_hex(4)}" if serve_here else options.reward
+    room = reserve_actors(settings, with_replica=serve_here)
+    try:
+        if serve_here:
+            print(f"serving {options.reward} as {name!r} for the length of this run", flush=True)
+            reward = deploy(options.reward, name, num_cpus=REPLICA["CPU"], num_gpus=REPLICA.get("GPU", 0))
+            reward.__name__ = SERVED_HERE  # in the log, where runs are laid side by side
+        else:
+            reward = RewardClient(name)
+        yield start_actors(settings, options.policy, reward, room), reward
+    finally:
+        # The service first: the actors end with this process, of which `ray job stop` leaves little.
+        if ray.is_initialized():
+            if serve_here and name in serve.status().applications:
+                serve.delete(name)
+            remove_placement_group(room)
 
 
 def main(arguments: Sequence[str] | None = None) -> Gain:
@@ -212,33 +304,19 @@ def main(arguments: Sequence[str] | None = None) -> Gain:
     if output.exists() and any(output.iterdir()):
         raise RunDirectoryError(f"the output directory ({output}) is not empty; give a new one or remove it.")
     output.mkdir(parents=True, exist_ok=True)
-    (output / "run.toml").write_text(
-        tomli_w.dumps({"run": {key: str(value) for key, value in vars(options).items() if key in RUN_KEYS},
-                       "ppo": dataclasses.asdict(settings)})
-    )  # fmt: skip
-
+    run = {key: str(value) for key, value in vars(options).items() if key in RUN_KEYS}
     connect()
-    serve_here = Path(options.reward).is_dir()
-    reward = (
-        deploy(options.reward, SERVED_HERE, num_cpus=0.5, num_gpus=0.2 if GPU else 0)
-        if serve_here
-        else RewardClient(options.reward)
-    )
-    actors: list[Any] = []
     try:
-        actors = start_actors(settings, options.policy, reward)
-        train(settings, actors, reward, prompts, output)
-        gain = compare(actors, reward, heldout[: options.heldout_prompts], options.heldout_samples, output)
-        ray.get(actors[0].save.remote(str(output)))
+        with ending_on_sigterm(), running(options, settings) as (actors, reward):
+            (output / "run.toml").write_text(tomli_w.dumps({"run": run, "ppo": dataclasses.asdict(settings)}))
+            train(settings, actors, reward, prompts, output)
+            ray.get(actors[0].save.remote(str(output)))
+            asked = heldout[: options.heldout_prompts]
+            gain = compare(actors, reward, asked, options.heldout_samples, output)
     except RayTaskError as error:
         if isinstance(error.cause, RayrmError):
             raise error.cause from error
         raise
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-        if serve_here:
-            serve.delete(SERVED_HERE)
     print(
         f"held-out reward {gain.before:+.3f} -> {gain.after:+.3f}: gain {gain.gain:+.3f} "
         f"[{gain.low:+.3f}, {gain.high:+.3f}], 95% interval over {gain.num_prompts} prompts, "

@@ -3,6 +3,7 @@
 RayrmError
 ├── ConfigError            (ValueError)    a setting of a run
 ├── DataError              (ValueError)    a source, a file
+│   ├── NoRowLeftError                     every row of a reading was refused
 │   └── RowError                           one row of a source, with a machine-readable reason
 ├── ModelError             (ValueError)    a model, a tokenizer
 ├── RunDirectoryError      (ValueError)    an output directory that holds something else
@@ -36,6 +37,10 @@ class ConfigError(RayrmError, ValueError):
 
 class DataError(RayrmError, ValueError):
     """A data source that is missing, unreadable or empty, or a share of bad rows above the limit."""
+
+
+class NoRowLeftError(DataError):
+    """Every row of a reading was refused."""
 
 
 class RowError(DataError):

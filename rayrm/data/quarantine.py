@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rayrm.data.selection import EXCLUDED
 from rayrm.data.sources import place_of, row_name
-from rayrm.errors import DataError, writing
+from rayrm.errors import DataError, NoRowLeftError, writing
 
 if TYPE_CHECKING:
     from rayrm.data.blocks import Refusal
@@ -223,7 +223,7 @@ class RefusalWatch:
                 self._refuse(f"{counts.num_bad:,} of {counts.num_rows:,} rows read so far", source, counts)
 
     def finish(self) -> None:
-        """All rows were seen: `DataError` for a source above the limit, or if no row is left to use."""
+        """All rows were seen: `DataError` for a source above the limit, `NoRowLeftError` if none is left."""
         total = self.total
         if total.num_rows == 0:
             raise DataError(f"{self._said()} has no rows; give a source that has some")
@@ -235,7 +235,7 @@ class RefusalWatch:
             )
         if total.refused.total() == left:
             verdict = f"all {left:,} rows of {self._said()} were refused; no row is left to use"
-            raise DataError(verdict + self._reasons(total))
+            raise NoRowLeftError(verdict + self._reasons(total))
         for source, counts in self.counts.items():
             if counts.num_bad > self._max_bad * counts.num_rows:
                 self._refuse(f"{counts.num_bad:,} of {counts.num_rows:,} rows", source, counts)

@@ -20,7 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from rayrm.data.messages import Text
 from rayrm.errors import ClusterError, ConfigError, RayrmError
@@ -79,7 +84,7 @@ def train_policy(run: RLRun, *, report: Report | None = None) -> RLSummary:
     check_trainer(run, len(prompts), len(heldout))
     begin(run)
     join_cluster(run.cluster.address)
-    with _ending_on_sigterm(), _reward_service(run) as (clients, gold):
+    with ending_on_sigterm(), _reward_service(run) as (clients, gold):
         for one in (*clients.values(), gold):
             _warm_up(one, (heldout or prompts)[0]["prompt"])
         _fit(PolicyJob(run, clients, gold, prompts, heldout, report))
@@ -92,7 +97,7 @@ def train_policy(run: RLRun, *, report: Report | None = None) -> RLSummary:
 
 
 @contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
+def ending_on_sigterm() -> Iterator[None]:
     """SIGTERM (`ray job stop`) ends the block as Ctrl-C does, so that the service of this run is removed.
 
     Ray Train sets handlers of its own for Ctrl-C and leaves them behind; those from before come back.
@@ -183,20 +188,35 @@ def _nodes_with_room(run: RLRun, num_replicas: int) -> list[str]:
     places = [place for place, bundle in enumerate(bundles) if bundle]
     if not places:
         return []
-    group = placement_group([bundles[place] for place in places], strategy="PACK")
+    beside = f" and {num_replicas} replicas of {replica}" if num_replicas else ""
+    group = reserve_room(
+        [bundles[place] for place in places],
+        f"{num_workers} policy workers of {worker}{beside}",
+        "Lower `cluster.num_workers`, `cluster.resources_per_worker`, `serve.num_replicas` or "
+        "`serve.num_cpus`, or end what runs beside.",
+    )
     try:
-        if not group.wait(_ROOM_WAIT_S):
-            beside = f" and {num_replicas} replicas of {replica}" if num_replicas else ""
-            raise ClusterError(
-                f"{num_workers} policy workers of {worker}{beside} do not fit together on this cluster, "
-                f"which has {_total()}, free {_free()}. Lower `cluster.num_workers`, "
-                "`cluster.resources_per_worker`, `serve.num_replicas` or `serve.num_cpus`, or end what runs "
-                "beside."
-            )
         nodes = placement_group_table(group)["bundles_to_node_id"]
         return sorted({node for place, node in nodes.items() if places[int(place)] >= num_workers})
     finally:
         remove_placement_group(group)
+
+
+def reserve_room(bundles: list[dict[str, float]], asked: str, remedy: str) -> PlacementGroup:
+    """A placement group of all `bundles` at once, as close together as it goes; who asks removes it.
+
+    Raises ClusterError where there is no room within a minute: `asked` says for what, `remedy` what to type.
+    """
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        if group.wait(_ROOM_WAIT_S):
+            return group
+        raise ClusterError(
+            f"{asked} do not fit together on this cluster, which has {_total()}, free {_free()}. {remedy}"
+        )
+    except BaseException:
+        remove_placement_group(group)
+        raise
 
 
 def _of_worker(run: RLRun) -> dict[str, float]:

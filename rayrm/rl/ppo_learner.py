@@ -31,6 +31,7 @@ from rayrm.rl.ppo import (
 )
 
 _SAMPLED_AT_ONCE = 64
+_ROUNDING = 1e-6  # of scores computed in float32, relative to them: some eight of its steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What the policy that generated them thought of the tokens (`[B, T]`), and the scores (`[B]`)."""
+    """What the policy that generated them thought of the tokens (`[B, T]`); `scores`: `[B]`, float64."""
 
     generated: Generated
     logprobs: Tensor
@@ -205,7 +206,7 @@ class Learner:
             logits, _ = self.evaluate(self.reference, generated)
             reference_logprobs = token_logprobs(logits, generated.completions)
             scored = asked.result()
-        scores = torch.tensor(scored.scores, device=self.device)
+        scores = torch.tensor(scored.scores, dtype=torch.float64, device=self.device)
         return Rollout(generated, logprobs, reference_logprobs, values, entropy, scores), scored
 
     def learn(self, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
@@ -252,24 +253,29 @@ class Learner:
         return found[0], found[1]
 
     def save(self, directory: str) -> None:
-        """The policy as transformers saves it, without the value head."""
+        """The policy as transformers saves it, without the value head; what is sampled stays as it was."""
+        sampling = self.policy.generation_config
         self.policy.generation_config = self.saved_generation
-        self.policy.save_pretrained(directory)
+        try:
+            self.policy.save_pretrained(directory)
+        finally:
+            self.policy.generation_config = sampling
         self.tokenizer.save_pretrained(directory)
 
     def _scaled(self, scores: Tensor) -> Tensor:
         """Scores less the mean of the first rollout's, by their deviation: one fixed line for the whole run.
 
-        So the values begin right at 0, and `kl_coef` means the same whatever a reward model's scale.
+        So the values begin right at 0, and `kl_coef` means the same whatever a reward model's scale. Where
+        the first rollout's scores are all the same but for float32's rounding, they are not divided.
         """
+        scores = scores.double()
         if self.center_scale is None:
-            count, first, second = self._total(
-                torch.stack([torch.ones_like(scores), scores, scores.square()]).double().sum(1)
-            ).tolist()
-            deviation = max(second / count - (first / count) ** 2, 0.0) ** 0.5
-            self.center_scale = first / count, deviation if deviation > 1e-6 else 1.0
+            count, total = self._total(torch.stack([torch.ones_like(scores).sum(), scores.sum()])).tolist()
+            mean = total / count
+            deviation = (self._total((scores - mean).square().sum()).item() / count) ** 0.5
+            self.center_scale = mean, deviation if deviation > _ROUNDING * max(1.0, abs(mean)) else 1.0
         center, scale = self.center_scale
-        return (scores - center) / scale
+        return ((scores - center) / scale).float()
 
     def _update(self, loss: Tensor) -> None:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

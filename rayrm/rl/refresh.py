@@ -26,16 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from rayrm.config import DataConfig, ModelConfig, SourceConfig
+from rayrm.data.quarantine import QUARANTINE
 from rayrm.data.selection import Selection, excluded_prompts
-from rayrm.errors import ConfigError, PublishError, RollError, RunDirectoryError, writing
+from rayrm.errors import ConfigError, NoRowLeftError, PublishError, RollError, RunDirectoryError, writing
 from rayrm.logs import show_logs
 from rayrm.rl.judge import Judge, load_judge
-from rayrm.rl.refresh_gate import Measured, Share, measure, probe_file, refusal
+from rayrm.rl.refresh_gate import Measured, Share, accuracy_of, measure, probe_file, refusal
 from rayrm.rl.refresh_pairs import PAIRS, Gathered, gather, last_cursor
 from rayrm.rl.refresh_replay import draw_replay, num_replayed, write_replay
 from rayrm.rl.refresh_samples import SampleReader
 from rayrm.rl.refresh_settings import SECTIONS, Refresh, read_refresh
 from rayrm.runfile import Run, dump_tables
+from rayrm.serve.calibration import calibration_files
 from rayrm.serve.client import RewardClient
 from rayrm.serve.connect import connect
 from rayrm.serve.registry import MANIFEST, PublishedModel, open_published, publish
@@ -50,6 +52,7 @@ logger = logging.getLogger("rayrm.rl")
 
 ROUNDS = "rounds.jsonl"
 _SETTINGS = "refresh.toml"
+REFUSED = "refused-in-training"
 _SAY_EVERY_S = 60.0
 _SAME = ("service", "model", "registry", "name", "samples")
 
@@ -164,15 +167,21 @@ class _Rounds:
         directory = _directory(self._home, number)
         gathered = self._gather(directory, number)
         base, carried = self._begin(directory, before)
-        drawn = self._train(directory, number, base, gathered, carried)
-        found = self._measure(directory, base)
-        reason = refusal(
-            found,
-            base.version,
-            allowed_drop=self._config.allowed_drop,
-            min_probe_agreement=self._config.min_probe_agreement,
-        )
-        version = None
+        version, reason, drawn = None, None, 0
+        try:
+            drawn = self._train(directory, number, base, gathered, carried)
+        except NoRowLeftError as error:
+            # Every restart would end so: the next round, with more rows, may not.
+            reason = f"nothing can be trained on: {error}"
+            found = Measured(accuracy_of(base.path, self._eval, self._settings.data.max_eval_pairs))
+        else:
+            found = self._measure(directory, base)
+            reason = refusal(
+                found,
+                base.version,
+                allowed_drop=self._config.allowed_drop,
+                min_probe_agreement=self._config.min_probe_agreement,
+            )
         if reason is None:
             version, reason = self._publish_and_roll(directory, base)
         outcome = Outcome(
@@ -185,7 +194,7 @@ class _Rounds:
             sum(num_rows for _, num_rows in carried),
             drawn,
             int(read_progress(directory / "model").get("step", 0)),
-            gathered.counts,
+            gathered.counts | self._refused_rows(directory, number),
             found.before,
             found.after,
             found.probe_agreement,
@@ -204,10 +213,12 @@ class _Rounds:
 
     def _gather(self, directory: Path, number: int) -> Gathered:
         globs = self._config.samples
+        served = self._served()
+        self._calibrate(served)  # what is missing is told before samples are judged
         reader = SampleReader(
             [globs] if isinstance(globs, str) else globs,
             self._cursor(number),
-            text_form=read_json(self._served().path / MANIFEST)["text_form"],
+            text_form=read_json(served.path / MANIFEST)["text_form"],
             held_out=self._held_out,
         )
 
@@ -237,6 +248,7 @@ class _Rounds:
             base = open_published(self._config.registry, self._name, kept["base"])
             return base, [(Path(path), num_rows) for path, num_rows in kept["carried"]]
         served = self._served()
+        self._calibrate(served)
         carried: list[tuple[Path, int]] = []
         for outcome in reversed(before):
             if outcome.accepted:
@@ -276,7 +288,8 @@ class _Rounds:
                 eval=self._eval if reward.eval_strategy != "no" else None,
                 max_eval_pairs=data.max_eval_pairs,
             ),
-            dataclasses.replace(reward, output_dir=str(model_dir)),
+            # One row that the model's template refuses would stop a small round at every restart.
+            dataclasses.replace(reward, output_dir=str(model_dir), max_bad_row_fraction=1.0),
             self._settings.cluster,
         )
         if not read_finished(model_dir):
@@ -286,6 +299,14 @@ class _Rounds:
             )
             train_run(run)
         return drawn
+
+    def _refused_rows(self, directory: Path, number: int) -> dict[str, int]:
+        """How many rows the training left out, as `outcome.json` counts them."""
+        file = directory / "model" / QUARANTINE
+        num_refused = len(file.read_bytes().splitlines()) if file.exists() else 0
+        if num_refused:
+            logger.warning("round %d left out %d rows: the reasons are in %s", number, num_refused, file)
+        return {REFUSED: num_refused} if num_refused else {}
 
     def _measure(self, directory: Path, base: PublishedModel) -> Measured:
         file = directory / "measured.json"
@@ -301,6 +322,7 @@ class _Rounds:
 
     def _publish_and_roll(self, directory: Path, base: PublishedModel) -> tuple[str | None, str | None]:
         """The version that was published (None: none was), and why it does not serve (None: it does)."""
+        calibrate = self._calibrate(base)
         try:
             published = publish(
                 directory / "model",
@@ -308,6 +330,7 @@ class _Rounds:
                 self._name,
                 make_current=False,  # the roll does, where no replica refuses
                 probe=probe_file(base, directory / "probe.jsonl"),
+                calibrate=calibrate,
             )
         except PublishError as error:
             return None, f"it cannot be published: {error}"
@@ -323,6 +346,10 @@ class _Rounds:
             if self._version() != published.version:
                 return published.version, f"the service refused it: {error}"
         return published.version, None
+
+    def _calibrate(self, base: PublishedModel) -> dict[str, str]:
+        """The texts of the calibrations that come with the answers of `base`, for its successor's."""
+        return calibration_files(read_json(base.path / MANIFEST), self._config.calibrate)
 
     def _model_name(self) -> str:
         models = self._client.status()["models"]

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayrm.errors import PublishError, ScoreError
+from rayrm.errors import ConfigError, PublishError, RayrmError, ScoreError
 from rayrm.serve.drift import Distribution
 from rayrm.serve.probe import (
     ProbeTexts,
@@ -124,6 +124,32 @@ def stored_calibration(manifest: Mapping[str, Any]) -> dict[str, tuple[float, fl
     """(mean, std) by name, of a published model's manifest; empty where none was stored."""
     stored = manifest.get("calibration") or {}
     return {name: (float(one["mean"]), float(one["std"])) for name, one in stored.items()}
+
+
+def calibration_files(manifest: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """The files by which a successor of a published version is calibrated alike: those of `manifest`, by
+    name, as absolute paths; `given` names others in their place, or further ones.
+
+    Raises ConfigError for a file that is gone, cannot be read, or (unless it is `given`) holds other texts.
+    """
+    stored = manifest.get("calibration") or {}
+    found: dict[str, str] = {}
+    for name in {**stored, **given}:
+        file = given.get(name) or stored[name]["source"]
+        whose = (
+            f"calibration {name!r} of {manifest['name']} {manifest['version']} is of the texts of {file!r}"
+        )
+        fix = f"Put them back, or name a file of texts: refresh.calibrate.{name}=FILE."
+        try:
+            texts = read_publication_texts(None, {name: file}).calibrate[name]
+        except (OSError, RayrmError) as error:
+            raise ConfigError(f"{whose}, which cannot be read: {error} {fix}") from error
+        if name not in given and _digest(texts) != stored[name]["sha256"]:
+            raise ConfigError(
+                f"{whose}, and these are others now: the next version would have another zero and unit. {fix}"
+            )
+        found[name] = str(Path(file).absolute())
+    return found
 
 
 def _digest(texts: ProbeTexts) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +14,19 @@ import pytest
 import ray
 import torch
 from ray import serve
+from ray.util.placement_group import remove_placement_group
 from transformers import AutoModelForCausalLM
 
 from examples import ppo_actor
-from rayrm.errors import DataError, RunDirectoryError, ScoreError
+from rayrm.errors import ClusterError, DataError, RunDirectoryError, ScoreError
+from rayrm.rl.heldout import Gain, paired_gain
 from rayrm.rl.ppo import PPOSettings
 from rayrm.rl.ppo_learner import Learner, Rollout
 from rayrm.serve.client import RewardClient
 from rayrm.serve.registry import PublishedModel, publish
 from rayrm.serve.scorer import RewardModel
 from tests.integration.test_cli import write_rows
-from tests.served import SAME, replica_pids, served
+from tests.served import SAME, replica_pids, served, texts
 from tests.tiny import WORDS, save_tiny
 from tests.unit.test_ppo import Reward, questions, save_policy
 
@@ -106,6 +109,73 @@ def test_a_killed_replica_and_a_roll_lose_no_reward_and_each_score_is_its_versio
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_comparison_is_many_requests_that_one_version_answers(
+    service: RewardClient, second: PublishedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the service rolls between two of them: the new version scores all."""
+    prompts, completions = texts(150)
+    plain, asked = RewardClient.score, []
+
+    def rolling(client: RewardClient, *given: list[Any]) -> Any:
+        asked.append((len(given[0]), client.pin_version))
+        found = plain(client, *given)
+        if len(asked) == 1:
+            service.roll(second.version)
+        return found
+
+    monkeypatch.setattr(RewardClient, "score", rolling)
+    scores, version = ppo_actor.score_by_one_version(service, prompts, completions)
+    assert version == second.version
+    most = ppo_actor.SCORED_AT_ONCE
+    assert [count for count, _ in asked[2:]] == [most, most, 150 - 2 * most]
+    assert [pinned for _, pinned in asked[2:]] == [None, version, version]
+    expected = RewardModel.from_pretrained(second.path).score(prompts, completions)
+    assert scores == pytest.approx(expected, abs=SAME)
+    assert service.pin_version is None
+
+
+def planted(policy: Path, output: Path, prompts: list[Any], **fields: Any) -> Gain:
+    """A run without a service, whose reward is how many `e` a completion has."""
+    settings = PPOSettings(
+        prompts_per_step=128, num_ppo_epochs=3, max_completion_length=4, kl_coef=0.0, **fields
+    )
+    reward = Reward(lambda text: text.count("e"))
+    output.mkdir()
+    room = ppo_actor.reserve_actors(settings)
+    try:
+        actors = ppo_actor.start_actors(settings, str(policy), reward, room)
+        ppo_actor.train(settings, actors, reward, prompts, output)
+        gain = ppo_actor.compare(actors, reward, prompts, 2, output)
+    finally:
+        remove_placement_group(room)
+    kept = json.loads((output / "heldout.json").read_text())
+    for side in ("before", "after"):
+        said = [[text[0]["content"] for text in row] for row in kept[f"samples_{side}"]]
+        assert kept[side] == [[text.count("e") for text in row] for row in said]
+    return gain
+
+
+def test_the_gain_of_a_trained_policy_is_outside_its_interval_and_of_a_frozen_one_inside(
+    ray_cluster: None, policy: Path, tmp_path: Path
+) -> None:
+    prompts = [[{"role": "user", "content": f"{a} {b}"}] for a in WORDS[:16] for b in WORDS[16:24]]
+    gain = planted(policy, tmp_path / "run", prompts, steps=6, learning_rate=5e-3, num_actors=2)
+    assert (gain.num_prompts, gain.num_samples) == (128, 256)
+    assert 0 < gain.low < gain.gain < gain.high
+    # A step that float32 does not see. Both policies draw by the same seed, so nothing differs at all.
+    frozen = planted(policy, tmp_path / "frozen", prompts, steps=1, learning_rate=1e-12)
+    assert (frozen.low, frozen.gain, frozen.high) == (0, 0, 0)
+    # Drawn by another seed, the interval of no gain has a width, and holds 0.
+    drawn = [Learner(PPOSettings(max_completion_length=4, seed=n), str(policy), Reward()) for n in (0, 1)]
+    counts = [
+        [[text[0]["content"].count("e") for text in row] for row in one.sample(prompts, 2)[0]]
+        for one in drawn
+    ]
+    nothing = paired_gain(*counts)
+    assert nothing.low < 0 < nothing.high
+    assert nothing.high < gain.low
+
+
 def test_two_actors_learn_what_one_learns_from_the_same_rollout(ray_cluster: None, policy: Path) -> None:
     """Up to the order of sums in float32."""
     fields: dict[str, Any] = {"prompts_per_step": 8, "num_mini_batches": 1, "max_completion_length": 6}
@@ -128,8 +198,10 @@ def test_two_actors_learn_what_one_learns_from_the_same_rollout(ray_cluster: Non
         shares.append((Rollout(generated=share, **kept, **rest), rewards[of_rank]))
     means = alone.learn(rollout, rewards)
 
-    actors = ppo_actor.start_actors(PPOSettings(num_actors=2, **fields), str(policy), Reward())
+    settings = PPOSettings(num_actors=2, **fields)
+    room = ppo_actor.reserve_actors(settings)
     try:
+        actors = ppo_actor.start_actors(settings, str(policy), Reward(), room)
         both = ray.get([actor.learn.remote(*share) for actor, share in zip(actors, shares, strict=True)])
         weights = ray.get(
             [actor.__ray_call__.remote(lambda learner: learner.policy.state_dict()) for actor in actors]
@@ -138,8 +210,7 @@ def test_two_actors_learn_what_one_learns_from_the_same_rollout(ray_cluster: Non
         with pytest.raises(IndexError):
             ppo_actor.gathered([actors[0].step.remote(1, questions(4)), actors[1].step.remote(1, [])])
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        remove_placement_group(room)
     assert both[0] == both[1]
     assert both[0] == pytest.approx(means, abs=1e-5)
     for name, expected in alone.policy.state_dict().items():
@@ -147,6 +218,89 @@ def test_two_actors_learn_what_one_learns_from_the_same_rollout(ray_cluster: Non
         # Adam turns a gradient that is all but zero into a step of the learning rate, whatever its sign.
         far = (weights[0][name] - expected).abs() > 1e-5
         assert far.float().mean() < 0.01
+
+
+def served_here() -> list[str]:
+    """The services that a run of the example began and that are not gone."""
+    return [name for name in serve.status().applications if name.startswith(ppo_actor.SERVED_HERE)]
+
+
+def test_runs_side_by_side_keep_their_services_and_sigterm_after_training_loses_no_policy(
+    ray_cluster: None,
+    published: PublishedModel,
+    policy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts, reward_model = [f"what is the {word}?" for word in WORDS[:9]], str(published.path)
+    plain = ppo_actor.compare
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+
+    def meanwhile(actors: list[Any], reward: RewardClient, *given: Any) -> Any:
+        monkeypatch.setattr(ppo_actor, "compare", plain)
+        ppo_actor.main(words(tmp_path / "second", policy, reward_model, prompts, "--steps", "1"))
+        assert served_here() == [reward.name]
+        assert len(reward.score(prompts, prompts).scores) == 9
+        os.kill(os.getpid(), signal.SIGTERM)  # before anything is compared
+
+    def unseen(*_: Any) -> None:
+        raise AssertionError("the run did not take SIGTERM")
+
+    monkeypatch.setattr(ppo_actor, "compare", meanwhile)
+    before = signal.signal(signal.SIGTERM, unseen)
+    try:
+        with pytest.raises(SystemExit) as left:
+            ppo_actor.main(words(tmp_path / "first", policy, reward_model, prompts, "--steps", "1"))
+        assert signal.getsignal(signal.SIGTERM) is unseen
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert not served_here()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "first" / "out").num_parameters()
+    (of_a_step,) = read_lines(tmp_path / "second" / "out" / "metrics.jsonl")
+    assert f"rewards/{ppo_actor.SERVED_HERE}/mean" in of_a_step
+
+
+def test_more_actors_than_there_is_room_for_are_refused_before_anything_starts(
+    ray_cluster: None,
+    published: PublishedModel,
+    policy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rayrm.rl.launch._ROOM_WAIT_S", 1.0)
+    monkeypatch.setattr(ppo_actor, "deploy", lambda *_, **__: pytest.fail("a service was started"))
+    many = ["--num-actors", "16", "--num-mini-batches", "1", "--prompts-per-step", "16"]
+    given = words(tmp_path, policy, str(published.path), ["the cat?"], *many)
+    # The 4 CPUs hold the actors alone, and not a replica beside them.
+    with pytest.raises(ClusterError, match=r"16 actors of .*0\.25.* and a replica of .* has \{'CPU': 4"):
+        ppo_actor.main(given)
+    assert not list((tmp_path / "out").iterdir())  # the same command may be typed again
+    with pytest.raises(ClusterError, match=r"32 actors of .* do not fit .*free .*Lower --num-actors"):
+        ppo_actor.reserve_actors(PPOSettings(num_actors=32, num_mini_batches=1))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--heldout-prompts", "0"),
+        ("--heldout-prompts", "-1"),
+        ("--heldout-samples", "0"),
+        ("--heldout-samples", "two"),
+        ("--steps", "0"),
+        ("--num-actors", "0"),
+        ("--num-mini-batches", "0.5"),
+        ("--prompts-per-step", "7"),
+    ],
+)
+def test_a_count_that_counts_nothing_is_refused_with_its_flag(
+    flag: str, value: str, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        ppo_actor.main(words(tmp_path, policy, "reward", ["the cat?"], flag, value))
+    assert re.search(rf"error: .*{flag}\b.*{value}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_published_model_is_served_for_the_run_and_bad_input_is_named(
@@ -157,7 +311,7 @@ def test_a_published_model_is_served_for_the_run_and_bad_input_is_named(
     given = words(tmp_path, policy, str(published.path.parent), prompts, "--steps", "1", "--num-actors", "2")
     gain = ppo_actor.main(given)
     assert gain.num_prompts == 4
-    assert ppo_actor.SERVED_HERE not in serve.status().applications
+    assert not served_here()
     assert len(read_lines(tmp_path / "out" / "samples.jsonl")) == 8
     with pytest.raises(RunDirectoryError, match="is not empty"):
         ppo_actor.main(given)
@@ -165,7 +319,7 @@ def test_a_published_model_is_served_for_the_run_and_bad_input_is_named(
     other.mkdir()
     with pytest.raises(ScoreError, match=r"plain strings .* given to a model trained on messages"):
         ppo_actor.main(words(other, policy, str(published.path.parent), ["the cat?"], "--steps", "1"))
-    assert ppo_actor.SERVED_HERE not in serve.status().applications
+    assert not served_here()
     (tmp_path / "out2").mkdir()
     with pytest.raises(DataError, match="all strings, or all message lists"):
         ppo_actor.main(words(tmp_path / "out2", policy, "reward", ["the cat?", *prompts]))

@@ -74,7 +74,8 @@ def thankful(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Pub
     )
     train_run(Run(ModelConfig(str(root / "base")), DataConfig(str(root / "pairs.jsonl")), reward))
     texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in tiny_rows(12, seed=60)]
-    return publish(root / "run", root / "registry", "reward", probe=write_rows(root / "probe.jsonl", texts))
+    probe, chat = write_rows(root / "probe.jsonl", texts), write_rows(root / "chat.jsonl", texts)
+    return publish(root / "run", root / "registry", "reward", probe=probe, calibrate={"chat": chat})
 
 
 @dataclass
@@ -236,6 +237,12 @@ def test_the_service_comes_to_agree_with_the_judge_while_it_is_called(refreshing
     probes = [read_json(home / str(version) / "manifest.json") for version in order]
     assert probes[0]["probe"]["inputs"] == probes[1]["probe"]["inputs"]
     assert "distribution" in probes[1]
+    # And its answers bring a calibration by the same texts, of its own scores of them.
+    stored = [manifest["calibration"]["chat"] for manifest in probes]
+    assert stored[0]["sha256"] == stored[1]["sha256"]
+    answer = RewardClient(refreshing.service).score(["a"], ["b"])
+    assert answer.calibration == {"chat": (stored[1]["mean"], stored[1]["std"])}
+    assert abs(stored[1]["mean"] - stored[0]["mean"]) > 1e-3
 
     # Killed when the roll had happened and nothing said so: the round ends as it did.
     ended_as = refreshing.home / "refresh" / "round-1" / "outcome.json"
@@ -287,6 +294,24 @@ def test_a_refused_round_leaves_the_service_and_hands_its_pairs_on(refreshing: R
     # The other bound of the gate: no model that was trained on orders every pair of texts as before.
     assert "pairs of probe texts" in str(second.reason)
     assert second.base == refreshing.model.version
+
+
+def test_rows_that_cannot_be_trained_on_end_a_round_and_not_the_refresh(refreshing: Refreshing) -> None:
+    refreshing.holds_out("thanks")
+    refreshing.likes("never")
+    refreshing.sample(24)
+    (refused,) = refreshing.run("reward.max_length=1")
+    assert not refused.accepted
+    assert "nothing can be trained on: all 24 rows" in str(refused.reason)
+    assert (refused.version, refused.num_steps, refused.after) == (None, 0, None)
+    assert refused.before.num_rows == 40
+    # The next round takes these rows along, and some that are refused do not stop it.
+    refreshing.sample(24)
+    _, second = refreshing.run("max_rounds=2", "allowed_drop=1", "reward.max_steps=2")
+    assert second.num_carried == 24
+    assert second.accepted, second.reason
+    run = read_run(refreshing.home / "refresh" / "round-2" / "model" / "run.toml")
+    assert run.reward.max_bad_row_fraction == 1.0
 
 
 def test_a_job_that_is_killed_judges_and_trains_each_sample_once(refreshing: Refreshing) -> None:

@@ -268,7 +268,7 @@ def test_a_reward_that_fails_on_one_rank_is_the_error_that_is_told(
     running: RewardClient, policy: str, prompts: dict[str, str], tmp_path: Path
 ) -> None:
     """Of a held-out prompt and of one to train on; the other rank waits for statistics, and is let go."""
-    long = json.dumps({"prompt": [{"role": "user", "content": "red " * 400}]}) + "\n"
+    long = json.dumps({"prompt": [{"role": "user", "content": "red " * 700}]}) + "\n"
     for name in ("train", "heldout"):
         rows = Path(prompts[name]).read_text().splitlines(keepends=True)[:1]
         file = tmp_path / f"{name}.jsonl"

@@ -11,8 +11,14 @@ import pytest
 from fastapi.testclient import TestClient
 
 from rayrm import cli
-from rayrm.errors import DataError, PublishError, ScoreError
-from rayrm.serve.calibration import MOST_CALIBRATION_TEXTS, read_publication_texts, stored_calibration
+from rayrm.errors import ConfigError, DataError, PublishError, ScoreError
+from rayrm.serve.calibration import (
+    MOST_CALIBRATION_TEXTS,
+    _digest,
+    calibration_files,
+    read_publication_texts,
+    stored_calibration,
+)
 from rayrm.serve.http import build_app
 from rayrm.serve.loaded import LoadedModel
 from rayrm.serve.registry import PublishedModel, content_version, current_version, open_published, publish
@@ -137,3 +143,24 @@ def test_the_command_takes_a_file_for_each_name(
         assert cli.main(["publish", "run", "--calibrate", *wrong]) == 2
         assert "must be NAME=FILE, each name once" in capsys.readouterr().err
     assert os.listdir("registry") == ["reward"]
+
+
+def test_a_successor_is_calibrated_by_the_same_texts_or_by_those_that_are_named(tmp_path: Path) -> None:
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "c"}\n')
+    stored = {
+        "source": str(chat),
+        "sha256": _digest(read_publication_texts(None, {"c": chat}).calibrate["c"]),
+    }
+    manifest = {"name": "reward", "version": "v1", "calibration": {"chat": stored}}
+    assert calibration_files(manifest, {}) == {"chat": str(chat)}
+    assert calibration_files({"name": "reward", "version": "v1"}, {}) == {}
+    other = tmp_path / "other.jsonl"
+    chat.rename(other)
+    fix = r"Put them back, or name a file of texts: refresh\.calibrate\.chat=FILE"
+    with pytest.raises(ConfigError, match=rf"(?s)chat.*reward v1 .*cannot be read.*{fix}"):
+        calibration_files(manifest, {})
+    chat.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "d"}\n')
+    with pytest.raises(ConfigError, match=rf"these are others now.*{fix}"):
+        calibration_files(manifest, {})
+    assert calibration_files(manifest, {"chat": str(other)}) == {"chat": str(other)}

@@ -243,6 +243,46 @@ def test_the_first_mini_batch_starts_at_ratio_one_and_the_reference_at_no_cost(p
     assert scale == pytest.approx([learner.center_scale[0]] * 16, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("score", "center", "scale"),
+    [
+        (lambda text: 0.1, 0.1, 1.0),
+        (lambda text: 12345.678, 12345.678, 1.0),
+        (lambda text: 1000 + 1e-4 * (len(text) % 2), 1000, 1.0),  # float32's rounding of one and the same
+    ],
+)
+def test_a_first_rollout_of_equal_scores_sets_no_scale(
+    policy: str, score: Callable[[str], float], center: float, scale: float
+) -> None:
+    learner = Learner(PPOSettings(prompts_per_step=16, max_completion_length=4), policy, Reward(score))
+    rows, _ = learner.step(1, questions(16))
+    assert learner.center_scale == pytest.approx((center, scale), abs=1e-4)
+    assert [row["reward"] for row in rows] == pytest.approx([0] * 16, abs=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 3e4, -1e6])
+def test_rewards_have_deviation_one_wherever_the_scores_lie(policy: str, offset: float) -> None:
+    reward = Reward(lambda text: offset + len(text))
+    learner = Learner(PPOSettings(prompts_per_step=16, max_completion_length=8), policy, reward)
+    rows, _ = learner.step(1, questions(16))
+    rewards = torch.tensor([row["reward"] for row in rows])
+    assert rewards.mean().item() == pytest.approx(0, abs=1e-5)
+    assert rewards.std(unbiased=False).item() == pytest.approx(1, abs=1e-5)
+    lengths = torch.tensor([float(len(row["completion"][0]["content"])) for row in rows])
+    assert learner.center_scale[1] == pytest.approx(lengths.std(unbiased=False).item(), rel=1e-5)
+
+
+def test_a_saved_policy_generates_as_it_did_and_is_sampled_from_as_before(
+    policy: str, tmp_path: Path
+) -> None:
+    learner = Learner(PPOSettings(max_completion_length=8), policy, Reward())
+    before = learner.sample(questions(8), 2)
+    learner.save(str(tmp_path))
+    assert learner.sample(questions(8), 2) == before
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert (saved.top_k, saved.repetition_penalty) == (3, 1.5)
+
+
 def test_several_epochs_move_the_ratio_and_count_what_is_clipped(policy: str) -> None:
     settings = PPOSettings(
         prompts_per_step=16, num_mini_batches=2, num_ppo_epochs=4, learning_rate=3e-2, max_completion_length=8

@@ -271,6 +271,9 @@ def test_the_example_reads_and_words_change_it() -> None:
     assert (settings.refresh.min_pairs, settings.reward.learning_rate) == (7, 1e-6)
     assert settings.refresh.name is None
     assert read_refresh(None, [*LEAST, "lora.r=4"]).refresh.lora is not None
+    assert read_refresh(None, [*LEAST, "refresh.calibrate.chat=c.jsonl"]).refresh.calibrate == {
+        "chat": "c.jsonl"
+    }
 
 
 @pytest.mark.parametrize(
