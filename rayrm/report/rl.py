@@ -34,6 +34,8 @@ from rayrm.rl.heldout import Gain, paired_gain
 REPORT = "report.html"
 _NUM_SHOWN = 6
 _NUM_TOP = 5
+_FEW = 10
+"""Records below which no rule can have looked: the bound on the KL takes so many."""
 _NUM_LATE = 512
 _LONGEST_TEXT = 1500
 
@@ -88,7 +90,8 @@ def write_rl_report(run_dir: str | Path, guard_settings: GuardSettings | None = 
         gain=heldout.gain if heldout else None,
         heldout=_heldout_pictures(heldout) if heldout else [],
         alarms=[alarm.text for alarm in guard.alarms],
-        watching=any(guard.watched(rule) for rule in RULES),
+        watching=len(records) >= _FEW and any(guard.watched(rule) for rule in RULES),
+        few=len(records) < _FEW and any(guard.watched(rule) for rule in RULES),
         unwatched=_unwatched(guard, records),
         hacking=[
             picture for name in names if (picture := _hacking(records, name, names, guard.alarms, rolls))

@@ -13,6 +13,7 @@ import logging
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from ray.util.placement_group import (
 )
 
 from rayrm.data.messages import Text
-from rayrm.errors import ClusterError, ConfigError, RayrmError
+from rayrm.errors import ClusterError, ConfigError, RayrmError, ScoreError
 from rayrm.logs import show_logs
 from rayrm.own_ray import trainer_class
 from rayrm.rl.fresh_answers import HELDOUT_FILE
@@ -40,6 +41,7 @@ from rayrm.rl.run_directory import FINISHED, own_directory
 from rayrm.rl.run_log import Report, read_metrics, write_whole
 from rayrm.rl.runfile import with_absolute_places
 from rayrm.rl.settings import RLRun
+from rayrm.rl.shaping import Shaper
 from rayrm.rl.trainer_config import check_policy, check_trainer
 from rayrm.serve.caller import CallSettings, service_handle
 from rayrm.serve.client import RewardClient
@@ -86,8 +88,10 @@ def train_policy(run: RLRun, *, report: Report | None = None) -> RLSummary:
     with own_directory(run):
         join_cluster(run.cluster.address)
         with ending_on_sigterm(), _reward_service(run) as (clients, gold):
-            for one in (*clients.values(), gold):
-                _warm_up(one, (heldout or prompts)[0]["prompt"])
+            for client in clients.values():
+                _warm_up(run, client, prompts[0], is_gold=False)
+            if gold is not None:
+                _warm_up(run, gold, prompts[0], is_gold=True)
             _fit(PolicyJob(run, clients, gold, prompts, heldout, report))
         return _summary(run.output_dir)
 
@@ -240,14 +244,25 @@ def _free() -> dict[str, float]:
     return {kind: ray.available_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
 
 
-def _warm_up(client: RewardClient | None, prompt: Text) -> None:
-    """Let the service score one text: its text form must be the prompts' own, and its first batch is slow."""
-    if client is None:
-        return
-    answer: Text = "A first answer."
-    if not isinstance(prompt, str):
-        answer = [{"role": "assistant", "content": "A first answer."}]
-    result = client.score([prompt], [answer])
+def _warm_up(run: RLRun, client: RewardClient, row: dict[str, Any], *, is_gold: bool) -> None:
+    """Let the service score one text, and shape its score: what cannot be is told before a worker starts.
+
+    The first batch is slow too.
+    """
+    prompt = row["prompt"]
+    answer: Text = "Yes." if isinstance(prompt, str) else [{"role": "assistant", "content": "Yes."}]
+    try:
+        result = client.score([prompt], [answer], truncation=run.reward.truncation)
+    except ScoreError as error:
+        raise type(error)(
+            f"[reward] the model {client.model or client.name!r} cannot score an answer to the first of "
+            f"[prompts]: {error}"
+        ) from error
+    if not is_gold:
+        column = run.shaping.calibrate_column
+        named = None if column is None or column not in row else [row[column]]
+        shaper = Shaper(dataclasses.replace(run.shaping, normalize=False))
+        shaper.shape(result, lengths=[1], datasets=named)
     logger.info("the reward %s answers: version %s", client.__name__, result.version)
 
 
@@ -307,6 +322,8 @@ def _run_rank(config: dict[str, Any]) -> None:
 
     first = ray.train.get_context().get_world_rank() == 0
     show_logs(logging.INFO if first else logging.WARNING)
+    # TRL's own code meets names that transformers renames, and torch its own collectives.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     job: PolicyJob = config["job"]
     if left_error(job.run.output_dir) is not None:
         return
