@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -52,6 +53,7 @@ from rayrm.train.launch import join_cluster, ray_train_settings
 logger = logging.getLogger("rayrm.rl")
 
 _ROOM_WAIT_S = 60.0
+_PRINT_PATCH = "RAY_TRAIN_ENABLE_PRINT_PATCH"
 _ON_SIGTERM = 128 + signal.SIGTERM
 _SERVICE = "service.json"
 """In the run's directory while a service of its own runs: whose it is, should this process be killed."""
@@ -290,7 +292,8 @@ def _fit(job: PolicyJob) -> None:
             ),
         )
     try:
-        trainer.fit()
+        with _plain_print():
+            trainer.fit()
     except SystemExit as ended:
         if ended.code == _ON_SIGTERM:
             raise
@@ -302,6 +305,23 @@ def _fit(job: PolicyJob) -> None:
             raise error
     finally:
         forget_error(output_dir)
+
+
+@contextmanager
+def _plain_print() -> Iterator[None]:
+    """Ray Train's workers of the block print as Python does.
+
+    Ray Train's own `print` goes past whoever catches stdout, as `datasets` does when it hashes a function: the
+    log would hold that function's bytecode.
+    """
+    if _PRINT_PATCH in os.environ:
+        yield
+        return
+    os.environ[_PRINT_PATCH] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[_PRINT_PATCH]
 
 
 def _told(failure: Exception, output_dir: Path) -> Exception:
