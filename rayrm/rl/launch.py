@@ -311,8 +311,8 @@ def _fit(job: PolicyJob) -> None:
 def _plain_print() -> Iterator[None]:
     """Ray Train's workers of the block print as Python does.
 
-    Ray Train's own `print` goes past whoever catches stdout, as `datasets` does when it hashes a function: the
-    log would hold that function's bytecode.
+    Ray Train's own `print` goes past whoever catches stdout, as `datasets` does when it hashes a function:
+    the log would hold that function's bytecode.
     """
     if _PRINT_PATCH in os.environ:
         yield
