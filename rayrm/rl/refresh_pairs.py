@@ -21,8 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rayrm.data.preference import parse_row
-from rayrm.errors import RowError, writing
+from rayrm.errors import writing
 from rayrm.rl.judge import Judge, ranks_of
 from rayrm.rl.refresh_samples import Group, SampleReader, Taken
 from rayrm.train.records import replace_text
@@ -69,14 +68,7 @@ def gather(
             if len(set(scores)) == 1:
                 counts[TIED] += 1
                 continue
-            row = {"prompt": group.prompt, "completions": group.completions, "ranks": ranks_of(scores)}
-            try:
-                parse_row(row)
-            except RowError as error:
-                counts[error.reason] += 1
-                logger.warning("a row of %s is left out, no model can be trained on it: %s", directory, error)
-                continue
-            rows.append(row)
+            rows.append({"prompt": group.prompt, "completions": group.completions, "ranks": ranks_of(scores)})
         batch += 1
     if not file.exists():
         with writing(file):
