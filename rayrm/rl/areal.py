@@ -3,7 +3,9 @@
     workflow_kwargs = {"reward_fn": "rayrm.rl.areal.reward_fn", ...}  # of areal.workflow.rlvr.RLVRWorkflow
 
 The service is `RAYRM_REWARD`, the model `RAYRM_REWARD_MODEL`, the cluster `RAY_ADDRESS`; or pass an object:
-`"reward_fn": RewardFunction("reward", pin_version=...)`. Contract: areal 1.0.4, `api/reward_api.py`.
+`"reward_fn": RewardFunction("reward", pin_version=...)`, but not with AReaL's local and slurm schedulers:
+they send arguments as JSON (`infra/rpc/serialization.py`), so the string only. Contract: areal 1.0.4,
+`api/reward_api.py`.
 
 AReaL calls a reward in a pool of processes, which it forks. Such a process must not use the Ray connection of
 the process that it was forked from, and another one of its own would be slow to make: it asks its parent

@@ -36,11 +36,11 @@ from rayrm.rl.heldout import Gain
 from rayrm.rl.moments import PeerFailedError
 from rayrm.rl.policy import PolicyJob, train_policy_rank
 from rayrm.rl.prompts import read_prompts, without_heldout
-from rayrm.rl.run_directory import FINISHED, begin
+from rayrm.rl.run_directory import FINISHED, own_directory
 from rayrm.rl.run_log import Report, read_metrics, write_whole
 from rayrm.rl.runfile import with_absolute_places
 from rayrm.rl.settings import RLRun
-from rayrm.rl.trainer_config import check_trainer
+from rayrm.rl.trainer_config import check_policy, check_trainer
 from rayrm.serve.caller import CallSettings, service_handle
 from rayrm.serve.client import RewardClient
 from rayrm.serve_settings import ServeConfig
@@ -82,13 +82,18 @@ def train_policy(run: RLRun, *, report: Report | None = None) -> RLSummary:
     heldout = [] if given.heldout is None else read_prompts(given.heldout, given.max_heldout)
     prompts = without_heldout(read_prompts(given.train, given.max_train), heldout)
     check_trainer(run, len(prompts), len(heldout))
-    begin(run)
-    join_cluster(run.cluster.address)
-    with ending_on_sigterm(), _reward_service(run) as (clients, gold):
-        for one in (*clients.values(), gold):
-            _warm_up(one, (heldout or prompts)[0]["prompt"])
-        _fit(PolicyJob(run, clients, gold, prompts, heldout, report))
-    output_dir = run.output_dir
+    check_policy(run.policy.name)
+    with own_directory(run):
+        join_cluster(run.cluster.address)
+        with ending_on_sigterm(), _reward_service(run) as (clients, gold):
+            for one in (*clients.values(), gold):
+                _warm_up(one, (heldout or prompts)[0]["prompt"])
+            _fit(PolicyJob(run, clients, gold, prompts, heldout, report))
+        return _summary(run.output_dir)
+
+
+def _summary(output_dir: Path) -> RLSummary:
+    """What a run that is done left; marks its directory as finished."""
     file = output_dir / HELDOUT_FILE
     gain = Gain(**json.loads(file.read_text(encoding="utf-8"))["gain"]) if file.exists() else None
     records = read_metrics(output_dir)

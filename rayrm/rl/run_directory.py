@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,32 @@ from rayrm.errors import RunDirectoryError, writing
 from rayrm.rl.run_log import METRICS
 from rayrm.rl.runfile import dump_rl_run, read_rl_run
 from rayrm.rl.settings import RLRun
+from rayrm.train.holding import holding
 
 FINISHED = "finished.json"
 _RUN = "run.toml"
 _OF_REWARD = ("use", "weights", "gold", "truncation")
+
+
+@contextmanager
+def own_directory(run: RLRun) -> Iterator[None]:
+    """Within the block the run's directory is this process's alone; see `begin`. Raises RunDirectoryError."""
+    output_dir = run.output_dir
+
+    def refuse(holder: str) -> None:
+        raise RunDirectoryError(
+            f"another process trains in {output_dir} ({holder}). Wait for it, or choose another `output_dir`."
+        )
+
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"`output_dir` {output_dir} cannot be made ({error.strerror or error}). Choose another."
+        ) from error
+    with holding(output_dir / ".lock", refuse):
+        begin(run)
+        yield
 
 
 def begin(run: RLRun) -> None:

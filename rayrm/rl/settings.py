@@ -77,7 +77,7 @@ class RewardSource:
     def __post_init__(self) -> None:
         if (self.model is None) == (self.service is None):
             raise ValueError(
-                "[reward] needs one of `model` (served for this run) and `service` (one that runs). Type "
+                "needs one of `model` (served for this run) and `service` (one that runs). Type "
                 'model = "registry/NAME", or service = "reward".'
             )
         if self.weights == {}:
@@ -88,7 +88,7 @@ class RewardSource:
             )
         if isinstance(self.model, dict) and len(self.model) > 1 and not (self.use or self.weights):
             raise ValueError(
-                f"`use` is missing: [reward] has the models {', '.join(self.model)}. Type which one is the "
+                f"`use` is missing among the models {', '.join(self.model)}. Type which one is the "
                 f'reward: use = "{next(iter(self.model))}", or an ensemble of [serve].'
             )
         only = next(iter(self.model)) if isinstance(self.model, dict) and len(self.model) == 1 else None

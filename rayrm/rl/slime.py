@@ -14,6 +14,7 @@ from typing import Any
 
 from rayrm.data.messages import Text
 from rayrm.data.tokenize import TextInput
+from rayrm.errors import ScoreError
 from rayrm.rl.service import reward_service
 from rayrm.serve.request import Scorable, ScoreRequest, check_none_refused, text_scorable
 
@@ -36,6 +37,11 @@ async def reward(args: Any, sample: Any, **kwargs: Any) -> Any:
     samples: Sequence[Any] = sample if isinstance(sample, list) else [sample]
     if not samples:
         return []
+    if any(isinstance(one, list) for one in samples):
+        raise ScoreError(
+            "`sample` is a list of lists: a custom generate function made several samples of one, and "
+            "`--group-rm` hands them on as they are. Leave `--group-rm` out, or set their rewards in it."
+        )
     inputs = [_input(one, place) for place, one in enumerate(samples)]
     check_none_refused(inputs)
     client = reward_service()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from rayrm.errors import ConfigError
+from rayrm.errors import ConfigError, ModelError
 from rayrm.rl.settings import RLRun
 from rayrm.settings import nearest
 
@@ -49,6 +50,8 @@ def check_trainer(run: RLRun, num_prompts: int, num_heldout: int) -> None:
         if isinstance(value, str) and isinstance(defaults[name], bool | int | float):
             raise ConfigError(f"`rl.{name}` ({value!r}) must be a number, or true or false.")
     fields = {**_defaults(run, num_heldout), **run.trainer}
+    if run.trainer.get("max_completion_length", 1) < 1:
+        raise ConfigError("`rl.max_completion_length` must be at least 1: an answer has tokens.")
     samples = run.prompts.samples_per_prompt
     if num_heldout and fields["per_device_eval_batch_size"] % samples:
         raise ConfigError(
@@ -65,7 +68,30 @@ def check_trainer(run: RLRun, num_prompts: int, num_heldout: int) -> None:
         raise ConfigError(
             f"{num_prompts} prompts are fewer than the {prompts} that a step of {num_ranks} workers takes "
             f"(`generation_batch_size` {config.generation_batch_size}, `num_generations` "
-            f"{config.num_generations}). Give more prompts, or lower `per_device_train_batch_size`."
+            f"{config.num_generations}). Give more prompts, or lower `per_device_train_batch_size` "
+            "or `cluster.num_workers`."
+        )
+
+
+def check_policy(name: str) -> None:
+    """Raise ModelError unless `name` is a causal language model, by its config alone."""
+    from transformers import AutoConfig
+
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ModelError(f"`policy.name` ({name!r}) does not exist. Type a directory or a hub name.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise ModelError(
+            f"`policy.name` ({name!r}) is no model that can be loaded: {said} Type the directory of a causal "
+            "language model, or a hub name."
+        ) from error
+    built = config.architectures or []
+    if built and not any(one.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for one in built):
+        raise ModelError(
+            f"`policy.name` ({name!r}) holds {', '.join(built)}, which cannot write. A policy is a causal "
+            "language model: type its directory, or a hub name."
         )
 
 

@@ -13,6 +13,11 @@ set's own `extra_info`, in which `prompt_key` names the prompt:
     reward.custom_reward_function.path=pkg://rayrm.rl.verl reward.custom_reward_function.name=compute_score
     +reward.custom_reward_function.reward_kwargs.prompt_key=question
 
+Beware: verl's default trainer does not end on a failed reward. It logs the error, marks the prompt as failed
+and trains on without those trajectories (padded); only a batch without any ends it. Set a `deadline_s` longer
+than any outage, and `trainer.v1.sampler.sync_refill_failed_groups=True`, which replaces a prompt all of whose
+trajectories failed (it needs `gen_batch_size=1`; `trainer/ppo/v1/{agent_loop_tq,replay_buffer}.py`).
+
 Without `service` and `model` the environment variables of `service.py` say them. Contract: verl 0.9.1,
 `experimental/reward_loop/reward_manager/naive.py` (the call), `trainer/ppo/reward.py` (the loading),
 `experimental/agent_loop/agent_loop.py` (`raw_prompt`), `trainer/ppo/v1/agent_loop_tq.py` (its absence).
@@ -29,9 +34,14 @@ from rayrm.data.messages import Text
 from rayrm.errors import ConfigError, ScoreError
 from rayrm.rl.service import reward_service
 from rayrm.serve.request import Truncation
+from rayrm.settings import nearest
 
 RAW_PROMPT = "raw_prompt"
 """verl's name for the messages that a rollout began with."""
+
+
+_KEYWORDS = ("service", "model", "prompt_key", "truncation", "deadline_s", "pin_version")
+"""What `reward.reward_kwargs` may say to ServiceReward."""
 
 
 async def compute_score(
@@ -99,6 +109,12 @@ class ServiceReward:
             )
         self._tokenizer = tokenizer
         self._settings = dict(config.reward.get("reward_kwargs") or {})
+        for name in self._settings:
+            if name not in _KEYWORDS:
+                raise ConfigError(
+                    f"`reward.reward_kwargs.{name}` is unknown.{nearest(str(name), _KEYWORDS)} "
+                    f"ServiceReward takes {', '.join(_KEYWORDS)}."
+                )
 
     async def run_single(self, data: Any) -> dict[str, Any]:
         """The reward of the last sequence of `data` (a `DataProto` of one rollout), with its version.

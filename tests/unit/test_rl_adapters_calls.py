@@ -15,7 +15,7 @@ import rayrm.rl.openrlhf
 import rayrm.rl.slime
 import rayrm.rl.verl
 from rayrm.data.tokenize import TextInput
-from rayrm.errors import RewardUnavailableError, ScoreError
+from rayrm.errors import ConfigError, RewardUnavailableError, ScoreError
 from rayrm.rl.openrlhf import RewardLost, reward_func
 from rayrm.rl.slime import reward
 from rayrm.rl.verl import ServiceReward, compute_score
@@ -179,3 +179,17 @@ def test_slimes_bad_sample_is_named(service: Service) -> None:
     with pytest.raises(ScoreError, match=r"samples\[1\]\.response"):
         asyncio.run(reward(None, [slime_sample("a"), slime_sample("b", None)]))  # type: ignore[arg-type]
     assert service.requests == []
+
+
+def test_slimes_fan_out_in_a_group_is_told_what_to_type(service: Service) -> None:
+    with pytest.raises(ScoreError, match=r"list of lists.*Leave `--group-rm` out"):
+        asyncio.run(reward(None, [[slime_sample("a")], [slime_sample("b")]]))
+    assert service.requests == []
+
+
+def test_verls_misspelt_setting_is_refused_at_the_start() -> None:
+    config = SimpleNamespace(reward={"reward_kwargs": {"deadlines": 9.0}})
+    with pytest.raises(
+        ConfigError, match=r"reward_kwargs\.deadlines` is unknown\. Did you mean `deadline_s`"
+    ):
+        ServiceReward(config=config, tokenizer=None)

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from rayrm.config import ClusterConfig
-from rayrm.errors import ConfigError, DataError, RunDirectoryError
+from rayrm.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from rayrm.rl.prompts import prompt_set, without_heldout
-from rayrm.rl.run_directory import begin
+from rayrm.rl.run_directory import begin, own_directory
 from rayrm.rl.run_log import last_checkpoint, shares_of_versions
 from rayrm.rl.runfile import dump_rl_run, read_rl_run, with_absolute_places
 from rayrm.rl.settings import PromptsConfig, RewardSource, RLRun
 from rayrm.rl.shaping import Shaping
-from rayrm.rl.trainer_config import check_trainer, trainer_config
+from rayrm.rl.trainer_config import check_policy, check_trainer, trainer_config
+from tests.tiny import save_tiny
 
 WORDS = ["policy.name=org/model", "prompts.train=data", "reward.model=registry/helpful", "output_dir=out"]
 
@@ -50,7 +51,7 @@ def test_fields_are_those_of_the_algorithms_own_config() -> None:
     ("words", "said"),
     [
         (["reward.service=reward"], r"one of `model` .* and `service`"),
-        (['reward.model={"a": "x", "b": "y"}'], r"`use` is missing: \[reward\] has the models a, b"),
+        (['reward.model={"a": "x", "b": "y"}'], r"`use` is missing among the models a, b"),
         (
             ['reward.model={"a": "x", "b": "y"}', "reward.use=a", "reward.gold=a"],
             r"`gold` \('a'\) is the reward",
@@ -110,6 +111,30 @@ def test_batches_are_checked_for_all_workers_together() -> None:
 def test_fields_that_would_be_ignored_or_fail_late_are_refused(given: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_trainer(a_run(**given), 100, 3)
+
+
+def test_a_policy_is_a_model_that_writes(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"`policy.name` \('/nope/dir'\) does not exist"):
+        check_policy("/nope/dir")
+    with pytest.raises(ModelError, match="is no model that can be loaded"):
+        check_policy(str(tmp_path))
+    with pytest.raises(ModelError, match="holds LlamaForSequenceClassification, which cannot write"):
+        check_policy(str(save_tiny(tmp_path / "reward")))
+
+
+def test_one_process_at_a_time_trains_in_a_directory(tmp_path: Path) -> None:
+    run = with_absolute_places(a_run(output_dir=str(tmp_path / "out")))
+    with (
+        own_directory(run),
+        pytest.raises(RunDirectoryError, match="another process trains in"),
+        own_directory(run),
+    ):
+        pass
+    with own_directory(run):
+        pass
+    nowhere = with_absolute_places(a_run(output_dir="/proc/none/out"))
+    with pytest.raises(RunDirectoryError, match="cannot be made"), own_directory(nowhere):
+        pass
 
 
 def test_save_steps_saves() -> None:
