@@ -23,7 +23,7 @@ from typing import Any
 
 from rayrm.errors import writing
 from rayrm.rl.judge import Judge, ranks_of
-from rayrm.rl.refresh_samples import Group, SampleReader, Taken
+from rayrm.rl.refresh_samples import Group, Place, SampleReader, Taken
 from rayrm.train.records import replace_text
 
 logger = logging.getLogger("rayrm.rl")
@@ -82,12 +82,13 @@ def read_taken(directory: Path, batch: int) -> Taken | None:
     if not file.exists():
         return None
     fields = json.loads(file.read_text(encoding="utf-8"))
-    return Taken([Group(**group) for group in fields["groups"]], fields["cursor"], fields["counts"])
+    cursor = {path: Place.of(kept) for path, kept in fields["cursor"].items()}
+    return Taken([Group(**group) for group in fields["groups"]], cursor, fields["counts"])
 
 
-def last_cursor(directory: Path) -> dict[str, int]:
+def last_cursor(directory: Path) -> dict[str, Place]:
     """The cursor behind a round's newest batch; empty where it has none."""
-    cursor: dict[str, int] = {}
+    cursor: dict[str, Place] = {}
     batch = 0
     while (taken := read_taken(directory, batch)) is not None:
         cursor = taken.cursor
