@@ -364,7 +364,7 @@ def test_a_job_that_is_killed_judges_and_trains_each_sample_once(refreshing: Ref
     # The next round begins where this one's samples end.
     taken = read_taken(round_dir, 0)
     assert taken is not None
-    end = taken.cursor[str(refreshing.samples)]
+    end = taken.cursor[str(refreshing.samples)].offset
     left = [json.loads(line)["prompt"] for line in refreshing.samples.read_bytes()[end:].splitlines()]
     assert set(left) | {row["prompt"] for row in rows} == refreshing.prompts
     assert len(left) == 10
