@@ -21,7 +21,7 @@ import dataclasses
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,17 @@ from rayrm.errors import ConfigError, NoRowLeftError, PublishError, RollError, R
 from rayrm.logs import show_logs
 from rayrm.rl.judge import Judge, load_judge
 from rayrm.rl.refresh_gate import Measured, Share, accuracy_of, measure, probe_file, refusal
+from rayrm.rl.refresh_outcomes import (
+    Outcome,
+    best_of,
+    log_outcomes,
+    read_outcomes,
+    round_directory,
+    write_outcome,
+)
 from rayrm.rl.refresh_pairs import PAIRS, Gathered, gather, last_cursor
 from rayrm.rl.refresh_replay import draw_replay, num_replayed, write_replay
-from rayrm.rl.refresh_samples import SampleReader
+from rayrm.rl.refresh_samples import Place, SampleReader
 from rayrm.rl.refresh_settings import SECTIONS, Refresh, read_refresh
 from rayrm.runfile import Run, dump_tables
 from rayrm.serve.calibration import calibration_files
@@ -50,36 +58,12 @@ from rayrm.train.rundir import read_finished
 
 logger = logging.getLogger("rayrm.rl")
 
-ROUNDS = "rounds.jsonl"
 _SETTINGS = "refresh.toml"
 REFUSED = "refused-in-training"
+_ROLLING = "rolling.txt"
+"""In a round's directory from its roll on: the version that was rolled to."""
 _SAY_EVERY_S = 60.0
 _SAME = ("service", "model", "registry", "name", "samples")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a round ended.
-
-    `base` is the version that it trained from, `version` the one that it published (None: it did not);
-    `reason` says why it was refused. Rows: its own, those of refused rounds before it, and replayed ones.
-    `counts`: of its samples and prompts, by what became of them.
-    """
-
-    round: int
-    accepted: bool
-    reason: str | None
-    base: str
-    version: str | None
-    num_rows: int
-    num_carried: int
-    num_replayed: int
-    num_steps: int
-    counts: dict[str, int]
-    before: Share
-    after: Share | None
-    probe_agreement: float | None
-    ended_at: float
 
 
 def refresh(settings: Refresh) -> list[Outcome]:
@@ -107,20 +91,6 @@ def refresh(settings: Refresh) -> list[Outcome]:
         with holding(home / ".lock", refuse):
             _claim(home, settings)
             return _Rounds(home, settings, judge).run()
-
-
-def read_outcomes(output_dir: Path) -> list[Outcome]:
-    """The outcomes of the rounds that ended, in their order."""
-    found: list[Outcome] = []
-    while (file := _directory(output_dir, len(found) + 1) / "outcome.json").exists():
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        shares = {name: Share(**fields[name]) for name in ("before", "after") if fields[name] is not None}
-        found.append(Outcome(**{**fields, **shares}))
-    return found
-
-
-def _directory(home: Path, number: int) -> Path:
-    return home / f"round-{number}"
 
 
 def _claim(home: Path, settings: Refresh) -> None:
@@ -159,12 +129,12 @@ class _Rounds:
         outcomes = read_outcomes(self._home)
         while self._config.max_rounds is None or len(outcomes) < self._config.max_rounds:
             outcomes.append(self._round(len(outcomes) + 1, outcomes))
-            self._log_rounds(outcomes)
-        self._log_rounds(outcomes)
+            log_outcomes(self._home, outcomes)
+        log_outcomes(self._home, outcomes)
         return outcomes
 
     def _round(self, number: int, before: list[Outcome]) -> Outcome:
-        directory = _directory(self._home, number)
+        directory = round_directory(self._home, number)
         gathered = self._gather(directory, number)
         base, carried = self._begin(directory, before)
         version, reason, drawn = None, None, 0
@@ -179,6 +149,7 @@ class _Rounds:
             reason = refusal(
                 found,
                 base.version,
+                best=best_of(before),
                 allowed_drop=self._config.allowed_drop,
                 min_probe_agreement=self._config.min_probe_agreement,
             )
@@ -200,8 +171,7 @@ class _Rounds:
             found.probe_agreement,
             time.time(),
         )
-        with writing(directory):
-            replace_text(directory / "outcome.json", json.dumps(asdict(outcome), indent=2))
+        write_outcome(self._home, outcome)
         if reason is None:
             logger.info(
                 "round %d: %s serves %s in the place of %s; held-out accuracy %s, before %s",
@@ -233,9 +203,11 @@ class _Rounds:
         logger.info("round %d has %d rows (%s)", number, gathered.num_rows, said)
         return gathered
 
-    def _cursor(self, number: int) -> dict[str, int]:
+    def _cursor(self, number: int) -> dict[str, Place]:
         """Behind what was taken last, in this round or the one before."""
-        return last_cursor(_directory(self._home, number)) or last_cursor(_directory(self._home, number - 1))
+        return last_cursor(round_directory(self._home, number)) or last_cursor(
+            round_directory(self._home, number - 1)
+        )
 
     def _begin(self, directory: Path, before: list[Outcome]) -> tuple[PublishedModel, list[tuple[Path, int]]]:
         """What the round trains from, and the pairs of the refused rounds just before it with their numbers.
@@ -253,7 +225,7 @@ class _Rounds:
         for outcome in reversed(before):
             if outcome.accepted:
                 break
-            carried.insert(0, (_directory(self._home, outcome.round) / PAIRS, outcome.num_rows))
+            carried.insert(0, (round_directory(self._home, outcome.round) / PAIRS, outcome.num_rows))
         content = {
             "base": served.version,
             "carried": [[str(path), num_rows] for path, num_rows in carried],
@@ -334,11 +306,21 @@ class _Rounds:
             )
         except PublishError as error:
             return None, f"it cannot be published: {error}"
-        serving = self._version()
+        status = self._client.status(wait_s=600.0)
+        serving = status["models"][self._model]
+        began = directory / _ROLLING
+        if (
+            began.exists()
+            and serving == base.version
+            and status["before"].get(self._model) == published.version
+        ):
+            return published.version, f"it served, and the service was rolled back to {base.version}"
         if serving not in (base.version, published.version):
             return published.version, (
                 f"the service was rolled to {serving} meanwhile, from which this round was not trained"
             )
+        with writing(began):
+            replace_text(began, published.version)
         try:
             self._client.roll(published.path, model=self._model)
         except (RollError, PublishError) as error:
@@ -367,7 +349,8 @@ class _Rounds:
 
     def _served(self) -> PublishedModel:
         """The version that serves now, in the registry."""
-        version = self._version()
+        status = self._client.status(wait_s=600.0)
+        version = status["models"][self._model]
         registry = Path(self._config.registry)
         if not (registry / self._name / version / MANIFEST).is_file():
             raise ConfigError(
@@ -375,10 +358,11 @@ class _Rounds:
                 f"{version} of {self._model!r}, and {str(registry / self._name)!r} has no such version. Type "
                 "the registry that it was deployed from, and `refresh.name` where it has another name there."
             )
+        place, mine = Path(status["places"][self._model]), registry / self._name / version
+        if place.exists() and place.resolve() != mine.resolve():
+            raise ConfigError(
+                f"`registry` ({self._config.registry!r}): the service {self._config.service!r} serves "
+                f"{version} from {str(place)!r}, and {str(mine)!r} is a copy: what is published there may be "
+                f"gone when a replica starts anew. Type `refresh.registry={place.parent.parent}`."
+            )
         return open_published(registry, self._name, version)
-
-    def _log_rounds(self, outcomes: list[Outcome]) -> None:
-        """A line for each round that ended; written whole, so none is there twice."""
-        file = self._home / ROUNDS
-        with writing(file):
-            replace_text(file, "".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))

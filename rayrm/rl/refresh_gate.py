@@ -108,8 +108,14 @@ def order_agreement(before: Sequence[float], after: Sequence[float]) -> float:
     return sum(alike) / len(alike) if alike else 1.0
 
 
-def refusal(found: Measured, base: str, *, allowed_drop: float, min_probe_agreement: float) -> str | None:
-    """Why the new model may not take over from version `base`; None: it may."""
+def refusal(
+    found: Measured, base: str, *, allowed_drop: float, min_probe_agreement: float, best: Share | None = None
+) -> str | None:
+    """Why the new model may not take over from version `base`; None: it may.
+
+    `best`: the highest held-out accuracy of a version that served in rounds before. Against `base` alone each
+    of many rounds might lose what one may.
+    """
     if found.broken is not None or found.after is None or found.probe_agreement is None:
         return f"its scores are broken: {found.broken}"
     drop = found.before.accuracy - found.after.accuracy
@@ -117,6 +123,12 @@ def refusal(found: Measured, base: str, *, allowed_drop: float, min_probe_agreem
         return (
             f"its held-out accuracy {found.after} is {drop:.3f} below that of {base}, {found.before}, on "
             f"{found.before.num_rows} rows, and `allowed_drop` is {allowed_drop:g}"
+        )
+    if best is not None and best.accuracy - found.after.accuracy > allowed_drop + 1e-9:
+        return (
+            f"its held-out accuracy {found.after} is {best.accuracy - found.after.accuracy:.3f} below "
+            f"{best}, the best of a version that served in this refresh, and `allowed_drop` is "
+            f"{allowed_drop:g}"
         )
     if found.probe_agreement < min_probe_agreement:
         return (

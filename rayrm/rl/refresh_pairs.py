@@ -21,10 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rayrm.data.preference import parse_row
-from rayrm.errors import RowError, writing
+from rayrm.errors import writing
 from rayrm.rl.judge import Judge, ranks_of
-from rayrm.rl.refresh_samples import Group, SampleReader, Taken
+from rayrm.rl.refresh_samples import Group, Place, SampleReader, Taken
 from rayrm.train.records import replace_text
 
 logger = logging.getLogger("rayrm.rl")
@@ -69,14 +68,7 @@ def gather(
             if len(set(scores)) == 1:
                 counts[TIED] += 1
                 continue
-            row = {"prompt": group.prompt, "completions": group.completions, "ranks": ranks_of(scores)}
-            try:
-                parse_row(row)
-            except RowError as error:
-                counts[error.reason] += 1
-                logger.warning("a row of %s is left out, no model can be trained on it: %s", directory, error)
-                continue
-            rows.append(row)
+            rows.append({"prompt": group.prompt, "completions": group.completions, "ranks": ranks_of(scores)})
         batch += 1
     if not file.exists():
         with writing(file):
@@ -90,12 +82,13 @@ def read_taken(directory: Path, batch: int) -> Taken | None:
     if not file.exists():
         return None
     fields = json.loads(file.read_text(encoding="utf-8"))
-    return Taken([Group(**group) for group in fields["groups"]], fields["cursor"], fields["counts"])
+    cursor = {path: Place.of(kept) for path, kept in fields["cursor"].items()}
+    return Taken([Group(**group) for group in fields["groups"]], cursor, fields["counts"])
 
 
-def last_cursor(directory: Path) -> dict[str, int]:
+def last_cursor(directory: Path) -> dict[str, Place]:
     """The cursor behind a round's newest batch; empty where it has none."""
-    cursor: dict[str, int] = {}
+    cursor: dict[str, Place] = {}
     batch = 0
     while (taken := read_taken(directory, batch)) is not None:
         cursor = taken.cursor

@@ -1,14 +1,18 @@
 """The samples that RL appends to its files -> prompts with their different completions, each sample once.
 
-What was read is told by a cursor: of each file the offset, in bytes, up to which its lines were taken.
-A line that is still being written is left for the next look. So are the samples of a file's newest step
-until another step follows or the file rests for a look: a prompt's completions are judged together. Whoever
-keeps the cursor with what was taken loses nothing and takes nothing twice. Pure, but for reading files.
+What was read is told by a cursor: of each file the offset, in bytes, up to which its lines were taken, the
+newest step among them, and how the file begins. A line that is still being written is left for the next
+look. So are the samples of a file's newest step until another step follows or the file rests for a look, and
+those of steps that another rank's file, in the same directory, has not reached: a prompt's completions are
+judged together. An RL run that goes on from a checkpoint appends steps again: what was taken of them is left
+out. Whoever keeps the cursor with what was taken loses nothing and takes nothing twice. Pure, but for reading
+files.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -25,9 +29,39 @@ from rayrm.errors import DataError, RowError
 
 logger = logging.getLogger("rayrm.rl")
 
-SAMPLES, REPEATED, ALONE = "samples", "repeated", "alone"
+SAMPLES, REPEATED, ALONE, REDONE = "samples", "repeated", "alone", "redone"
 """What is counted beside the reasons for which samples are left out: lines read, completions that their
-prompt had already, and prompts with one completion, which nothing is compared with."""
+prompt had already, prompts with one completion, which nothing is compared with, and samples of steps that
+were taken before."""
+_PATIENCE_LOOKS = 12
+"""A rank's file that is behind the others is waited for so many looks without a change: its rank is gone."""
+_HEAD_BYTES = 512
+_MANY_PROMPTS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far a file was taken: `offset` in bytes, the newest `step` and hashes of its samples, and a hash of
+    the file's first `num_head` bytes."""
+
+    offset: int = 0
+    step: float | None = None
+    samples: list[str] = field(default_factory=list)
+    num_head: int = 0
+    head: str = ""
+
+    def has(self, row: _Row) -> bool:
+        """Whether a row's sample was taken: one of an earlier step, or the same of the newest."""
+        if self.step is None or row.step is None or row.step > self.step:
+            return False
+        return row.step < self.step or row.hash in self.samples
+
+    @classmethod
+    def of(cls, kept: Place | Mapping[str, Any] | int) -> Place:
+        """A place as it was kept; earlier refreshes kept the offset alone."""
+        if isinstance(kept, Place):
+            return kept
+        return cls(kept) if isinstance(kept, int) else cls(**kept)
 
 
 @dataclass(slots=True)
@@ -43,7 +77,7 @@ class Taken:
     """Prompts with two or more completions, the cursor behind them, and what was counted on the way."""
 
     groups: list[Group]
-    cursor: dict[str, int]
+    cursor: dict[str, Place]
     counts: dict[str, int]
 
 
@@ -60,16 +94,18 @@ class SampleReader:
     def __init__(
         self,
         patterns: Sequence[str],
-        cursor: Mapping[str, int],
+        cursor: Mapping[str, Place | Mapping[str, Any] | int],
         *,
         text_form: TextForm,
         held_out: Selection = EVERY_ROW,
     ) -> None:
         self._patterns = patterns
-        self._cursor = dict(cursor)
+        self._cursor = {file: Place.of(kept) for file, kept in cursor.items()}
         self._text_form = text_form
         self._held_out = held_out
         self._sizes: dict[str, int] = {}
+        self._looks_at_rest: dict[str, int] = {}
+        self._said_alone = False
         self._start_over()
 
     @property
@@ -87,10 +123,23 @@ class SampleReader:
 
         Raises DataError: a file that shrank, is no jsonl, or whose rows have no `prompt` and `completion`.
         """
-        for file in sorted(
-            {str(Path(path).absolute()) for pattern in self._patterns for path in glob.glob(pattern)}
+        files = sorted({str(Path(path).absolute()) for name in self._patterns for path in glob.glob(name)})
+        unread = {file: self._unread(file) for file in files}
+        reached = self._reached(unread)
+        for file, rows in unread.items():
+            self._take_settled(file, rows, reached.get(str(Path(file).parent)))
+        if (
+            not self._said_alone
+            and len(self._keys) >= _MANY_PROMPTS
+            and self.num_ready < len(self._keys) / 20
         ):
-            self._read(file)
+            self._said_alone = True
+            logger.warning(
+                "%d of %d prompts have one completion each, which nothing is compared with: a judge needs "
+                "several of a prompt (GRPO's and RLOO's groups; PPO writes one)",
+                len(self._keys) - self.num_ready,
+                len(self._keys),
+            )
 
     def take(self) -> Taken:
         """All that was read and not yet taken."""
@@ -106,22 +155,30 @@ class SampleReader:
         self._keys: dict[str, set[str]] = {}
         self._counts: Counter[str] = Counter()
 
-    def _read(self, file: str) -> None:
-        begin, size = self._cursor.get(file, 0), Path(file).stat().st_size
-        if size < begin:
+    def _unread(self, file: str) -> list[_Row]:
+        """The whole lines behind the cursor."""
+        size = Path(file).stat().st_size
+        place = self._cursor.get(file, Place())
+        if place.num_head and _head(file, place.num_head) != place.head:
+            logger.warning(
+                "%s begins otherwise than before: it is another file, and read from its start", file
+            )
+            place = self._cursor[file] = Place()
+        if size < place.offset:
             raise DataError(
-                f"{file} has {size} bytes, and {begin} of it were read before: it was cut or written anew. "
-                "Let each RL run write to a directory of its own, and keep what was read."
+                f"{file} has {size} bytes, and {place.offset} of it were read before: it was cut or written "
+                "anew. Let each RL run write to a directory of its own, and keep what was read."
             )
         rests = self._sizes.get(file) == size
+        self._looks_at_rest[file] = self._looks_at_rest.get(file, 0) + 1 if rests else 0
         self._sizes[file] = size
-        if size == begin:
-            return
+        if size == place.offset:
+            return []
         with open(file, "rb") as lines:
-            lines.seek(begin)
-            content = lines.read(size - begin)
-        rows: list[tuple[int, Any]] = []
-        end = begin
+            lines.seek(place.offset)
+            content = lines.read(size - place.offset)
+        rows: list[_Row] = []
+        end = place.offset
         broken = False
         for line in content.split(b"\n")[:-1]:
             row = _parsed(file, end, line)
@@ -131,16 +188,42 @@ class SampleReader:
                     "left by a writer that was killed, two are not. Give files of a JSON object a line."
                 )
             broken = row is _BROKEN
-            rows.append((end, row))
-            end += len(line) + 1
-        settled = len(rows) if rests else _settled([row for _, row in rows])
-        for at, row in rows[:settled]:
-            if row is _BROKEN:
-                logger.warning("%s, byte %d: the line is not JSON, and is left out", file, at)
+            begin, end = end, end + len(line) + 1
+            rows.append(_Row(begin, end, row))
+        return rows
+
+    def _reached(self, unread: Mapping[str, list[_Row]]) -> dict[str, float]:
+        """By directory, the newest step that all ranks that still write there have reached."""
+        reached: dict[str, float] = {}
+        for file, rows in unread.items():
+            steps = [row.step for row in rows if row.step is not None]
+            newest = steps[-1] if steps else self._cursor.get(file, Place()).step
+            if newest is not None and self._looks_at_rest[file] < _PATIENCE_LOOKS:
+                home = str(Path(file).parent)
+                reached[home] = min(newest, reached.get(home, newest))
+        return reached
+
+    def _take_settled(self, file: str, rows: list[_Row], reached: float | None) -> None:
+        settled = len(rows) if self._looks_at_rest[file] else _settled(rows)
+        place = self._cursor.get(file, Place())
+        offset, newest, samples = place.offset, place.step, list(place.samples)
+        for row in rows[:settled]:
+            if reached is not None and row.step is not None and row.step > reached:
+                break
+            offset = row.end
+            if row.content is _BROKEN:
+                logger.warning("%s, byte %d: the line is not JSON, and is left out", file, row.begin)
                 self._counts["not-json"] += 1
-            elif row is not None:
-                self._add(file, at, row)
-        self._cursor[file] = end if settled == len(rows) else rows[settled][0]
+            elif row.content is not None and not place.has(row):
+                self._add(file, row.begin, row.content)
+            elif row.content is not None:
+                self._counts[REDONE] += 1
+            if row.step is not None and (newest is None or row.step >= newest):
+                samples = [*(samples if row.step == newest else []), row.hash]
+                newest = row.step
+        num_head = place.num_head or min(offset, _HEAD_BYTES)
+        head = place.head or _head(file, num_head)
+        self._cursor[file] = Place(offset, newest, samples, num_head, head)
 
     def _add(self, file: str, at: int, row: Mapping[str, Any]) -> None:
         self._counts[SAMPLES] += 1
@@ -178,6 +261,27 @@ _BROKEN: dict[str, Any] = {}
 """What stands for a line that is no JSON."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A line: where it begins and ends, and its object (None: blank)."""
+
+    begin: int
+    end: int
+    content: dict[str, Any] | None
+
+    @property
+    def step(self) -> float | None:
+        step = self.content.get("step") if self.content else None
+        return float(step) if isinstance(step, int | float) else None
+
+    @property
+    def hash(self) -> str:
+        """Of the prompt and the completion."""
+        content = self.content or {}
+        text = json.dumps([content.get("prompt"), content.get("completion")], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def _parsed(file: str, at: int, line: bytes) -> dict[str, Any] | None:
     """The line's object; None for a blank line, `_BROKEN` for what a writer that was killed left of one."""
     if not line.strip():
@@ -194,10 +298,18 @@ def _parsed(file: str, at: int, line: bytes) -> dict[str, Any] | None:
     return row
 
 
-def _settled(rows: Sequence[dict[str, Any] | None]) -> int:
+def _settled(rows: Sequence[_Row]) -> int:
     """How many rows stand before those of the newest step; lines without one go with what precedes them."""
-    steps = [row.get("step") for row in rows if row]
+    steps = [row.content.get("step") for row in rows if row.content]
     settled = len(rows)
-    while settled and (not (row := rows[settled - 1]) or row.get("step") == steps[-1]):
+    while settled and (not (content := rows[settled - 1].content) or content.get("step") == steps[-1]):
         settled -= 1
     return settled
+
+
+def _head(file: str, num_bytes: int) -> str:
+    """A hash of how a file begins; "" of nothing."""
+    if num_bytes == 0:
+        return ""
+    with open(file, "rb") as begin:
+        return hashlib.blake2b(begin.read(num_bytes), digest_size=8).hexdigest()

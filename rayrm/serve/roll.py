@@ -110,6 +110,7 @@ def service_status(handle: Any, application: str, wait_s: float) -> dict[str, An
     return {
         "name": application,
         "models": {} if pointer is None else {name: p.version for name, p in pointer.current.items()},
+        "places": {} if pointer is None else {name: p.path for name, p in pointer.current.items()},
         "before": {} if pointer is None else {name: p.version for name, p in pointer.before.items()},
         "last_roll": {} if pointer is None else pointer.last_roll,
         "ensembles": statuses[0]["ensembles"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,11 +250,18 @@ def test_the_service_comes_to_agree_with_the_judge_while_it_is_called(refreshing
     ended_as.unlink()
     (again,) = refreshing.run()
     assert replace(again, ended_at=outcome.ended_at) == outcome
-    # And had somebody rolled to another version meanwhile, that would serve on.
+    # Had somebody rolled back meanwhile, that stands.
+    client = RewardClient(refreshing.service)
+    client.rollback()
+    ended_as.unlink()
+    (undone,) = refreshing.run()
+    assert not undone.accepted
+    assert f"rolled back to {refreshing.model.version}" in str(undone.reason)
+    assert client.status()["models"] == {"reward": refreshing.model.version}
+    # And had somebody rolled to another version, that would serve on.
     third = publish(
         save_tiny(refreshing.home / "third", seed=5, chat=False), home.parent, "reward", make_current=False
     )
-    client = RewardClient(refreshing.service)
     client.roll(third.version)
     ended_as.unlink()
     (superseded,) = refreshing.run()
@@ -356,7 +364,7 @@ def test_a_job_that_is_killed_judges_and_trains_each_sample_once(refreshing: Ref
     # The next round begins where this one's samples end.
     taken = read_taken(round_dir, 0)
     assert taken is not None
-    end = taken.cursor[str(refreshing.samples)]
+    end = taken.cursor[str(refreshing.samples)].offset
     left = [json.loads(line)["prompt"] for line in refreshing.samples.read_bytes()[end:].splitlines()]
     assert set(left) | {row["prompt"] for row in rows} == refreshing.prompts
     assert len(left) == 10
@@ -378,6 +386,10 @@ def test_what_cannot_be_refreshed_is_refused_with_what_to_type(refreshing: Refre
         refreshing.run(
             f"registry={refreshing.home / 'registry'}", "output_dir=" + str(refreshing.home / "third")
         )
+    copy = refreshing.home / "copy"
+    shutil.copytree(refreshing.model.path.parent.parent, copy)
+    with pytest.raises(ConfigError, match=r"is a copy: .* Type `refresh.registry="):
+        refreshing.run(f"registry={copy}", "output_dir=" + str(refreshing.home / "fourth"))
     assert RewardClient(refreshing.service).status()["models"] == {"reward": refreshing.model.version}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_each_sample_is_taken_once_whatever_readers_come_and_go(tmp_path: Path) 
     later.look()
     second = later.take()
     assert [(group.prompt, group.completions) for group in second.groups] == [("b", ["3", "4"])]
-    assert second.cursor == {str(file): file.stat().st_size}
+    assert second.cursor[str(file)].offset == file.stat().st_size
     assert first.counts["samples"] + second.counts["samples"] == 5
     last = reader_of(file, cursor=second.cursor)
     last.look()
@@ -76,6 +77,79 @@ def test_a_prompt_is_judged_with_all_that_its_step_has_in_several_files(tmp_path
     assert [(group.prompt, group.completions) for group in taken.groups] == [("a", ["1", "2"])]
     assert taken.counts == {"samples": 4, "alone": 2}
     assert len(taken.cursor) == 2
+
+
+def test_steps_that_a_resumed_run_does_again_are_not_taken_again(tmp_path: Path) -> None:
+    file = tmp_path / "samples-0.jsonl"
+    append(file, *(sample(f"p{step}", text, step) for step in (1, 2, 3) for text in "xy"))
+    reader = reader_of(file)
+    for _ in range(2):
+        reader.look()
+    first = reader.take()
+    assert [group.prompt for group in first.groups] == ["p1", "p2", "p3"]
+    # From the checkpoint of step 1: steps 2 (sampled otherwise) and 3 (the same) again, then 4; and a late
+    # part of step 4, as gradient accumulation appends.
+    append(file, *(sample("p2", text, 2) for text in "uv"), *(sample("p3", text, 3) for text in "xy"))
+    append(file, *(sample("p4", text, 4) for text in "xy"))
+    kept = json.loads(json.dumps({path: asdict(place) for path, place in first.cursor.items()}))
+    later = reader_of(file, cursor=kept)
+    for _ in range(2):
+        later.look()
+    append(file, *(sample("p4", text, 4) for text in "yz"))
+    for _ in range(2):
+        later.look()
+    second = later.take()
+    assert [(group.prompt, group.completions) for group in second.groups] == [("p4", ["x", "y", "z"])]
+    assert second.counts == {"redone": 5, "samples": 3}
+
+
+def test_a_rank_that_lags_is_waited_for_and_one_that_is_gone_is_not(tmp_path: Path) -> None:
+    first, second = tmp_path / "samples-0.jsonl", tmp_path / "samples-1.jsonl"
+    append(first, sample("a", "1"), sample("b", "1", 2), sample("b", "2", 2))
+    append(second, sample("a", "2"))
+    reader = reader_of(tmp_path / "samples-*.jsonl")
+    for _ in range(3):
+        reader.look()
+    assert reader.num_ready == 1  # of step 1; rank 1 has not reached step 2
+    append(second, sample("b", "3", 2))
+    for _ in range(2):
+        reader.look()
+    assert taken_of(reader) == {"a": ["1", "2"], "b": ["1", "2", "3"]}
+    append(first, sample("c", "1", 3), sample("c", "2", 3))  # and rank 1 never comes again
+    for _ in range(5):
+        reader.look()
+    assert reader.num_ready == 0
+    for _ in range(10):
+        reader.look()
+    assert taken_of(reader) == {"c": ["1", "2"]}
+
+
+def test_another_file_under_the_same_name_is_read_from_its_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "samples.jsonl"
+    append(file, sample("a", "1"), sample("a", "2"))
+    reader = reader_of(file)
+    for _ in range(2):
+        reader.look()
+    cursor = reader.take().cursor
+    file.write_text("".join(sample("b", text) for text in ("1", "2", "3", "4")))
+    later = reader_of(file, cursor=cursor)
+    for _ in range(2):
+        later.look()
+    assert taken_of(later) == {"b": ["1", "2", "3", "4"]}
+    assert "begins otherwise than before" in caplog.text
+
+
+def test_samples_of_which_no_prompt_has_two_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "samples.jsonl"
+    append(file, *(sample(f"p{n}", "x") for n in range(300)))
+    reader = reader_of(file)
+    for _ in range(3):
+        reader.look()
+    assert caplog.text.count("300 of 300 prompts have one completion each") == 1
 
 
 def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -257,6 +331,14 @@ def measured(before: float, after: float, agreement: float = 1.0) -> Measured:
 def test_a_model_is_refused_beyond_each_bound_and_not_at_it(found: Measured, says: str | None) -> None:
     reason = refusal(found, "v1", allowed_drop=0.1, min_probe_agreement=0.5)
     assert reason is None if says is None else says in str(reason)
+
+
+def test_rounds_that_each_lose_what_one_may_do_not_add_up() -> None:
+    found = Measured(Share(0.8, 0.7, 0.9, 10), Share(0.75, 0.7, 0.8, 10), 1.0)
+    assert refusal(found, "v2", allowed_drop=0.1, min_probe_agreement=0.5) is None
+    best = Share(0.9, 0.8, 1.0, 10)
+    said = refusal(found, "v2", allowed_drop=0.1, min_probe_agreement=0.5, best=best)
+    assert "0.150 below 0.900 [0.800, 1.000], the best of a version that served" in str(said)
 
 
 # --- the file
