@@ -13,7 +13,8 @@ RayrmError
 │   └── UnknownModelError                  a request for a model that the service does not have
 ├── RewardUnavailableError (RuntimeError)  the reward service gave no answer before the deadline
 │   ├── OverloadedError                    its queue is full; `retry_after_s` says when to come back
-│   └── VersionError                       the version that was asked for does not answer
+│   ├── VersionError                       the version that was asked for does not answer
+│   └── PeerFailedError                    another rank failed, whose scores this one's statistics need
 ├── RollError              (RuntimeError)  a version that the service refused; the one before serves on
 ├── ClusterError           (RuntimeError)  what was asked is more than the cluster has
 ├── PreemptedError         (RuntimeError)  a run that was told to leave, saved and left
@@ -106,6 +107,10 @@ class VersionError(RewardUnavailableError):
 
     def __reduce__(self) -> tuple[type[VersionError], tuple[str, str]]:
         return type(self), (str(self), self.served)
+
+
+class PeerFailedError(RewardUnavailableError):
+    """Another rank failed, so that this one has no statistics; what that rank raised says why."""
 
 
 class RollError(RayrmError, RuntimeError):

@@ -30,12 +30,11 @@ from ray.util.placement_group import (
 )
 
 from rayrm.data.messages import Text
-from rayrm.errors import ClusterError, ConfigError, RayrmError, ScoreError
+from rayrm.errors import ClusterError, ConfigError, PeerFailedError, RayrmError, ScoreError
 from rayrm.logs import show_logs
 from rayrm.own_ray import trainer_class
 from rayrm.rl.fresh_answers import HELDOUT_FILE
 from rayrm.rl.heldout import Gain
-from rayrm.rl.moments import PeerFailedError
 from rayrm.rl.policy import PolicyJob, train_policy_rank
 from rayrm.rl.prompts import read_prompts, without_heldout
 from rayrm.rl.run_directory import FINISHED, own_directory

@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rayrm.errors import ConfigError, RewardUnavailableError, ScoreError
+from rayrm.errors import ConfigError, PeerFailedError, RewardUnavailableError, ScoreError
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +84,6 @@ class Moments:
     def std(self) -> float:
         """The standard deviation, divided by `count`; 0 of no value."""
         return math.sqrt(self.squares / self.count) if self.count else 0.0
-
-
-class PeerFailedError(RewardUnavailableError):
-    """Another rank failed, so that this one has no statistics; what that rank raised says why."""
 
 
 class RunningMoments:

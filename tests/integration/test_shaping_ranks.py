@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rayrm.errors import ConfigError, RayrmError, RewardUnavailableError, ScoreError
+from rayrm.errors import ConfigError, PeerFailedError, RayrmError, ScoreError
 from rayrm.rl import moments
 from rayrm.rl.moments import RunningMoments
 from rayrm.rl.shaping import Shaper, Shaping
@@ -273,7 +273,7 @@ def test_a_rank_without_scores_ends_the_others_call_and_nothing_is_counted(
     found: list[dict[str, Any]],
 ) -> None:
     first, second = (rank["a_rank_that_has_no_scores"] for rank in found)
-    assert first["said"].startswith(f"{RewardUnavailableError.__name__}: the scores of rank 1 failed")
+    assert first["said"].startswith(f"{PeerFailedError.__name__}: the scores of rank 1 failed")
     # 0 and 1, then 2 and 2: mean 1.25.
     assert first["bits"] == second["bits"]
     assert first["bits"][:2] == [4, (1.25).hex()]
@@ -282,7 +282,7 @@ def test_a_rank_without_scores_ends_the_others_call_and_nothing_is_counted(
 def test_what_one_rank_refuses_ends_the_others_call_too(found: list[dict[str, Any]]) -> None:
     first, second = (rank["a_rank_whose_score_is_nan"] for rank in found)
     assert first["said"].startswith(f"{ScoreError.__name__}: score 0 of 1 is nan")
-    assert second["said"].startswith(f"{RewardUnavailableError.__name__}: the scores of rank 0 failed")
+    assert second["said"].startswith(f"{PeerFailedError.__name__}: the scores of rank 0 failed")
     assert first["bits"] == second["bits"] == [2, (2.5).hex(), (0.5).hex()]
 
 
@@ -298,7 +298,7 @@ def test_rewards_that_are_gone_do_not_part_the_ranks(found: list[dict[str, Any]]
 
 
 def test_a_rank_that_hangs_or_dies_ends_the_waiting_as_an_error(found: list[dict[str, Any]]) -> None:
-    said = f"{RewardUnavailableError.__name__}: the ranks could not exchange the moments"
+    said = f"{PeerFailedError.__name__}: the ranks could not exchange the moments"
     assert found[0]["a_rank_that_hangs"].startswith(said)
     assert found[0]["a_rank_that_dies"].startswith(said)
     for rank in found:
