@@ -28,8 +28,22 @@ help:
 demo: $(STAMP)
 	$(BIN)/rayrm demo
 
+# RL frameworks change what all of a process shares when they are imported (loggers, verbosity), so the tests that
+# import them have a process of their own, and so have the other tests of reinforcement learning.
+FRAMEWORKS := $(foreach name,areal nemo_rl openrlhf roll skyrl slime verl adapters_calls,\
+	$(wildcard tests/*/test_rl_$(name).py))
+RL := $(filter-out $(FRAMEWORKS),$(wildcard tests/*/test_rl_*.py) $(foreach name,ppo ppo_actor refresh judge guard \
+	heldout moments shaping shaping_ranks trl_reward turn_ending calibration,$(wildcard tests/*/test_$(name).py)))
+PYTEST := $(QUIET_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
+
 test: $(STAMP)
-	$(QUIET_ENV) $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+ifdef PYTEST_ARGS
+	$(PYTEST) $(PYTEST_ARGS)
+else
+	$(PYTEST) $(addprefix --ignore=,$(FRAMEWORKS) $(RL))
+	$(PYTEST) $(RL)
+	$(PYTEST) $(FRAMEWORKS)
+endif
 
 # Each benchmark prints its figures, and one JSON object as its last line; BENCH_ARGS="--rounds 1" is for all.
 bench: $(STAMP)
