@@ -21,6 +21,7 @@ from rayrm.settings import (
     Count,
     Decay,
     Fraction,
+    ModelName,
     Names,
     NonNegativeFloat,
     NonNegativeInt,
@@ -282,14 +283,10 @@ class LoraConfig:
 class ModelConfig:
     """The model that becomes a reward model."""
 
-    name: str
+    name: ModelName
     """A directory (relative to the current directory) or a hub name."""
     lora: Annotated[LoraConfig | None, BeforeValidator(none_word)] = None
     """Train adapters only. None: train every parameter."""
-
-    def __post_init__(self) -> None:
-        if not self.name.strip():
-            raise ValueError("`name` (''): names no model. Type a directory or a hub name.")
 
 
 @settings

@@ -45,13 +45,13 @@ def _rl(options: argparse.Namespace) -> int:
     run = read_rl_run(*split_words(options.run))
     from rayrm.report.rl import write_rl_report
     from rayrm.rl.launch import train_policy
-    from rayrm.rl.run_log import read_metrics
+    from rayrm.train.records import read_records
 
     try:
         summary = train_policy(run, report=write_rl_report)
     finally:
         # Also of a run that was cut off: it shows how far it came.
-        if read_metrics(run.output_dir):
+        if read_records(run.output_dir):
             print(f"report: {write_rl_report(run.output_dir)}")
     print(f"policy: {summary.output_dir} ({len(summary.records)} steps logged)")
     if summary.gain is not None:

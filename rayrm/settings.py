@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import ArgsKwargs
 
@@ -53,6 +53,13 @@ def json_value(value: Any) -> Any:
         raise ValueError(f"is not valid JSON: {problem}") from None
 
 
+def _named_model(value: str) -> str:
+    if not value.strip():
+        raise ValueError(f"`name` ({value!r}): names no model. Type a directory or a hub name.")
+    return value
+
+
+ModelName = Annotated[str, AfterValidator(_named_model)]
 OptionalCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(none_word)]
 OptionalSeed = Annotated[Annotated[int, Field(ge=0, lt=2**32)] | None, BeforeValidator(none_word)]
 OptionalNonNegativeFloat = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(none_word)]

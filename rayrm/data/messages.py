@@ -17,6 +17,11 @@ _TOOLS = ("tool", "function", "ipython")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
+def answer_to(prompt: Text, text: str) -> Text:
+    """An answer in the form of its prompt: text, or the assistant's one message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def parse_text(name: str, value: Any) -> Text:
     """A string or messages, whichever `value` is; `RowError` (wrong-type) for anything else."""
     if isinstance(value, str):

@@ -22,7 +22,7 @@ from transformers import TrainerCallback, set_seed
 from rayrm.errors import ConfigError
 from rayrm.rl.heldout import paired_gain
 from rayrm.rl.prompts import prompt_set
-from rayrm.rl.run_log import write_whole
+from rayrm.rl.run_log import write_json
 from rayrm.rl.trl import HELDOUT, HeldoutSample, TRLReward
 
 logger = logging.getLogger("rayrm.rl")
@@ -55,7 +55,7 @@ class FreshAnswers(TrainerCallback):  # type: ignore[misc]
             return
         answers = self._answers("before")
         if self.trainer.accelerator.is_main_process:
-            write_whole(before, [[dataclasses.asdict(sample) for sample in row] for row in answers])
+            write_json(before, [[dataclasses.asdict(sample) for sample in row] for row in answers])
         self.trainer.accelerator.wait_for_everyone()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ class FreshAnswers(TrainerCallback):  # type: ignore[misc]
         if self.trainer.accelerator.is_main_process:
             kept = json.loads((self._output_dir / _BEFORE).read_text(encoding="utf-8"))
             before = [[HeldoutSample(**one) for one in row] for row in kept]
-            write_whole(self._output_dir / HELDOUT_FILE, self._compared(before, after))
+            write_json(self._output_dir / HELDOUT_FILE, self._compared(before, after))
             (self._output_dir / _BEFORE).unlink()
 
     def _answers(self, when: str) -> _Answers:

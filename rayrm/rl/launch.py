@@ -29,7 +29,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from rayrm.data.messages import Text
+from rayrm.data.messages import answer_to
 from rayrm.errors import ClusterError, ConfigError, PeerFailedError, RayrmError, ScoreError
 from rayrm.logs import show_logs
 from rayrm.own_ray import trainer_class
@@ -38,7 +38,7 @@ from rayrm.rl.heldout import Gain
 from rayrm.rl.policy import PolicyJob, train_policy_rank
 from rayrm.rl.prompts import read_prompts, without_heldout
 from rayrm.rl.run_directory import FINISHED, own_directory
-from rayrm.rl.run_log import Report, read_metrics, write_whole
+from rayrm.rl.run_log import Report, write_json
 from rayrm.rl.runfile import with_absolute_places
 from rayrm.rl.settings import RLRun
 from rayrm.rl.shaping import Shaper
@@ -47,7 +47,8 @@ from rayrm.serve.caller import CallSettings, service_handle
 from rayrm.serve.client import RewardClient
 from rayrm.serve_settings import ServeConfig
 from rayrm.train.last_error import forget_error, leave_error, left_error
-from rayrm.train.launch import join_cluster, ray_train_settings
+from rayrm.train.launch import join_cluster, ray_train_settings, training_failed
+from rayrm.train.records import read_records
 
 logger = logging.getLogger("rayrm.rl")
 
@@ -101,8 +102,8 @@ def _summary(output_dir: Path) -> RLSummary:
     """What a run that is done left; marks its directory as finished."""
     file = output_dir / HELDOUT_FILE
     gain = Gain(**json.loads(file.read_text(encoding="utf-8"))["gain"]) if file.exists() else None
-    records = read_metrics(output_dir)
-    write_whole(output_dir / FINISHED, {"steps": records[-1]["step"] if records else 0})
+    records = read_records(output_dir)
+    write_json(output_dir / FINISHED, {"steps": records[-1]["step"] if records else 0})
     return RLSummary(output_dir, records, gain)
 
 
@@ -150,7 +151,7 @@ def _reward_service(run: RLRun) -> Iterator[_Clients]:
         serve.delete(settings.name)
     settings = _placed(run)
     logger.info("starting the reward service %r", settings.name)
-    write_whole(note, place)
+    write_json(note, place)
     try:
         client = deploy(source.model or "", config=settings)
         yield _clients(run, settings.name, source.use or client.model)
@@ -251,9 +252,8 @@ def _warm_up(run: RLRun, client: RewardClient, row: dict[str, Any], *, is_gold: 
     The first batch is slow too.
     """
     prompt = row["prompt"]
-    answer: Text = "Yes." if isinstance(prompt, str) else [{"role": "assistant", "content": "Yes."}]
     try:
-        result = client.score([prompt], [answer], truncation=run.reward.truncation)
+        result = client.score([prompt], [answer_to(prompt, "Yes.")], truncation=run.reward.truncation)
     except ScoreError as error:
         raise type(error)(
             f"[reward] the model {client.model or client.name!r} cannot score an answer to the first of "
@@ -274,22 +274,20 @@ def _fit(job: PolicyJob) -> None:
     scaling, settings = ray_train_settings(job.run.cluster)
     output_dir = job.run.output_dir
     forget_error(output_dir)
-    if scaling is None:
-        trainer = trainer_class()(
-            _run_rank, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)
+    of_workers = None
+    if scaling is not None:
+        of_workers = RunConfig(
+            name=output_dir.name,
+            storage_path=str(output_dir.parent),
+            failure_config=settings.failure_config,
+            logging_config=LoggingConfig(log_level="WARNING"),
         )
-    else:
-        trainer = trainer_class()(
-            _run_rank,
-            train_loop_config={"job": job},
-            scaling_config=scaling,
-            run_config=RunConfig(
-                name=output_dir.name,
-                storage_path=str(output_dir.parent),
-                failure_config=settings.failure_config,
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        )
+    trainer = trainer_class()(
+        _run_rank,
+        train_loop_config={"job": job},
+        scaling_config=scaling or ScalingConfig(num_workers=0),
+        run_config=of_workers,
+    )
     try:
         with _plain_print():
             trainer.fit()
@@ -328,10 +326,11 @@ def _told(failure: Exception, output_dir: Path) -> Exception:
 
     if not isinstance(failure, TrainingFailedError):
         return failure
-    said = [line for line in str(failure).splitlines() if line.strip()]
-    return RayrmError(
-        f"training in {output_dir} failed: {said[-1]}. The workers' own messages stand above; with "
-        "`save_strategy` and `save_steps` in the run file the same command goes on from the last checkpoint."
+    return training_failed(
+        failure,
+        output_dir,
+        "with `save_strategy` and `save_steps` in the run file the same command goes on from the last "
+        "checkpoint.",
     )
 
 

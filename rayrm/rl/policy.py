@@ -15,6 +15,7 @@ from rayrm.rl.settings import RLRun
 from rayrm.rl.trainer_config import trainer_config
 from rayrm.rl.trl import AsyncTRLReward, TRLReward
 from rayrm.serve.client import RewardClient
+from rayrm.train.launch import peft_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def _trainer(job: PolicyJob, reward: TRLReward) -> Any:
         args=trainer_config(run, len(job.heldout)),
         train_dataset=prompt_set(job.prompts),
         processing_class=AutoTokenizer.from_pretrained(run.policy.name, padding_side="left"),
-        peft_config=_adapters(run),
+        peft_config=None if run.policy.lora is None else peft_settings(run.policy.lora, "CAUSAL_LM"),
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.accelerator.is_main_process:
@@ -72,18 +73,3 @@ def _trainer(job: PolicyJob, reward: TRLReward) -> Any:
     answers.trainer = trainer
     trainer.add_callback(answers)
     return trainer
-
-
-def _adapters(run: RLRun) -> Any:
-    if run.policy.lora is None:
-        return None
-    from peft import LoraConfig
-
-    lora = run.policy.lora
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rayrm.data.messages import Text
+from rayrm.data.messages import Text, answer_to
 from rayrm.rl.ppo import (
     PPOSettings,
     completion_mask,
@@ -171,9 +171,8 @@ class Learner:
             self.tokenizer.decode(row[kept], skip_special_tokens=True)
             for row, kept in zip(completions, mask.bool(), strict=True)
         ]
-        if not isinstance(prompts[0], str):
-            texts = [[{"role": "assistant", "content": text}] for text in texts]
-        return Generated(tokens, torch.cat([shown, mask.to(shown.dtype)], 1), mask, ended, texts)
+        answers = [answer_to(prompts[0], text) for text in texts]
+        return Generated(tokens, torch.cat([shown, mask.to(shown.dtype)], 1), mask, ended, answers)
 
     def evaluate(
         self, model: Any, generated: Generated, rows: Tensor | slice = slice(None)

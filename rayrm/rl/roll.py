@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rayrm.errors import MissingExtraError, ScoreError
-from rayrm.rl.service import reward_service
+from rayrm.rl.service import figures_of, reward_service
 
 if TYPE_CHECKING:
-    from rayrm.serve.request import ScoreResult, Truncation
+    from rayrm.serve.request import Truncation
 
 try:
     from roll.distributed.executor.worker import Worker
@@ -88,7 +88,9 @@ class RewardWorker(Worker):  # type: ignore[misc]  # ROLL ships no types
                 "scores": scores.clone(),
             }
         )
-        output.meta_info = {"metrics": self._metrics(result)}
+        output.meta_info = {
+            "metrics": {f"{self._client.name}/{key}": value for key, value in figures_of(result).items()}
+        }
         return output
 
     def _inputs(self, rows: Any, texts: Sequence[str]) -> tuple[list[Any], list[Any]]:
@@ -104,14 +106,3 @@ class RewardWorker(Worker):  # type: ignore[misc]  # ROLL ships no types
             f"{', '.join(sorted(rows.keys())) or 'none'}). Name the data's column: "
             "actor_train.data_args.messages, or actor_train.data_args.prompt."
         )
-
-    def _metrics(self, result: ScoreResult) -> dict[str, float]:
-        name, count = self._client.name, len(result.scores)
-        found = {
-            f"{name}/score_mean": sum(result.scores) / count,
-            f"{name}/latency_s": result.timing.total_s,
-            f"{name}/retries": float(result.retries),
-            f"{name}/truncated": len(result.truncated) / count,
-            f"{name}/version/{result.version}": 1.0,
-        }
-        return found if result.spread is None else {**found, f"{name}/spread": sum(result.spread) / count}

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rayrm.errors import RunDirectoryError, writing
-from rayrm.rl.run_log import METRICS
 from rayrm.rl.runfile import dump_rl_run, read_rl_run
 from rayrm.rl.settings import RLRun
 from rayrm.train.holding import holding
+from rayrm.train.records import METRICS
 
 FINISHED = "finished.json"
 _RUN = "run.toml"

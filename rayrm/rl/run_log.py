@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 from rayrm.errors import writing
 from rayrm.rl.guard import GuardSettings, HackingGuard
 from rayrm.rl.trl import TRLReward, versions_in
+from rayrm.train.records import METRICS, read_records, replace_text
 
 logger = logging.getLogger("rayrm.rl")
 
-METRICS = "metrics.jsonl"
 SHAPING = "shaping.json"
 _REPORT_EVERY_S = 300.0
 Report = Callable[[Path], Any]
@@ -35,9 +35,9 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What follows the checkpoint that training goes on from is logged again."""
-        kept = [record for record in read_metrics(self._file.parent) if record["step"] <= state.global_step]
+        kept = [record for record in read_records(self._file.parent) if record["step"] <= state.global_step]
         with writing(self._file):
-            self._file.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
+            replace_text(self._file, "".join(json.dumps(record) + "\n" for record in kept))
         for record in kept:
             self._guard.see(record)
         self._began = self._reported = time.monotonic()
@@ -79,7 +79,7 @@ class KeepShaping(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / SHAPING
-        write_whole(file, self._reward.state_dict())
+        write_json(file, self._reward.state_dict())
 
 
 def shares_of_versions(record: dict[str, float]) -> dict[str, float]:
@@ -97,18 +97,6 @@ def shares_of_versions(record: dict[str, float]) -> dict[str, float]:
     }
 
 
-def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The records of an RL run's `metrics.jsonl`, without a last line that was cut off."""
-    file = output_dir / METRICS
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
 def last_checkpoint(output_dir: Path, *, with_shaping: bool) -> Path | None:
     """The latest whole checkpoint: the trainer's state is written last, what the shaping saw after it."""
     needed = ["trainer_state.json", *([SHAPING] if with_shaping else [])]
@@ -121,9 +109,7 @@ def last_checkpoint(output_dir: Path, *, with_shaping: bool) -> Path | None:
     return max(found)[1] if found else None
 
 
-def write_whole(file: Path, content: Any) -> None:
+def write_json(file: Path, content: Any) -> None:
     """Write JSON that is there whole or not at all."""
-    aside = file.with_suffix(".partial")
     with writing(file):
-        aside.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-        aside.replace(file)
+        replace_text(file, json.dumps(content, indent=1))

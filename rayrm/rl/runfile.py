@@ -57,28 +57,21 @@ def dump_rl_run(run: RLRun) -> str:
 
 def with_absolute_places(run: RLRun) -> RLRun:
     """The run with every local path absolute: workers have current directories of their own."""
-    model = run.reward.model
+    from rayrm.train.launch import absolute_source  # loads ray, which a run file is read without
+
+    given = {name: run.trainer.get(name) for name in _PATHS}
+    paths = {name: absolute_source(path) for name, path in given.items() if isinstance(path, str)}
+    output_dir = str(run.output_dir.expanduser().absolute())
     return dataclasses.replace(
         run,
-        policy=dataclasses.replace(run.policy, name=_absolute(run.policy.name)),
+        policy=dataclasses.replace(run.policy, name=absolute_source(run.policy.name)),
         prompts=dataclasses.replace(
             run.prompts,
-            train=_absolute(run.prompts.train),
-            heldout=None if run.prompts.heldout is None else _absolute(run.prompts.heldout),
+            train=absolute_source(run.prompts.train),
+            heldout=absolute_source(run.prompts.heldout),
         ),
-        reward=dataclasses.replace(
-            run.reward,
-            model={name: _absolute(place) for name, place in model.items()}
-            if isinstance(model, dict)
-            else None
-            if model is None
-            else _absolute(model),
-        ),
-        trainer={
-            **run.trainer,
-            **{name: _absolute(value) for name in _PATHS if isinstance(value := run.trainer.get(name), str)},
-            "output_dir": str(run.output_dir.expanduser().absolute()),
-        },
+        reward=dataclasses.replace(run.reward, model=absolute_source(run.reward.model)),
+        trainer={**run.trainer, **paths, "output_dir": output_dir},
     )
 
 
@@ -110,8 +103,3 @@ def _table_of(algorithm: Algorithm) -> type[Any]:
     types = {"algorithm": Algorithm, **dict.fromkeys(names, Any)}
     defaults: dict[str, Any] = {"algorithm": "grpo", **dict.fromkeys(names)}
     return settings(type(kind.__name__, (), {"__annotations__": types, **defaults}))
-
-
-def _absolute(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name

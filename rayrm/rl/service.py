@@ -1,4 +1,4 @@
-"""The reward service as an RL framework's adapter finds it: by argument, else by environment variable.
+"""The reward service as an RL framework's adapter finds it, and what a log says of its answers.
 
 Frameworks start the processes that call a reward; what they let their users say differs. Whatever they pass
 on goes before `RAYRM_REWARD` (the service's name) and `RAYRM_REWARD_MODEL` (which of its models).
@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from rayrm.serve.client import RewardClient
+from rayrm.serve.request import ScoreResult
 
 
 def reward_service(name: str | None = None, model: str | None = None, **settings: Any) -> RewardClient:
@@ -23,6 +24,19 @@ def reward_service(name: str | None = None, model: str | None = None, **settings
         model or os.environ.get("RAYRM_REWARD_MODEL") or None,
         **settings,
     )
+
+
+def figures_of(result: ScoreResult) -> dict[str, float]:
+    """What a log says of an answer: its mean score, what it took, the version that gave it, any spread."""
+    count = len(result.scores)
+    found = {
+        "score_mean": sum(result.scores) / count,
+        "latency_s": result.timing.total_s,
+        "retries": float(result.retries),
+        "truncated": len(result.truncated) / count,
+        f"version/{result.version}": 1.0,
+    }
+    return found if result.spread is None else {**found, "spread": sum(result.spread) / count}
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from rayrm.config import ClusterConfig, LoraConfig
 from rayrm.rl.guard import GuardSettings
 from rayrm.rl.shaping import Shaping
 from rayrm.serve_settings import ServeConfig
-from rayrm.settings import Count, OptionalCount, json_value, none_word, settings
+from rayrm.settings import Count, ModelName, OptionalCount, json_value, none_word, settings
 
 Algorithm = Literal["grpo", "rloo"]
 
@@ -25,14 +25,10 @@ Algorithm = Literal["grpo", "rloo"]
 class PolicyConfig:
     """The model that learns."""
 
-    name: str
+    name: ModelName
     """A causal language model: a directory or a hub name."""
     lora: Annotated[LoraConfig | None, BeforeValidator(none_word)] = None
     """Train adapters only. None: train every parameter."""
-
-    def __post_init__(self) -> None:
-        if not self.name.strip():
-            raise ValueError("`name` (''): names no model. Type a directory or a hub name.")
 
 
 @settings

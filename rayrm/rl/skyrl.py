@@ -12,12 +12,12 @@ ends SkyRL's rollout; it makes no reward up.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rayrm.errors import ConfigError, MissingExtraError, ScoreError
 from rayrm.rl.service import reward_service
+from rayrm.serve.client import in_event_loop
 from rayrm.serve.request import check_truncation
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class RewardEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no types
             raise ScoreError(
                 "`step` before `init`: the environment has no prompt yet. Call init(prompt) first."
             )
-        if _in_event_loop():
+        if in_event_loop():
             raise ConfigError(
                 "`environment.skyrl_gym.max_env_workers` (0) lets SkyRL step environments in its event loop, "
                 "which a reward would block. Set it above 0 (SkyRL's default is 32)."
@@ -114,11 +114,3 @@ class RewardEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no types
         found: dict[str, Any] = default_aggregate_metrics(metrics)
         versions = [entry["version"] for entry in metrics if "version" in entry]
         return {**found, **{f"version/{one}": versions.count(one) / len(versions) for one in set(versions)}}
-
-
-def _in_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

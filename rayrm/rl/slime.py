@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rayrm.data.messages import Text
+from rayrm.data.messages import answer_to
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import ScoreError
 from rayrm.rl.service import reward_service
@@ -53,10 +53,7 @@ async def reward(args: Any, sample: Any, **kwargs: Any) -> Any:
 
 
 def _input(sample: Any, place: int) -> Scorable:
-    prompt: Text = sample.prompt
-    completion: Text = sample.response
-    rendered = isinstance(prompt, str)
-    if not rendered:
-        completion = [{"role": "assistant", "content": sample.response}]
-    entry = TextInput(prompt, completion, rendered=rendered, complete_turn=rendered)
+    rendered = isinstance(sample.prompt, str)
+    answer = answer_to(sample.prompt, sample.response)
+    entry = TextInput(sample.prompt, answer, rendered=rendered, complete_turn=rendered)
     return text_scorable(f"samples[{place}].prompt", f"samples[{place}].response", entry)

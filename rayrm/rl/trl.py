@@ -22,6 +22,7 @@ from rayrm.data.messages import Text
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import writing
 from rayrm.rl.guard import length_correlation, repetition
+from rayrm.rl.service import figures_of
 from rayrm.rl.shaping import Shaper, Shaping, weighted
 from rayrm.serve.client import RewardClient
 from rayrm.serve.request import ScoreResult, Truncation, check_truncation, row_inputs
@@ -195,18 +196,11 @@ class TRLReward:
 
 def _figures(call: _Call, result: ScoreResult) -> dict[str, float]:
     """What the log says of one reward's answer."""
-    scores = np.asarray(result.scores)
-    spread = {} if result.spread is None else {"spread": float(np.mean(result.spread))}
     return {
-        "score_mean": float(scores.mean()),
-        "score_std": float(scores.std()),
-        "latency_s": result.timing.total_s,
-        "retries": float(result.retries),
-        "truncated": len(result.truncated) / len(scores),
+        **figures_of(result),
+        "score_std": float(np.std(result.scores)),
         "length_correlation": length_correlation(result.scores, call.lengths),
         "repetition": float(np.mean([repetition(text) for text in call.texts])),
-        f"version/{result.version}": 1.0,
-        **spread,
     }
 
 

@@ -30,7 +30,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from rayrm.data.messages import Text
+from rayrm.data.messages import Text, answer_to
 from rayrm.errors import ConfigError, ScoreError
 from rayrm.rl.service import reward_service
 from rayrm.serve.request import Truncation
@@ -38,8 +38,6 @@ from rayrm.settings import nearest
 
 RAW_PROMPT = "raw_prompt"
 """verl's name for the messages that a rollout began with."""
-
-
 _KEYWORDS = ("service", "model", "prompt_key", "truncation", "deadline_s", "pin_version")
 """What `reward.reward_kwargs` may say to ServiceReward."""
 
@@ -76,10 +74,8 @@ async def compute_score(
     """
     client = reward_service(service, model, deadline_s=deadline_s, pin_version=pin_version)
     prompt = _prompt(extra_info or {}, prompt_key)
-    completion: Text = solution_str
-    if not isinstance(prompt, str):
-        completion = [{"role": "assistant", "content": solution_str}]
-    result = await client.score_async([prompt], [completion], truncation=truncation)
+    answer = answer_to(prompt, solution_str)
+    result = await client.score_async([prompt], [answer], truncation=truncation)
     reward: dict[str, Any] = {"score": result.scores[0], "version": result.version}
     if result.spread is not None:
         reward["spread"] = result.spread[0]

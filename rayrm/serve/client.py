@@ -182,7 +182,7 @@ class RewardClient:
         return f"RewardClient({self.name!r}{of}, deadline_s={self.deadline_s:g})"
 
     def _score(self, inputs: Sequence[Scorable], truncation: Truncation | None) -> ScoreResult:
-        if _in_event_loop():
+        if in_event_loop():
             raise RewardUnavailableError(
                 f"RewardClient({self.name!r}) was called inside a running event loop, which it would block. "
                 "Use `await client.score_async(prompts, completions)` there."
@@ -200,7 +200,8 @@ class RewardClient:
         return ScoreRequest(inputs, self.model, truncation, self.pin_version)
 
 
-def _in_event_loop() -> bool:
+def in_event_loop() -> bool:
+    """Whether this thread runs an event loop, which a call that waits would block."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

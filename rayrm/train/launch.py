@@ -112,15 +112,20 @@ def _train(trainer: RewardTrainer) -> None:
         # Ray Train's own answer to Ctrl-C: it has stopped the workers.
         raise KeyboardInterrupt from ended
     except TrainingFailedError as failure:
-        said = [line for line in str(failure).splitlines() if line.strip()]
-        raise RayrmError(
-            f"training in {trainer.output_dir} failed: {said[-1]}. The workers' own messages stand above; "
-            "type the same again to go on from the last checkpoint."
-        ) from failure
+        again = "type the same again to go on from the last checkpoint."
+        raise training_failed(failure, trainer.output_dir, again) from failure
     finally:
         # Ray Train leaves its handler behind, which would end this process without a word.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)
+
+
+def training_failed(failure: Exception, output_dir: Path, again: str) -> RayrmError:
+    """What ended the workers and is no error of ours: its last line, and how to go on (`again`)."""
+    said = [line for line in str(failure).splitlines() if line.strip()]
+    return RayrmError(
+        f"training in {output_dir} failed: {said[-1]}. The workers' own messages stand above; {again}"
+    )
 
 
 def ray_train_settings(cluster: ClusterConfig, callbacks: Sequence[Any] = ()) -> tuple[Any, Any]:
@@ -149,14 +154,14 @@ def join_cluster(address: str | None) -> None:
         ) from error
 
 
-def peft_settings(lora: LoraConfig) -> Any:
-    """`[model.lora]` as PEFT's configuration of a sequence classifier."""
+def peft_settings(lora: LoraConfig, task_type: str = "SEQ_CLS") -> Any:
+    """`[model.lora]` as PEFT's configuration, of a sequence classifier unless `task_type` says otherwise."""
     try:
         import peft
     except ImportError as error:
         raise MissingExtraError("`model.lora` needs peft. Type: pip install peft") from error
     return peft.LoraConfig(
-        task_type="SEQ_CLS",
+        task_type=task_type,
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,

@@ -34,7 +34,6 @@ from rayrm.errors import (
 )
 from rayrm.rl.launch import RLSummary, train_policy
 from rayrm.rl.prompts import read_prompts
-from rayrm.rl.run_log import read_metrics
 from rayrm.rl.settings import PolicyConfig, PromptsConfig, RewardSource, RLRun
 from rayrm.rl.shaping import Shaping
 from rayrm.rl.trl import AsyncTRLReward
@@ -42,6 +41,7 @@ from rayrm.serve.client import RewardClient
 from rayrm.serve.registry import PublishedModel, publish
 from rayrm.serve.scorer import RewardModel
 from rayrm.serve_settings import ServeConfig
+from rayrm.train.records import read_records
 from tests.served import SAME, replica_pids, served
 from tests.tiny import save_tiny, tiny_llama_config, tiny_tokenizer
 
@@ -196,7 +196,7 @@ def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 def wait_for_step(output_dir: Path, step: int, thread: threading.Thread) -> None:
     deadline = time.monotonic() + 300
     while thread.is_alive() and time.monotonic() < deadline:
-        if any(record["step"] >= step for record in read_metrics(output_dir)):
+        if any(record["step"] >= step for record in read_records(output_dir)):
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached")
@@ -450,10 +450,10 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert read_metrics(out)[-1]["step"] < 30
+    assert read_records(out)[-1]["step"] < 30
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert [record["step"] for record in read_metrics(out)] == list(range(1, 31))
+    assert [record["step"] for record in read_records(out)] == list(range(1, 31))
     # Normalized by what the first process saw too: the scores of each step, once.
     seen: list[float] = []
     latest: dict[int, list[dict[str, Any]]] = {}
