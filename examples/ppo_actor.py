@@ -9,7 +9,9 @@ the length of this run. `--policy` is a causal language model; its tokenizer nee
 which is given texts. The files have a column `prompt`: strings or message lists, as the reward model was
 trained. Every field of `rayrm.rl.ppo.PPOSettings` is an option. With `--num-actors` each actor holds the
 whole model and has its share of the prompts. A lost replica of the reward costs time and no reward; a lost
-actor ends the run. The trained policy is saved before it is compared with the one that it began as.
+actor ends the run. After a SIGKILL of this process the service that it started stays, under the name that
+was printed, until `ray.serve.delete(NAME)`. The trained policy is saved before it is compared with the one
+that it began as. Held-out prompts are not learned from.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from rayrm.rl.heldout import Gain, paired_gain
 from rayrm.rl.launch import ending_on_sigterm, reserve_room
 from rayrm.rl.ppo import PPOSettings
 from rayrm.rl.ppo_learner import Learner
-from rayrm.rl.prompts import read_prompts
+from rayrm.rl.prompts import read_prompts, without_heldout
 from rayrm.serve.connect import connect
 
 GPU = torch.cuda.is_available()
@@ -94,15 +96,20 @@ def step_record(
     return {**record, "versions": sorted(versions)}
 
 
-def prompts_of(file: str) -> list[Text]:
-    """The column `prompt` of a file. Raises DataError where it has none, or strings beside message lists."""
-    prompts: list[Text] = [row["prompt"] for row in read_prompts(file)]
-    if len({isinstance(prompt, str) for prompt in prompts}) != 1:
-        raise DataError(
-            f"`{file}` must have prompts that are all strings, or all message lists. Convert them to "
-            "what the reward model was trained on."
-        )
-    return prompts
+def prompts_of(options: argparse.Namespace) -> tuple[list[Text], list[Text]]:
+    """The prompts to learn from, and those to compare on, which are none of the former.
+
+    Raises DataError where a file has none, or strings beside message lists.
+    """
+    heldout = read_prompts(options.heldout, options.heldout_prompts)
+    rows = without_heldout(read_prompts(options.prompts), heldout)
+    for file, read in ((options.prompts, rows), (options.heldout, heldout)):
+        if len({isinstance(row["prompt"], str) for row in read}) != 1:
+            raise DataError(
+                f"`{file}` must have prompts that are all strings, or all message lists. Convert them to "
+                "what the reward model was trained on."
+            )
+    return [row["prompt"] for row in rows], [row["prompt"] for row in heldout]
 
 
 def step_prompts(prompts: list[Text], settings: PPOSettings) -> Iterator[list[Text]]:
@@ -299,7 +306,7 @@ def running(options: argparse.Namespace, settings: PPOSettings) -> Iterator[tupl
 
 def main(arguments: Sequence[str] | None = None) -> Gain:
     options, settings = parse(arguments)
-    prompts, heldout = prompts_of(options.prompts), prompts_of(options.heldout)
+    prompts, heldout = prompts_of(options)
     output = Path(options.output_dir).resolve()
     if output.exists() and any(output.iterdir()):
         raise RunDirectoryError(f"the output directory ({output}) is not empty; give a new one or remove it.")
@@ -311,8 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> Gain:
             (output / "run.toml").write_text(tomli_w.dumps({"run": run, "ppo": dataclasses.asdict(settings)}))
             train(settings, actors, reward, prompts, output)
             ray.get(actors[0].save.remote(str(output)))
-            asked = heldout[: options.heldout_prompts]
-            gain = compare(actors, reward, asked, options.heldout_samples, output)
+            gain = compare(actors, reward, heldout, options.heldout_samples, output)
     except RayTaskError as error:
         if isinstance(error.cause, RayrmError):
             raise error.cause from error

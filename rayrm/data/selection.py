@@ -128,6 +128,11 @@ def prompt_of(row: PreferenceRow) -> str:
     return shared or "\n".join(sorted(whole))
 
 
+def prompt_text(prompt: Any) -> str:
+    """A prompt's text as `prompt_of` has it, of a string or messages. Raises RowError for what is neither."""
+    return _written(parse_text("prompt", prompt))
+
+
 def normalised(prompt: str) -> str:
     """The prompt without what two spellings of it differ in: case, punctuation, runs of space, width."""
     folded = unicodedata.normalize("NFKC", prompt).casefold()
@@ -191,7 +196,7 @@ def _prompt_in(content: Any) -> str:
     if isinstance(content, RowError):
         raise content
     if isinstance(content, Mapping) and content.get("prompt"):
-        return _written(parse_text("prompt", content["prompt"]))
+        return prompt_text(content["prompt"])
     return prompt_of(parse_row(content))
 
 

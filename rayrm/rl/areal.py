@@ -56,8 +56,8 @@ class RewardFunction:
             `RAYRM_REWARD_MODEL`.
         text: "messages": the row's message list `column` and the answer, without the special tokens at its
             end, by the reward model's own chat template. "rendered": the text as the policy saw and wrote it,
-            with its special tokens; right only where policy and reward model have one template, and the
-            template writes nothing after the token that ends an answer. A reward model of plain strings
+            with its special tokens, and what the template writes after the token that ends an answer;
+            right only where policy and reward model have one template. A reward model of plain strings
             takes "rendered".
         column: of the data set, for "messages".
         truncation: of a text beyond the model's positions: "left" or "right"; None: refuse.
@@ -125,7 +125,7 @@ class RewardFunction:
 
     def _input(self, prompt: str, completion: str, data: Mapping[str, Any]) -> TextInput:
         if self._text == "rendered":
-            return TextInput(prompt, completion, rendered=True)
+            return TextInput(prompt, completion, rendered=True, complete_turn=True)
         messages = data.get(self._column)
         if messages is None:
             raise ScoreError(

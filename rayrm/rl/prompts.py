@@ -8,7 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from rayrm.errors import DataError
+from rayrm.data.selection import prompt_hash, prompt_text
+from rayrm.errors import DataError, RowError
 from rayrm.serve.score_file import read_rows
 
 logger = logging.getLogger("rayrm.rl")
@@ -25,11 +26,15 @@ def read_prompts(source: str, most: int | None = None) -> Rows:
     rows: Rows = []
     for where, row in read_rows(source):
         prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not prompt or not isinstance(prompt, str | list):
+        if not prompt:
             raise DataError(
                 f"{where}: `prompt` ({prompt!r}) must be a string or a message list [{{'role': 'user', "
                 "'content': ...}]. Give rows with a prompt, or rename the column that holds it."
             )
+        try:
+            prompt_text(prompt)
+        except RowError as error:
+            raise DataError(f"{where}: {error}.") from error
         rows.append({key: value for key, value in row.items() if key not in ("chosen", "rejected")})
         if most is not None and len(rows) >= most:
             break
@@ -39,13 +44,16 @@ def read_prompts(source: str, most: int | None = None) -> Rows:
 
 
 def without_heldout(rows: Rows, heldout: Rows) -> Rows:
-    """The rows whose prompt is not held out; the log counts the others. DataError where none is left."""
-    kept_out = {json.dumps(row["prompt"], sort_keys=True) for row in heldout}
-    kept = [row for row in rows if json.dumps(row["prompt"], sort_keys=True) not in kept_out]
+    """The rows whose prompt is not held out; the log counts the others. DataError where none is left.
+
+    Prompts are compared as `exclude_prompts_of` compares them: up to case, space and punctuation.
+    """
+    kept_out = {prompt_hash(prompt_text(row["prompt"])) for row in heldout}
+    kept = [row for row in rows if prompt_hash(prompt_text(row["prompt"])) not in kept_out]
     if not kept:
         raise DataError(
-            "every prompt of `prompts.train` is held out too, and held-out prompts are not trained on. Lower "
-            "`prompts.max_heldout`, or give other prompts."
+            "every prompt to train on is held out too, up to case, space and punctuation, and what is held "
+            "out is not trained on. Hold out fewer, or give other prompts."
         )
     if len(kept) < len(rows):
         logger.warning(

@@ -128,13 +128,14 @@ def read_refresh(path: str | Path | None, overrides: Sequence[str] = ()) -> Refr
     """
     read: dict[str, Any] = read_tables(path, overrides, SECTIONS, bare="refresh")
     reward: RewardConfig = read["reward"]
-    for key, given in (
-        ("output_dir", reward.output_dir),
-        ("resume_from_checkpoint", reward.resume_from_checkpoint),
-    ):
+    own = "each round has its own directory below `refresh.output_dir`, and goes on by itself"
+    leaves_out = "a round leaves out every row that is refused, and counts it in its outcome"
+    for key, why in {
+        "output_dir": own,
+        "resume_from_checkpoint": own,
+        "max_bad_row_fraction": leaves_out,
+    }.items():
+        given = getattr(reward, key)
         if given != getattr(RewardConfig(), key):
-            raise ConfigError(
-                f"[reward] `{key}` ({given!r}): each round has its own directory below `refresh.output_dir`, "
-                "and goes on by itself. Delete it."
-            )
+            raise ConfigError(f"[reward] `{key}` ({given!r}): {why}. Delete it.")
     return Refresh(**read)

@@ -84,7 +84,9 @@ def _llama_factory_request(body: LlamaFactoryBody) -> ScoreRequest:
             f"`max_length` ({body.max_length}): texts are scored up to the model's own position limit. "
             "Leave it out; to cut texts beyond that limit add ?truncation=left (or right) to the URL."
         )
-    return ScoreRequest(whole_texts("messages", body.messages), body.model, any_model=True)
+    return ScoreRequest(
+        whole_texts("messages", body.messages, complete_turn=True), body.model, any_model=True
+    )
 
 
 def _llama_factory_answer(body: LlamaFactoryBody, result: ScoreResult) -> dict[str, Any]:
@@ -133,7 +135,8 @@ SLIME = WireShape(
 LLAMA_FACTORY = WireShape(
     title="LLaMA-Factory",
     description="LLaMA-Factory's reward server (`reward_model_type: api`, `reward_model: "
-    "http://host:8000/v1/score/evaluation`): whole texts, rendered.",
+    "http://host:8000/v1/score/evaluation`): whole texts as its PPO decodes them, rendered; what the "
+    "template writes after an end-of-turn token is added.",
     told_by=("messages",),
     body=LlamaFactoryBody,
     to_request=_llama_factory_request,

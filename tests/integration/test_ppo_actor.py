@@ -40,8 +40,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(home: Path, policy: Path, reward: str, prompts: list[Any], *more: str) -> list[str]:
-    for name in ("train", "heldout"):
-        write_rows(home / f"{name}.jsonl", [{"prompt": prompt} for prompt in prompts])
+    others = [f"{ask} now" if isinstance(ask, str) else [*ask, *ask] for ask in prompts]
+    for name, asked in {"train": prompts, "heldout": others}.items():
+        write_rows(home / f"{name}.jsonl", [{"prompt": prompt} for prompt in asked])
     return [
         "--policy", str(policy), "--reward", reward, "--prompts", str(home / "train.jsonl"), "--heldout",
         str(home / "heldout.jsonl"), "--output-dir", str(home / "out"), *SHORT, *more,

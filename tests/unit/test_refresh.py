@@ -365,6 +365,7 @@ def test_the_example_reads_and_words_change_it() -> None:
         ("learning_rate=1e-5", "is no [refresh] key. Type `reward.learning_rate=1e-5`"),
         ("data.train=p.jsonl", "`train` is no setting of RefreshData"),
         ("reward.output_dir=runs/x", "each round has its own directory"),
+        ("reward.max_bad_row_fraction=0.2", "a round leaves out every row that is refused"),
         ("judge=judge.py", "must name a file or module and a function in it"),
         ("allowed_drop=2", "`allowed_drop` (2)"),
         ("data.replay_share=1", "`replay_share` (1)"),

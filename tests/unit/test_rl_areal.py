@@ -46,9 +46,10 @@ def test_messages_are_scored_without_the_tokens_that_end_the_answer(alone: None,
     assert reward_fn("<|user|>hi", f"a <|b|> c{end}", [1], [2], **row) == 9.0
 
 
-def test_rendered_text_is_scored_as_it_stands(alone: None) -> None:
+def test_rendered_text_is_scored_as_the_policy_wrote_it(alone: None) -> None:
     asked = RewardFunction(text="rendered")._input("<|user|>hi", "a<|im_end|>", {})
     assert (asked.prompt, asked.completion, asked.rendered) == ("<|user|>hi", "a<|im_end|>", True)
+    assert asked.complete_turn
     with pytest.raises(ConfigError, match="'raw'"):
         RewardFunction(text="raw")  # type: ignore[arg-type]
     with pytest.raises(ScoreError, match=r"no column `chat` \(it has messages\)"):

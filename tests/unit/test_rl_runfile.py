@@ -192,6 +192,7 @@ def test_prompts_keep_their_columns_and_what_the_template_is_given() -> None:
     assert kept["kind"] == [None, "x", None]
     assert [json.loads(text) for text in kept["tools"][:2]] == [*tools]
     assert kept["tools"][2] is None
-    assert without_heldout(rows, [{"prompt": "b"}]) == [rows[0], rows[2]]
-    with pytest.raises(DataError, match=r"every prompt of `prompts.train` is held out too"):
+    held_out = [{"prompt": [{"role": "user", "content": " B?"}]}]
+    assert without_heldout(rows, held_out) == [rows[0], rows[2]]
+    with pytest.raises(DataError, match=r"every prompt to train on is held out too"):
         without_heldout(rows[:1], rows)

@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 from transformers import AutoTokenizer
 
+import rayrm.rl.areal
 import rayrm.rl.openrlhf
 import rayrm.rl.slime
 from rayrm.serve.client import RewardClient
@@ -40,11 +41,11 @@ class ChatML:
         self.prompt = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, tokenize=False)
         client = RewardClient("reward")
         client.ask = service_of(self.model)  # type: ignore[method-assign]
-        client.score_inputs = lambda inputs: SimpleNamespace(  # type: ignore[method-assign, assignment]
+        client.score_inputs = lambda inputs, truncation=None: SimpleNamespace(  # type: ignore[method-assign, assignment]
             scores=self.model.score_inputs(inputs), version="v1", model="reward", retries=0, spread=None
         )
-        for module in (rayrm.rl.openrlhf, rayrm.rl.slime):
-            monkeypatch.setattr(module, "reward_service", lambda: client)
+        for module in (rayrm.rl.areal, rayrm.rl.openrlhf, rayrm.rl.slime):
+            monkeypatch.setattr(module, "reward_service", lambda *named, **settings: client)
 
     def of_policy(self, answer: str) -> dict[str, float]:
         """The score of what a policy wrote, by each way that takes it."""
@@ -53,6 +54,10 @@ class ChatML:
         return {
             "/get_reward": post("/get_reward", json={"query": [whole]}).json()["rewards"][0],
             "/reward": post("/reward", json={"prompt": self.prompt, "response": answer}).json(),
+            "/v1/score/evaluation": post("/v1/score/evaluation", json={"messages": [whole]}).json()["scores"][
+                0
+            ],
+            "areal": rayrm.rl.areal.rendered_reward_fn(self.prompt, answer),
             "openrlhf": float(rayrm.rl.openrlhf.reward_func([whole], [""], [None])["rewards"][0]),
             "slime": asyncio.run(rayrm.rl.slime.reward(None, sample)),
         }
@@ -84,4 +89,4 @@ def test_a_text_that_does_not_end_its_turn_stays_as_it_is(
     assert served.of_policy(cut) == pytest.approx(dict.fromkeys(WAYS, served.rendered(cut)), abs=1e-5)
 
 
-WAYS = ["/get_reward", "/reward", "openrlhf", "slime"]
+WAYS = ["/get_reward", "/reward", "/v1/score/evaluation", "openrlhf", "slime", "areal"]
