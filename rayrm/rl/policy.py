@@ -60,7 +60,7 @@ def _trainer(job: PolicyJob, reward: TRLReward) -> Any:
     answers = FreshAnswers(job.heldout, run.prompts.samples_per_prompt, reward, run.output_dir)
     trainer = {"grpo": GRPOTrainer, "rloo": RLOOTrainer}[run.algorithm](
         model=run.policy.name,
-        reward_funcs=AsyncTRLReward.of(reward) if run.reward.asynchronous else reward,
+        reward_funcs=AsyncTRLReward(reward) if run.reward.asynchronous else reward,
         args=trainer_config(run, len(job.heldout)),
         train_dataset=prompt_set(job.prompts),
         processing_class=AutoTokenizer.from_pretrained(run.policy.name, padding_side="left"),

@@ -20,7 +20,7 @@ import numpy as np
 
 from rayrm.data.messages import Text
 from rayrm.data.tokenize import TextInput
-from rayrm.errors import writing
+from rayrm.errors import ConfigError, writing
 from rayrm.rl.guard import length_correlation, repetition
 from rayrm.rl.service import figures_of
 from rayrm.rl.shaping import Shaper, Shaping, weighted
@@ -205,20 +205,17 @@ def _figures(call: _Call, result: ScoreResult) -> dict[str, float]:
 
 
 class AsyncTRLReward:
-    """`TRLReward` as an async function, by the same arguments."""
+    """`TRLReward` as an async function, by the same arguments; or a `TRLReward` that is there already."""
 
     def __init__(
-        self, reward: RewardClient | str | Mapping[str, RewardClient] = "reward", **settings: Any
+        self,
+        reward: TRLReward | RewardClient | str | Mapping[str, RewardClient] = "reward",
+        **settings: Any,
     ) -> None:
-        self.reward = TRLReward(reward, **settings)
+        self.reward = TRLReward(reward, **settings) if not isinstance(reward, TRLReward) else reward
+        if self.reward is reward and settings:
+            raise ConfigError(f"{', '.join(settings)}: a TRLReward has its own. Give them to TRLReward(...).")
         self.__name__ = self.reward.__name__
-
-    @classmethod
-    def of(cls, reward: TRLReward) -> AsyncTRLReward:
-        """`reward` itself, called by asyncio."""
-        made = cls.__new__(cls)
-        made.reward, made.__name__ = reward, reward.__name__
-        return made
 
     async def __call__(
         self,
