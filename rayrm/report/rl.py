@@ -191,19 +191,26 @@ def _unwatched(guard: HackingGuard, records: list[Record]) -> list[str]:
 def _hacking(
     records: list[Record], name: str, names: Sequence[str], alarms: Sequence[Alarm], rolls: list[float]
 ) -> Picture | None:
+    parts = [part for part in names if part != name]
+    is_total = bool(parts) and set(name.split("+")) == set(parts)
     rows = {
-        "reward model's score": ("", f"{name}/score_mean", ""),
+        "weighted sum of scores" if is_total else "reward model's score": ("", f"{name}/score_mean", ""),
         "gold reward": ("", f"{name}/gold_mean", "gold"),
         "ensemble's spread": ("", f"{name}/spread", "spread"),
-        "completion length": ("tokens", "completions/mean_length", "length"),
-        "KL": ("nats per token", "kl", "kl"),
-        "repetition": ("share of n-grams", f"{name}/repetition", "repetition"),
     }
+    if is_total or not any(set(total.split("+")) == set(names) - {total} for total in parts):
+        # Of the completions, whatever scores them: once, beside what is trained on.
+        texts = parts[0] if is_total else name
+        rows |= {
+            "completion length": ("tokens", "completions/mean_length", "length"),
+            "KL": ("nats per token", "kl", "kl"),
+            "repetition": ("share of n-grams", f"{texts}/repetition", "repetition"),
+        }
     since = {
         label: float(alarm.since)
         for label, (_, _, rule) in rows.items()
         for alarm in alarms
-        if alarm.rule == rule and alarm.name in (name, "")
+        if alarm.rule == rule and (alarm.name in (name, "") or (is_total and alarm.name in parts))
     }
     return hacking_picture(
         {label: (unit, column(records, key)) for label, (unit, key, _) in rows.items()},

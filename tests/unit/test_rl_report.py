@@ -322,6 +322,21 @@ def test_what_the_log_lacks_is_named(tmp_path: Path) -> None:
     assert "no gold reward, no spread of an ensemble" in made.text
 
 
+def test_of_several_rewards_the_completions_are_drawn_once_beside_the_weighted_sum(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "kl": 0.1, "completions/mean_length": 9.0, "a+b/score_mean": 1.5 * step}
+        | {f"{name}/{key}": 0.1 * step for name in "ab" for key in ("score_mean", "repetition", "spread")}
+        for step in range(1, 6)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = page(tmp_path).of("text")
+    assert found.count("weighted sum of scores") == 1
+    assert found.count("reward model's score") == 2
+    assert found.count("ensemble's spread") == 2
+    assert found.count("completion length (tokens)") == found.count("KL (nats per token)") == 1
+    assert found.count("repetition (share of n-grams)") == 1
+
+
 def test_without_held_out_texts_the_first_and_last_completion_of_a_prompt_are_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 30)
     (run / "heldout.json").unlink()
