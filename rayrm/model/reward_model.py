@@ -103,8 +103,8 @@ def _check_source(name: str) -> None:
         )
 
 
-def check_name(name: str, init: Mapping[str, Any], *, trust_remote_code: bool = False) -> None:
-    """Refuse a model by its name and config alone, without loading weights."""
+def check_name(name: str, init: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
+    """Refuse a model by its name and config alone, without loading weights; its config, but an adapter's."""
     _check_source(name)
     if init.get("num_labels", 1) != 1:
         raise ModelError(
@@ -112,7 +112,7 @@ def check_name(name: str, init: Mapping[str, Any], *, trust_remote_code: bool = 
             "`num_labels=1`. Remove it."
         )
     if (Path(name) / ADAPTER_CONFIG).exists():
-        return
+        return None
     try:
         config = AutoConfig.from_pretrained(
             name, trust_remote_code=trust_remote_code, revision=init.get("revision") or "main"
@@ -124,6 +124,25 @@ def check_name(name: str, init: Mapping[str, Any], *, trust_remote_code: bool = 
             "wrote, or a hub name that this machine can reach."
         ) from error
     _check_config(name, config)
+    return config
+
+
+def check_router(name: str, config: Any, init: Mapping[str, Any]) -> None:
+    """Refuse a mixture of experts whose routers' auxiliary loss would have to be added to ours.
+
+    It is of all tokens of a batch at once, so it would depend on how a step is cut into micro-batches.
+    """
+    asked = {
+        key: init.get(key, getattr(config, key, None))
+        for key in ("output_router_logits", "router_aux_loss_coef")
+    }
+    if asked["output_router_logits"] and asked["router_aux_loss_coef"]:
+        raise ModelError(
+            f"model `{name}` asks for its routers' auxiliary loss (`output_router_logits=True`, "
+            f"`router_aux_loss_coef={asked['router_aux_loss_coef']}`), which is no part of a "
+            'reward model\'s loss. Pass `model_init_kwargs={"output_router_logits": False}`, or set it so in '
+            "the model's config."
+        )
 
 
 def _check_config(name: str, config: Any) -> None:

@@ -20,6 +20,7 @@ from rayrm.model.reward_model import (
     add_adapter,
     check_name,
     check_num_labels,
+    check_router,
     load_model,
     set_pad_token,
 )
@@ -126,9 +127,45 @@ def check_source(source: ModelSource, config: RewardConfig) -> None:
     """Refuse, before anything is loaded or started, a model that cannot become a reward model."""
     check_peft(source)
     if isinstance(source.model, str):
-        check_name(source.model, config.model_init_kwargs or {}, trust_remote_code=config.trust_remote_code)
+        init = config.model_init_kwargs or {}
+        found = check_name(source.model, init, trust_remote_code=config.trust_remote_code)
+        if found is not None:
+            check_router(source.model, found, init)
     else:
         check_num_labels(source.model)
+        check_router(source.name, source.model.config, {})
+        given: Any = source.model
+        for name in given.active_adapters if is_adapted(given) else ():
+            _check_tuner(given.peft_config[name], f"the model's adapter `{name}`")
+        frozen = not any(parameter.requires_grad for parameter in source.model.parameters())
+        if frozen and source.peft_config is None:
+            raise ModelError(
+                "no parameter of the model is trained: all have `requires_grad=False`. Load an adapter with "
+                "`is_trainable=True`, or unfreeze what should learn."
+            )
+
+
+def _check_tuner(config: Any, named: str) -> None:
+    """Refuse what needs more of PEFT than layers inside the model: the packed step calls nothing else."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    reason = None
+    if getattr(config, "is_prompt_learning", False):
+        reason = "learns tokens before the text, and a prefix that two completions share has none of its own"
+    elif tuner is None or not issubclass(tuner, BaseTuner) or tuner.forward is not BaseTuner.forward:
+        reason = "computes outside the model's layers"
+    elif hasattr(tuner, "update_and_allocate"):
+        reason = "changes its ranks between steps, by calls that this loop does not make"
+    elif getattr(config, "alora_invocation_tokens", None):
+        reason = "turns on at a token of each text, and packed texts are one"
+    if reason is not None:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ConfigError(
+            f"{named}: {kind} {reason}; it would train wrongly here. Use LoRA (DoRA, rsLoRA, ...), IA3 or "
+            "another of PEFT's methods that change layers."
+        )
 
 
 def check_peft(source: ModelSource) -> None:
@@ -150,6 +187,7 @@ def check_peft(source: ModelSource) -> None:
             f"`peft_config` has `task_type={getattr(task, 'value', task)!r}`, but a reward model is a "
             'sequence classifier. Set `task_type="SEQ_CLS"`.'
         )
+    _check_tuner(source.peft_config, "`peft_config`")
     if not isinstance(source.model, str) and is_adapted(source.model):
         raise ModelError(
             "a `PeftModel` was passed together with a `peft_config`. Merge the adapter first "

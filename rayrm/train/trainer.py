@@ -37,7 +37,7 @@ from rayrm.train.records import read_records
 from rayrm.train.rundir import RunStart, check_resume, check_writable, claim, examine, identity_of, only_run
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
 from rayrm.train.worker import TrainJob
-from rayrm.train.workers import check_cluster, fit_here, fit_on_workers
+from rayrm.train.workers import check_cluster, check_run_config, fit_here, fit_on_workers
 
 logger = logging.getLogger("rayrm.train")
 _NOT_YET = {
@@ -85,7 +85,7 @@ class RewardTrainer:
 
     Args:
         scaling_config: `ray.train.ScalingConfig`; None trains in this process.
-        run_config: `ray.train.RunConfig`; its failure configuration and callbacks are used.
+        run_config: `ray.train.RunConfig` of failures, callbacks, runtime environment and logging.
         data_config: `DataConfig`: sources by name (where no dataset is passed), and how data is read.
         auto_resume: a run that was cut off goes on without `resume_from_checkpoint`.
 
@@ -136,6 +136,7 @@ class RewardTrainer:
         self._auto_resume = auto_resume
         self._optimizer = optimizer_cls_and_kwargs
         self.num_workers = 0 if scaling_config is None else int(scaling_config.num_workers or 0)
+        check_run_config(run_config, self.num_workers)
         self._mode = choose_mode(self._data, train_dataset, self.args)
         check_source(self._source, self.args)
         self.processing_class = prepare_tokenizer(

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rayrm.errors import ClusterError, RayrmError
+from rayrm.errors import ClusterError, ConfigError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.own_ray import ensure_ray, trainer_class
 from rayrm.train.checkpoint import checkpoints
@@ -21,6 +21,34 @@ from rayrm.train.preemption import leaving_on_sigterm
 from rayrm.train.worker import TrainJob, train_rank
 
 logger = logging.getLogger("rayrm.train")
+
+
+def check_run_config(run_config: Any, num_workers: int) -> None:
+    """Raise ConfigError for what a `ray.train.RunConfig` asks for and a run of ours decides otherwise."""
+    if run_config is None:
+        return
+    from ray.train import RunConfig
+
+    if not isinstance(run_config, RunConfig):
+        raise ConfigError(f"`run_config` is a {type(run_config).__name__}. Pass `ray.train.RunConfig(...)`.")
+    if num_workers == 0:
+        raise ConfigError(
+            "`run_config` needs `scaling_config`: training in this process has no workers. Pass both, or "
+            "neither."
+        )
+    usual = RunConfig()
+    ours = {
+        "name": "the run's directory is `output_dir`",
+        "storage_path": "the run's directory is `output_dir`: set that",
+        "storage_filesystem": "`output_dir` is a path that every worker sees, such as a mounted bucket",
+        "checkpoint_config": "`save_total_limit` says how many checkpoints are kept, "
+        "`load_best_model_at_end` that the best is",
+    }
+    for key, why in ours.items():
+        given = getattr(run_config, key)
+        # Ray makes a name of the time where none is given.
+        if given != getattr(usual, key) and not (key == "name" and given.startswith("ray_train_run-")):
+            raise ConfigError(f"`run_config.{key}` ({given!r}) is not used: {why}. Leave it out.")
 
 
 def fit_here(job: TrainJob) -> None:
@@ -37,9 +65,12 @@ def fit_here(job: TrainJob) -> None:
 
 
 def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -> None:
-    """Train on the workers of `scaling_config`; of `run_config` the failures and callbacks are used."""
+    """Train on the workers of `scaling_config`, by what `check_run_config` leaves of `run_config`."""
     from ray.train import LoggingConfig, RunConfig, TrainingFailedError
 
+    given = RunConfig() if run_config is None else run_config
+    # Ray Train would print every report; the records are shown by `Display`.
+    quiet = LoggingConfig(log_level="WARNING")
     trainer = trainer_class()(
         _run_rank,
         train_loop_config={"job": job, "may_restart": True},
@@ -47,13 +78,10 @@ def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -
         run_config=RunConfig(
             name=job.output_dir.name,
             storage_path=str(job.output_dir.parent),
-            failure_config=None if run_config is None else run_config.failure_config,
-            callbacks=[
-                *((run_config and run_config.callbacks) or []),
-                _told_losses(job.output_dir, run_config),
-            ],
-            # Ray Train would print every report; the records are shown by `Display`.
-            logging_config=LoggingConfig(log_level="WARNING"),
+            failure_config=given.failure_config,
+            callbacks=[*(given.callbacks or []), _told_losses(job.output_dir, given)],
+            worker_runtime_env=given.worker_runtime_env,
+            logging_config=quiet if given.logging_config == LoggingConfig() else given.logging_config,
         ),
     )
     forget_error(job.output_dir)
@@ -74,9 +102,7 @@ def _told_losses(output_dir: Path, run_config: Any) -> Any:
     """What says, in one line among Ray's stack traces, that workers were lost and what follows."""
     from ray.train import UserCallback
 
-    most = 0
-    if run_config is not None and run_config.failure_config is not None:
-        most = run_config.failure_config.max_failures
+    most = run_config.failure_config.max_failures if run_config.failure_config else 0
 
     class TellLosses(UserCallback):  # type: ignore[misc]
         num_losses = 0

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from rayrm.config import RewardConfig
 from rayrm.data.tokenized_set import TokenizedSet
+from rayrm.errors import ConfigError, ModelError
 from rayrm.model.layout import unwrapped
-from rayrm.train.build import ModelSource, build_model
+from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.worker import train_rank
 from tests.numerics.ranks import Variant, job_of, tokenized
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -142,3 +143,58 @@ def test_evaluation_depends_on_neither_of_the_two_sizes(tmp_path: Path) -> None:
     assert by_one == pytest.approx(whole, rel=1e-5, abs=1e-6)
     by_few_tokens = metrics_of(tmp_path / "tokens", max_tokens=1)
     assert by_few_tokens == pytest.approx(whole, rel=1e-5, abs=1e-6)
+
+
+ELSEWHERE = {
+    "PROMPT_TUNING": lambda: peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2),
+    "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2),
+    "ADALORA": lambda: peft.AdaLoraConfig(task_type="SEQ_CLS", total_step=9, tinit=1, tfinal=1),
+    "XLORA": lambda: peft.XLoraConfig(task_type="SEQ_CLS", hidden_size=8, adapters={"a": "b"}),
+    "LORA": lambda: peft.LoraConfig(task_type="SEQ_CLS", alora_invocation_tokens=[3]),
+}
+LAYERS = {
+    "DORA": lambda: peft.LoraConfig(task_type="SEQ_CLS", use_dora=True),
+    "IA3": lambda: peft.IA3Config(task_type="SEQ_CLS"),
+    "LOHA": lambda: peft.LoHaConfig(task_type="SEQ_CLS"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:aLoRA is currently")
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_a_peft_method_that_the_packed_step_would_not_carry_out_is_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"`peft_config`: {kind} .*it would train wrongly here"):
+        check_source(ModelSource(tiny_model(), ELSEWHERE[kind]()), RewardConfig())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_peft_method_that_changes_layers_is_taken(kind: str) -> None:
+    check_source(ModelSource(tiny_model(), LAYERS[kind]()), RewardConfig())
+
+
+def test_the_method_of_a_given_adapter_is_looked_at_too() -> None:
+    given: Any = peft.get_peft_model(tiny_model(), ELSEWHERE["PROMPT_TUNING"]())
+    with pytest.raises(ConfigError, match="the model's adapter `default`: PROMPT_TUNING"):
+        check_source(ModelSource(given), RewardConfig())
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused() -> None:
+    frozen = tiny_model().requires_grad_(False)
+    with pytest.raises(ModelError, match="Load an adapter with `is_trainable=True`"):
+        check_source(ModelSource(frozen), RewardConfig())
+    check_source(ModelSource(frozen, adapter()), RewardConfig())
+
+
+def test_the_auxiliary_loss_of_routers_is_refused_and_its_coefficient_alone_is_not(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.router_aux_loss_coef = 0.001
+    model.save_pretrained(tmp_path)
+    check_source(ModelSource(model), RewardConfig())
+    check_source(ModelSource(str(tmp_path)), RewardConfig())
+    asked = RewardConfig(model_init_kwargs={"output_router_logits": True})
+    with pytest.raises(ModelError, match=r"`router_aux_loss_coef=0.001`"):
+        check_source(ModelSource(str(tmp_path)), asked)
+    model.config.output_router_logits = True
+    with pytest.raises(ModelError, match=r"`output_router_logits=True`"):
+        check_source(ModelSource(model), RewardConfig())
+    model.config.router_aux_loss_coef = 0.0
+    check_source(ModelSource(model), RewardConfig())
