@@ -9,9 +9,10 @@ the length of this run. `--policy` is a causal language model; its tokenizer nee
 which is given texts. The files have a column `prompt`: strings or message lists, as the reward model was
 trained. Every field of `rayrm.rl.ppo.PPOSettings` is an option. With `--num-actors` each actor holds the
 whole model and has its share of the prompts. A lost replica of the reward costs time and no reward; a lost
-actor ends the run. After a SIGKILL of this process the service that it started stays, under the name that
-was printed, until `ray.serve.delete(NAME)`. The trained policy is saved before it is compared with the one
-that it began as. Held-out prompts are not learned from.
+actor ends the run. What ends a run is told in one last line; the exit status is 2 for what you can mend, 1
+for what failed, 130 for Ctrl-C, 143 for SIGTERM. After a SIGKILL of this process the service that it started
+stays, under the name that was printed, until `ray.serve.delete(NAME)`. The trained policy is saved before it
+is compared with the one that it began as. Held-out prompts are not learned from.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import dataclasses
 import json
 import re
 import secrets
+import signal
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,13 +37,13 @@ import ray
 import tomli_w
 import torch
 from ray import serve
-from ray.exceptions import RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrm import RewardClient, deploy
 from rayrm.data.messages import Text
-from rayrm.errors import ConfigError, DataError, RayrmError, RunDirectoryError, VersionError
+from rayrm.errors import ConfigError, DataError, ModelError, RayrmError, RunDirectoryError, VersionError
 from rayrm.report.rl import write_rl_report
 from rayrm.rl.guard import length_correlation, repetition
 from rayrm.rl.heldout import Gain, paired_gain
@@ -48,6 +51,7 @@ from rayrm.rl.launch import ending_on_sigterm, reserve_room
 from rayrm.rl.ppo import PPOSettings
 from rayrm.rl.ppo_learner import Learner
 from rayrm.rl.prompts import read_prompts, without_heldout
+from rayrm.rl.trainer_config import check_policy
 from rayrm.serve.connect import connect
 
 GPU = torch.cuda.is_available()
@@ -55,6 +59,8 @@ SERVED_HERE = "ppo-reward"
 ACTOR = {"CPU": 0.25, "GPU": 0.8} if GPU else {"CPU": 0.25}
 REPLICA = {"CPU": 0.5, "GPU": 0.2} if GPU else {"CPU": 0.5}
 SCORED_AT_ONCE = 64
+LOSS_TOLD_S = 5.0
+ON_SIGTERM = 128 + signal.SIGTERM
 RUN_KEYS = ("policy", "reward", "prompts", "heldout", "heldout_prompts", "heldout_samples")
 SAMPLE_KEYS = ("step", "prompt", "completion", "score", "reward", "version")
 
@@ -157,18 +163,47 @@ def start_actors(settings: PPOSettings, policy: str, reward: Any, room: Placemen
         for rank in range(settings.num_actors)
     ]
     if len(actors) > 1:
-        address = ray.get(actors[0].__ray_call__.remote(lambda learner: _free_address()))
-        ray.get([actor.join.remote(address) for actor in actors])
+        (address,) = gathered([actors[0].__ray_call__.remote(lambda learner: _free_address())])
+        gathered([actor.join.remote(address) for actor in actors])
     return actors
 
 
 def gathered(answers: list[Any]) -> list[Any]:
-    """`ray.get` that raises as soon as one of them failed: the other ranks would wait for that one."""
+    """What each rank answers, in their order. As soon as one failed it raises: the other ranks wait for it.
+
+    Raises what a rank raised, or RayrmError with the rank whose actor is gone.
+    """
     waiting = list(answers)
     while waiting:
         done, waiting = ray.wait(waiting)
-        ray.get(done)
+        try:
+            ray.get(done)
+        except (RayTaskError, RayActorError) as error:
+            raise _why(error, answers) from error
     return list(ray.get(answers))
+
+
+def _why(error: RayTaskError | RayActorError, answers: list[Any]) -> Exception:
+    """What to tell of `error`, the first of `answers` to fail."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, RayrmError):
+        return cause
+    # Where an actor is lost torch.distributed may tell the other ranks (RuntimeError) before Ray tells us.
+    ray.wait(answers, num_returns=len(answers), timeout=LOSS_TOLD_S if isinstance(cause, RuntimeError) else 0)
+    for rank, answer in enumerate(answers):
+        try:
+            ray.get(answer, timeout=0)
+        except RayActorError as lost:
+            if lost.actor_init_failed:
+                return RayrmError(f"the actor of rank {rank} did not start: {str(lost).splitlines()[-1]}")
+            return RayrmError(
+                f"the actor of rank {rank} is gone: its process was killed or ran out of memory, or its node "
+                "went. The run ends here and cannot be gone on from. Start it again with a new --output-dir; "
+                "if memory ran out, lower --prompts-per-step, --max-completion-length or --num-actors."
+            )
+        except (RayTaskError, GetTimeoutError):
+            continue
+    return error
 
 
 def train(settings: PPOSettings, actors: list[Any], reward: Any, prompts: list[Text], output: Path) -> None:
@@ -223,7 +258,7 @@ def score_by_one_version(
 def compare(actors: list[Any], reward: Any, prompts: list[Text], num_samples: int, output: Path) -> Gain:
     """Fresh samples of the starting and of the trained policy on `prompts`, all scored by one version."""
     ranks = len(actors)
-    parts = ray.get(
+    parts = gathered(
         [actor.sample.remote(prompts[rank::ranks], num_samples) for rank, actor in enumerate(actors)]
     )
     sampled: list[list[list[Text]]] = [[[]] * len(prompts), [[]] * len(prompts)]
@@ -310,19 +345,18 @@ def main(arguments: Sequence[str] | None = None) -> Gain:
     output = Path(options.output_dir).resolve()
     if output.exists() and any(output.iterdir()):
         raise RunDirectoryError(f"the output directory ({output}) is not empty; give a new one or remove it.")
+    try:
+        check_policy(options.policy)
+    except ModelError as error:
+        raise ModelError(str(error).replace("`policy.name`", "--policy")) from error
     output.mkdir(parents=True, exist_ok=True)
     run = {key: str(value) for key, value in vars(options).items() if key in RUN_KEYS}
     connect()
-    try:
-        with ending_on_sigterm(), running(options, settings) as (actors, reward):
-            (output / "run.toml").write_text(tomli_w.dumps({"run": run, "ppo": dataclasses.asdict(settings)}))
-            train(settings, actors, reward, prompts, output)
-            ray.get(actors[0].save.remote(str(output)))
-            gain = compare(actors, reward, heldout, options.heldout_samples, output)
-    except RayTaskError as error:
-        if isinstance(error.cause, RayrmError):
-            raise error.cause from error
-        raise
+    with ending_on_sigterm(), running(options, settings) as (actors, reward):
+        (output / "run.toml").write_text(tomli_w.dumps({"run": run, "ppo": dataclasses.asdict(settings)}))
+        train(settings, actors, reward, prompts, output)
+        gathered([actors[0].save.remote(str(output))])
+        gain = compare(actors, reward, heldout, options.heldout_samples, output)
     print(
         f"held-out reward {gain.before:+.3f} -> {gain.after:+.3f}: gain {gain.gain:+.3f} "
         f"[{gain.low:+.3f}, {gain.high:+.3f}], 95% interval over {gain.num_prompts} prompts, "
@@ -331,5 +365,24 @@ def main(arguments: Sequence[str] | None = None) -> Gain:
     return gain
 
 
+def ended(arguments: Sequence[str] | None = None) -> int:
+    """`main` as a command: its exit status, and in one last line what ended it, as `rayrm` tells it."""
+    try:
+        with ending_on_sigterm():
+            main(arguments)
+        return 0
+    except KeyboardInterrupt:
+        said, status = "interrupted", 128 + signal.SIGINT
+    except SystemExit as left:
+        if left.code in (0, 2):
+            raise  # argparse has said why
+        # SIGTERM: Ray makes 1 of what a handler raises while it waits, and has its own while it starts.
+        said, status = "ended by SIGTERM", ON_SIGTERM
+    except (RayrmError, OSError) as error:
+        said, status = f"error: {error}", 2 if isinstance(error, ValueError) else 1
+    print(f"ppo_actor: {said}", file=sys.stderr)
+    return status
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(ended())

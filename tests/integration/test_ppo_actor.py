@@ -6,6 +6,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from ray.util.placement_group import remove_placement_group
 from transformers import AutoModelForCausalLM
 
 from examples import ppo_actor
-from rayrm.errors import ClusterError, DataError, RunDirectoryError, ScoreError
+from rayrm.errors import ClusterError, DataError, RayrmError, RunDirectoryError, ScoreError
 from rayrm.rl.heldout import Gain, paired_gain
 from rayrm.rl.ppo import PPOSettings
 from rayrm.rl.ppo_learner import Learner, Rollout
@@ -53,11 +56,16 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-@pytest.fixture
-def service(ray_cluster: None, published: PublishedModel) -> Iterator[RewardClient]:
+@pytest.fixture(scope="module")
+def deployed(ray_cluster: None, published: PublishedModel) -> Iterator[RewardClient]:
     with served(published, f"ppo-{os.getpid()}") as reward:
         yield reward
-        reward.roll(published.version)
+
+
+@pytest.fixture
+def service(deployed: RewardClient, published: PublishedModel) -> Iterator[RewardClient]:
+    yield deployed
+    deployed.roll(published.version)
 
 
 def test_a_killed_replica_and_a_roll_lose_no_reward_and_each_score_is_its_version_s(
@@ -208,8 +216,14 @@ def test_two_actors_learn_what_one_learns_from_the_same_rollout(ray_cluster: Non
             [actor.__ray_call__.remote(lambda learner: learner.policy.state_dict()) for actor in actors]
         )
         # A rank that fails ends the step, though the other one waits for its gradients.
+        waits = actors[0].step.remote(1, questions(4))
         with pytest.raises(IndexError):
-            ppo_actor.gathered([actors[0].step.remote(1, questions(4)), actors[1].step.remote(1, [])])
+            ppo_actor.gathered([waits, actors[1].step.remote(1, [])])
+        # A rank that is lost is named, though the other one fails first, and for want of it.
+        killed = actors[1].__ray_call__.remote(lambda learner: os.kill(os.getpid(), signal.SIGKILL))
+        ray.wait([waits])
+        with pytest.raises(RayrmError, match="the actor of rank 1 is gone"):
+            ppo_actor.gathered([waits, killed])
     finally:
         remove_placement_group(room)
     assert both[0] == both[1]
@@ -219,6 +233,92 @@ def test_two_actors_learn_what_one_learns_from_the_same_rollout(ray_cluster: Non
         # Adam turns a gradient that is all but zero into a step of the learning rate, whatever its sign.
         far = (weights[0][name] - expected).abs() > 1e-5
         assert far.float().mean() < 0.01
+
+
+def test_a_signal_ends_the_command_in_one_line_and_the_status_of_the_signal(
+    service: RewardClient, policy: Path, tmp_path: Path
+) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+    }
+    runs = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        home = tmp_path / number.name
+        home.mkdir()
+        given = words(home, policy, service.name, ["the cat?"] * 9, "--steps", "100000")
+        command = [sys.executable, ppo_actor.__file__, *given]
+        runs[number] = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+    try:
+        end = time.monotonic() + 120
+        while not all(read_lines(tmp_path / number.name / "out" / "metrics.jsonl") for number in runs):
+            assert all(run.poll() is None for run in runs.values())
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        for number, run in runs.items():
+            run.send_signal(number)
+        said = {number: run.communicate(timeout=60)[1].splitlines() for number, run in runs.items()}
+    finally:
+        for run in runs.values():
+            run.kill()
+    # Ray tells which cluster it joins.
+    told = {
+        number: [line for line in lines if "INFO worker.py" not in line] for number, lines in said.items()
+    }
+    assert told == {
+        signal.SIGINT: ["ppo_actor: interrupted"],
+        signal.SIGTERM: ["ppo_actor: ended by SIGTERM"],
+    }
+    assert {number: run.returncode for number, run in runs.items()} == {
+        number: 128 + number for number in runs
+    }
+
+
+def test_a_lost_actor_ends_the_command_in_one_line_that_says_what_to_type(
+    service: RewardClient,
+    policy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = ppo_actor.start_actors
+
+    def killed(*given: Any) -> list[Any]:
+        (actor,) = actors = plain(*given)
+        os.kill(ray.get(actor.__ray_call__.remote(lambda learner: os.getpid())), signal.SIGKILL)
+        return actors
+
+    monkeypatch.setattr(ppo_actor, "start_actors", killed)
+    assert ppo_actor.ended(words(tmp_path, policy, service.name, ["the cat?"] * 9)) == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ppo_actor: ")]
+    assert re.search("error: the actor of rank 0 is gone: .* again with a new --output-dir; if memory", said)
+
+
+def test_what_can_be_mended_ends_in_one_line_before_ray_is_joined(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ppo_actor, "connect", lambda: pytest.fail("Ray was joined"))
+    given = words(tmp_path, policy, "reward", ["the cat?"] * 9)
+
+    def said(*changed: str) -> str:
+        assert ppo_actor.ended([*given, *changed]) == 2
+        shown = capsys.readouterr()
+        assert not shown.out
+        assert shown.err.count("\n") == 1
+        return shown.err
+
+    assert said("--policy", "nope").startswith("ppo_actor: error: --policy ('nope') is no model")
+    write_rows(tmp_path / "asked.jsonl", [{"question": "the cat?"}])
+    assert re.match(
+        "ppo_actor: error: .*asked.jsonl.*`prompt`", said("--prompts", str(tmp_path / "asked.jsonl"))
+    )
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.toml").touch()
+    assert re.match("ppo_actor: error: the output directory .* is not empty", said())
 
 
 def served_here() -> list[str]:
