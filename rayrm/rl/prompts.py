@@ -14,7 +14,7 @@ from rayrm.serve.score_file import read_rows
 
 logger = logging.getLogger("rayrm.rl")
 
-_OF_TEMPLATE = ("tools", "chat_template_kwargs")
+OF_TEMPLATE = ("tools", "chat_template_kwargs")
 Rows = list[dict[str, Any]]
 
 
@@ -73,5 +73,5 @@ def prompt_set(rows: Rows) -> Dataset:
 
 
 def _cell(name: str, value: Any) -> Any:
-    is_open = name in _OF_TEMPLATE and value is not None and not isinstance(value, str)
+    is_open = name in OF_TEMPLATE and value is not None and not isinstance(value, str)
     return json.dumps(value) if is_open else value
