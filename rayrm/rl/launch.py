@@ -83,7 +83,7 @@ def train_policy(run: RLRun, *, report: Report | None = None) -> RLSummary:
     heldout = [] if given.heldout is None else read_prompts(given.heldout, given.max_heldout)
     prompts = without_heldout(read_prompts(given.train, given.max_train), heldout)
     check_trainer(run, len(prompts), len(heldout))
-    check_policy(run.policy.name)
+    check_policy(run.policy.name, [*prompts, *heldout])
     with own_directory(run):
         join_cluster(run.cluster.address)
         with ending_on_sigterm(), _reward_service(run) as (clients, gold):

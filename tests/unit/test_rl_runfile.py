@@ -12,7 +12,7 @@ from trl import GRPOConfig, RLOOConfig
 
 from rayrm.config import ClusterConfig
 from rayrm.errors import ConfigError, DataError, ModelError, RunDirectoryError
-from rayrm.rl.prompts import prompt_set, without_heldout
+from rayrm.rl.prompts import prompt_set, read_prompts, without_heldout
 from rayrm.rl.run_directory import begin, own_directory
 from rayrm.rl.run_log import last_checkpoint, shares_of_versions
 from rayrm.rl.runfile import dump_rl_run, read_rl_run, with_absolute_places
@@ -325,6 +325,15 @@ def test_a_versions_share_of_a_step_adds_up() -> None:
     """As TRL gives it where two ranks met two versions: the mean over those ranks that logged each."""
     shares = shares_of_versions({"a/version/x": 1.0, "a/version/y": 1.0, "b/version/z": 1.0, "reward": 3.0})
     assert shares == {"a/version/x": 0.5, "a/version/y": 0.5, "b/version/z": 1.0}
+
+
+def test_prompts_of_two_forms_are_refused_where_the_second_begins(tmp_path: Path) -> None:
+    file = tmp_path / "mixed.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n')
+    with pytest.raises(
+        DataError, match=r"mixed.jsonl:2: `prompt` .* is a message list, and each before it is a string"
+    ):
+        read_prompts(str(file))
 
 
 def test_prompts_keep_their_columns_and_what_the_template_is_given() -> None:
