@@ -45,9 +45,10 @@ from rayrm import RewardClient, deploy
 from rayrm.data.messages import Text
 from rayrm.errors import ConfigError, DataError, ModelError, RayrmError, RunDirectoryError, VersionError
 from rayrm.report.rl import write_rl_report
+from rayrm.rl.ending import ending_on_sigterm
 from rayrm.rl.guard import length_correlation, repetition
 from rayrm.rl.heldout import Gain, paired_gain
-from rayrm.rl.launch import ending_on_sigterm, reserve_room
+from rayrm.rl.launch import reserve_room
 from rayrm.rl.ppo import PPOSettings
 from rayrm.rl.ppo_learner import Learner
 from rayrm.rl.prompts import read_prompts, without_heldout

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nrayrm: interrupted", file=sys.stderr)
         return 130
+    except SystemExit as ended:
+        if ended.code == 128 + signal.SIGTERM:
+            print("\nrayrm: ended by SIGTERM", file=sys.stderr)
+        raise
     except BrokenPipeError:
         # The reader of our output (`| head`) has seen enough. Python must not flush into it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -117,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "The whole way once: data, training, evaluation, serving, GRPO.")
     demo.add_argument("--out", default="demo-out", help="default: demo-out")
     demo.add_argument("--steps", type=int, help="cut training short")
-    config = command("config", _config, "Print the run that a run file and overrides make.")
+    config = command(
+        "config", _config, "Print the run that a run file, RL run file or refresh file and overrides make."
+    )
     _add_run(config)
     add_data(commands.add_parser("data", help="Look at preference data: `rayrm data inspect`."), shared)
     doctor = command("doctor", _doctor, "Look at this machine, and say what to mend.")
@@ -288,9 +295,20 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    from rayrm.runfile import dump_run, read_run
+    from rayrm.runfile import dump_run, read_run, sections_of
 
-    print(dump_run(read_run(*split_words(options.run))), end="")
+    path, words = split_words(options.run)
+    sections = sections_of(path)
+    if "policy" in sections:
+        from rayrm.rl.runfile import dump_rl_run, read_rl_run
+
+        print(dump_rl_run(read_rl_run(path, words)), end="")
+    elif "refresh" in sections:
+        from rayrm.rl.refresh_settings import dump_refresh, read_refresh
+
+        print(dump_refresh(read_refresh(path, words)), end="")
+    else:
+        print(dump_run(read_run(path, words)), end="")
     return 0
 
 

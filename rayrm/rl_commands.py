@@ -43,16 +43,25 @@ def _rl(options: argparse.Namespace) -> int:
     from rayrm.runfile import split_words
 
     run = read_rl_run(*split_words(options.run))
+    from rayrm.errors import RunDirectoryError
     from rayrm.report.rl import write_rl_report
+    from rayrm.rl.ending import ending_on_sigterm
     from rayrm.rl.launch import train_policy
     from rayrm.train.records import read_records
 
-    try:
-        summary = train_policy(run, report=write_rl_report)
-    finally:
-        # Also of a run that was cut off: it shows how far it came.
+    def tell() -> None:
         if read_records(run.output_dir):
             print(f"report: {write_rl_report(run.output_dir)}")
+
+    try:
+        summary = train_policy(run, report=write_rl_report)
+    except RunDirectoryError:
+        raise  # what is there is another's
+    except BaseException:
+        tell()  # it shows how far a run that was cut off came
+        raise
+    with ending_on_sigterm():
+        tell()
     print(f"policy: {summary.output_dir} ({len(summary.records)} steps logged)")
     if summary.gain is not None:
         gain = summary.gain

@@ -71,6 +71,11 @@ def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
     return None, list(words)
 
 
+def sections_of(path: str | Path | None) -> set[str]:
+    """The sections that a TOML file has; none of no file. Raises ConfigError for what is no TOML."""
+    return set() if path is None else set(_read_toml(Path(path)))
+
+
 def read_tables(
     path: str | Path | None,
     overrides: Sequence[str],

@@ -33,7 +33,7 @@ COLOURS = ("#0b5fd0", "#c2410c", "#15803d", "#7c3aed", "#be185d", "#0e7490", "#9
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {c: f"c{i}" for i, c in enumerate(COLOURS)}
 _NARROW, _WIDE = 4.6, 6.6
 _MOST_POINTS = 400
-_SMOOTHED_FROM = 40
+SMOOTHED_FROM = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +256,7 @@ def _draw(axis: Axes, curve: Curve) -> None:
     look: dict[str, Any] = {"color": colour, "linestyle": "--" if curve.dashed else "-"}
     if np.isfinite(band).any():
         axis.fill_between(steps, values - band, values + band, color=colour, alpha=0.13, linewidth=0)
-    if len(values) < _SMOOTHED_FROM:
+    if len(values) < SMOOTHED_FROM:
         axis.plot(steps, values, linewidth=1.6, marker="o", markersize=3, label=label, **look)
         return
     axis.plot(steps, values, linewidth=0.8, alpha=0.4, **look)

@@ -18,6 +18,7 @@ import numpy as np
 from rayrm.errors import RunDirectoryError
 from rayrm.report.figures import (
     COLOURS,
+    SMOOTHED_FROM,
     Curve,
     Picture,
     curves,
@@ -34,8 +35,6 @@ from rayrm.rl.heldout import Gain, paired_gain
 REPORT = "report.html"
 _NUM_SHOWN = 6
 _NUM_TOP = 5
-_FEW = 10
-"""Records below which no rule can have looked: the bound on the KL takes so many."""
 _NUM_LATE = 512
 _LONGEST_TEXT = 1500
 
@@ -90,13 +89,14 @@ def write_rl_report(run_dir: str | Path, guard_settings: GuardSettings | None = 
         gain=heldout.gain if heldout else None,
         heldout=_heldout_pictures(heldout) if heldout else [],
         alarms=[alarm.text for alarm in guard.alarms],
-        watching=len(records) >= _FEW and any(guard.watched(rule) for rule in RULES),
-        few=len(records) < _FEW and any(guard.watched(rule) for rule in RULES),
+        watching=max(guard.watched(rule) for rule in RULES) >= WINDOWS[0],
+        few=any(guard.watched(rule) for rule in RULES),
         unwatched=_unwatched(guard, records),
         hacking=[
             picture for name in names if (picture := _hacking(records, name, names, guard.alarms, rolls))
         ],
         curves=pictures,
+        smoothed=len(records) >= SMOOTHED_FROM,
         rolls=rolls,
         absent=absent,
         versions=[strip for name in names if (strip := _versions(records, name, names, rolls))],
@@ -182,9 +182,6 @@ def _unwatched(guard: HackingGuard, records: list[Record]) -> list[str]:
     lacking = [_NEEDS[rule] for rule in RULES if not guard.watched(rule)]
     if lacking and records:
         lines.append(f"Not watched, since the log has no {', no '.join(lacking)}.")
-    most = max(guard.watched(rule) for rule in RULES)
-    if 0 < most < WINDOWS[0]:
-        lines.append(f"Trends need {WINDOWS[0]} logging events, and this run has {most}.")
     return lines
 
 
@@ -258,7 +255,7 @@ def _curves(
                 "Length correlation",
                 "Pearson, score and length",
                 [curve(f"{name}/length_correlation")],
-                "Within a step; 1: only length counts.",
+                "Within a worker's texts of a step; 1: only length counts.",
             ),
             ("Repetition", "share of n-grams that came before", [curve(f"{name}/repetition")], ""),
             ("Latency of a reward call", "seconds", [curve(f"{name}/latency_s")], ""),
@@ -307,7 +304,8 @@ def _versions(
     told = np.sum(list(given.values()), axis=0) > 0 if given else np.zeros(len(records), np.bool_)
     given = {version: part[told] for version, part in given.items() if part[told].any()}
     title = _titled("Versions of the reward model", name, names)
-    picture = shares(title, steps[told], given, rolls=rolls, caption="Dotted: another version took over.")
+    caption = "Dotted: another version took over." if rolls else ""
+    picture = shares(title, steps[told], given, rolls=rolls, caption=caption)
     if picture is None:
         return None
     legend = [

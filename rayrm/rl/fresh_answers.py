@@ -19,16 +19,18 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, set_seed
 
-from rayrm.errors import ConfigError
+from rayrm.data.messages import answer_to
+from rayrm.errors import ConfigError, RunDirectoryError
 from rayrm.rl.heldout import paired_gain
-from rayrm.rl.prompts import prompt_set
+from rayrm.rl.prompts import OF_TEMPLATE, prompt_set
 from rayrm.rl.run_log import write_json
 from rayrm.rl.trl import HELDOUT, HeldoutSample, TRLReward
 
 logger = logging.getLogger("rayrm.rl")
 
 HELDOUT_FILE = "heldout.json"
-_BEFORE = "heldout-before.json"
+BEFORE_FILE = "heldout-before.json"
+"""The starting policy's answers, which cannot be had again: kept until the run is finished."""
 _Answers = list[list[HeldoutSample]]
 
 
@@ -50,9 +52,14 @@ class FreshAnswers(TrainerCallback):  # type: ignore[misc]
         self._output_dir = output_dir
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        before = self._output_dir / _BEFORE
+        before = self._output_dir / BEFORE_FILE
         if not self._rows or before.exists():
             return
+        if state.global_step:
+            raise RunDirectoryError(
+                f"{before} is gone: what the policy answered before its first step cannot be asked again at "
+                f"step {state.global_step}. Put the file back, or begin anew in another `output_dir`."
+            )
         answers = self._answers("before")
         if self.trainer.accelerator.is_main_process:
             write_json(before, [[dataclasses.asdict(sample) for sample in row] for row in answers])
@@ -64,10 +71,10 @@ class FreshAnswers(TrainerCallback):  # type: ignore[misc]
             return
         after = self._answers("after")
         if self.trainer.accelerator.is_main_process:
-            kept = json.loads((self._output_dir / _BEFORE).read_text(encoding="utf-8"))
+            kept = json.loads((self._output_dir / BEFORE_FILE).read_text(encoding="utf-8"))
             before = [[HeldoutSample(**one) for one in row] for row in kept]
+            before, after = self._by_one_version(before, after)
             write_json(self._output_dir / HELDOUT_FILE, self._compared(before, after))
-            (self._output_dir / _BEFORE).unlink()
 
     def _answers(self, when: str) -> _Answers:
         """The answers to each prompt, of all ranks; the same seed before and after."""
@@ -92,6 +99,25 @@ class FreshAnswers(TrainerCallback):  # type: ignore[misc]
             logger.info("held-out prompts %s training: mean score %+.3f (%d prompts)", when, mean, len(rows))
         return rows
 
+    def _by_one_version(self, *both: _Answers) -> list[_Answers]:
+        """The same answers, all scored by one version: the service may have rolled since the first were."""
+        samples = [sample for rows in both for row in rows for sample in row]
+        versions = sorted({sample.version for sample in samples})
+        if len(versions) == 1:
+            return list(both)
+        logger.info("held-out answers were scored by %s: all are scored again", " and ".join(versions))
+        rows = [self._rows[sample.prompt] for sample in samples]
+        scores, version = self._reward.score_by_one_version(
+            [row["prompt"] for row in rows],
+            [answer_to(row["prompt"], sample.completion) for row, sample in zip(rows, samples, strict=True)],
+            **{name: [row.get(name) for row in rows] for name in OF_TEMPLATE},
+        )
+        again = iter(
+            dataclasses.replace(sample, score=score, version=version)
+            for sample, score in zip(samples, scores, strict=True)
+        )
+        return [[[next(again) for _ in row] for row in rows] for rows in both]
+
     def _compared(self, before: _Answers, after: _Answers) -> dict[str, Any]:
         """What `heldout.json` holds."""
         both = (before, after)
@@ -114,6 +140,7 @@ class FreshAnswers(TrainerCallback):  # type: ignore[misc]
             "before": rewards[0],
             "after": rewards[1],
             "gain": dataclasses.asdict(gain),
+            "version": after[0][0].version,
             "samples_before": texts[0],
             "samples_after": texts[1],
         }

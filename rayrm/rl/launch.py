@@ -11,9 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import signal
-import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +30,8 @@ from rayrm.data.messages import answer_to
 from rayrm.errors import ClusterError, ConfigError, PeerFailedError, RayrmError, ScoreError
 from rayrm.logs import show_logs
 from rayrm.own_ray import trainer_class
-from rayrm.rl.fresh_answers import HELDOUT_FILE
+from rayrm.rl.ending import ending_on_sigterm, finishing_first
+from rayrm.rl.fresh_answers import BEFORE_FILE, HELDOUT_FILE
 from rayrm.rl.heldout import Gain
 from rayrm.rl.policy import PolicyJob, train_policy_rank
 from rayrm.rl.prompts import read_prompts, without_heldout
@@ -54,7 +52,6 @@ logger = logging.getLogger("rayrm.rl")
 
 _ROOM_WAIT_S = 60.0
 _PRINT_PATCH = "RAY_TRAIN_ENABLE_PRINT_PATCH"
-_ON_SIGTERM = 128 + signal.SIGTERM
 _SERVICE = "service.json"
 """In the run's directory while a service of its own runs: whose it is, should this process be killed."""
 _NODE = "ray.io/node-id"
@@ -86,7 +83,7 @@ def train_policy(run: RLRun, *, report: Report | None = None) -> RLSummary:
     heldout = [] if given.heldout is None else read_prompts(given.heldout, given.max_heldout)
     prompts = without_heldout(read_prompts(given.train, given.max_train), heldout)
     check_trainer(run, len(prompts), len(heldout))
-    check_policy(run.policy.name)
+    check_policy(run.policy.name, [*prompts, *heldout])
     with own_directory(run):
         join_cluster(run.cluster.address)
         with ending_on_sigterm(), _reward_service(run) as (clients, gold):
@@ -95,7 +92,7 @@ def train_policy(run: RLRun, *, report: Report | None = None) -> RLSummary:
             if gold is not None:
                 _warm_up(run, gold, prompts[0], is_gold=True)
             _fit(PolicyJob(run, clients, gold, prompts, heldout, report))
-        return _summary(run.output_dir)
+            return _summary(run.output_dir)
 
 
 def _summary(output_dir: Path) -> RLSummary:
@@ -104,25 +101,8 @@ def _summary(output_dir: Path) -> RLSummary:
     gain = Gain(**json.loads(file.read_text(encoding="utf-8"))["gain"]) if file.exists() else None
     records = read_records(output_dir)
     write_json(output_dir / FINISHED, {"steps": records[-1]["step"] if records else 0})
+    (output_dir / BEFORE_FILE).unlink(missing_ok=True)
     return RLSummary(output_dir, records, gain)
-
-
-@contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM (`ray job stop`) ends the block as Ctrl-C does, so that the service of this run is removed.
-
-    Ray Train sets handlers of its own for Ctrl-C and leaves them behind; those from before come back.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_ON_SIGTERM))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 @contextmanager
@@ -156,9 +136,10 @@ def _reward_service(run: RLRun) -> Iterator[_Clients]:
         client = deploy(source.model or "", config=settings)
         yield _clients(run, settings.name, source.use or client.model)
     finally:
-        if ray.is_initialized() and settings.name in serve.status().applications:
-            serve.delete(settings.name)
-        note.unlink(missing_ok=True)
+        with finishing_first(f"removing the service {settings.name!r}"):
+            if ray.is_initialized() and settings.name in serve.status().applications:
+                serve.delete(settings.name)
+            note.unlink(missing_ok=True)
 
 
 def _clients(run: RLRun, name: str, use: str | None) -> _Clients:
@@ -292,8 +273,6 @@ def _fit(job: PolicyJob) -> None:
         with _plain_print():
             trainer.fit()
     except SystemExit as ended:
-        if ended.code == _ON_SIGTERM:
-            raise
         raise KeyboardInterrupt from ended  # Ray Train's own answer to Ctrl-C: it has stopped the workers
     except Exception as failure:
         raise (left_error(output_dir) or _told(failure, output_dir)) from failure

@@ -53,6 +53,22 @@ def train_policy_rank(job: PolicyJob) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def _end_at_max_steps(trainer: Any) -> None:
+    """Train no step beyond `max_steps`, as transformers does when it goes on from that very step.
+
+    So a run that was cut off when its last step was done and saved is only measured.
+    """
+    run_epoch = trainer._run_epoch
+
+    def within_max_steps(**given: Any) -> None:
+        if trainer.state.global_step < trainer.state.max_steps:
+            run_epoch(**given)
+        else:
+            trainer.control.should_training_stop = True
+
+    trainer._run_epoch = within_max_steps
+
+
 def _trainer(job: PolicyJob, reward: TRLReward) -> Any:
     from trl import GRPOTrainer, RLOOTrainer
 
@@ -70,6 +86,7 @@ def _trainer(job: PolicyJob, reward: TRLReward) -> Any:
     if trainer.accelerator.is_main_process:
         trainer.add_callback(RunLog(run.output_dir, run.guard, job.report))
         trainer.add_callback(KeepShaping(reward))
+    _end_at_max_steps(trainer)
     answers.trainer = trainer
     trainer.add_callback(answers)
     return trainer

@@ -8,13 +8,14 @@ from typing import Any
 
 from datasets import Dataset
 
+from rayrm.data.messages import shown
 from rayrm.data.selection import prompt_hash, prompt_text
 from rayrm.errors import DataError, RowError
 from rayrm.serve.score_file import read_rows
 
 logger = logging.getLogger("rayrm.rl")
 
-_OF_TEMPLATE = ("tools", "chat_template_kwargs")
+OF_TEMPLATE = ("tools", "chat_template_kwargs")
 Rows = list[dict[str, Any]]
 
 
@@ -35,6 +36,12 @@ def read_prompts(source: str, most: int | None = None) -> Rows:
             prompt_text(prompt)
         except RowError as error:
             raise DataError(f"{where}: {error}.") from error
+        if rows and isinstance(prompt, str) != isinstance(rows[0]["prompt"], str):
+            here, before = ("string", "message list")[:: 1 if isinstance(prompt, str) else -1]
+            raise DataError(
+                f"{where}: `prompt` ({shown(prompt)}) is a {here}, and each before it is a {before}. Convert "
+                "them to what the reward model was trained on."
+            )
         rows.append({key: value for key, value in row.items() if key not in ("chosen", "rejected")})
         if most is not None and len(rows) >= most:
             break
@@ -73,5 +80,5 @@ def prompt_set(rows: Rows) -> Dataset:
 
 
 def _cell(name: str, value: Any) -> Any:
-    is_open = name in _OF_TEMPLATE and value is not None and not isinstance(value, str)
+    is_open = name in OF_TEMPLATE and value is not None and not isinstance(value, str)
     return json.dumps(value) if is_open else value

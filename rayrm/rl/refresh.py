@@ -43,8 +43,8 @@ from rayrm.rl.refresh_outcomes import (
 from rayrm.rl.refresh_pairs import PAIRS, Gathered, gather, last_cursor
 from rayrm.rl.refresh_replay import draw_replay, num_replayed, write_replay
 from rayrm.rl.refresh_samples import Place, SampleReader
-from rayrm.rl.refresh_settings import SECTIONS, Refresh, read_refresh
-from rayrm.runfile import Run, dump_tables
+from rayrm.rl.refresh_settings import Refresh, dump_refresh, read_refresh
+from rayrm.runfile import Run
 from rayrm.serve.calibration import calibration_files
 from rayrm.serve.client import RewardClient
 from rayrm.serve.connect import connect
@@ -106,7 +106,7 @@ def _claim(home: Path, settings: Refresh) -> None:
                     "here. Set it back to go on, or choose another `output_dir`."
                 )
     with writing(file):
-        replace_text(file, dump_tables({name: getattr(settings, name) for name in SECTIONS}))
+        replace_text(file, dump_refresh(settings))
 
 
 class _Rounds:

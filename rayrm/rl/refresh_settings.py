@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field
 from rayrm.config import ClusterConfig, LoraConfig, RewardConfig
 from rayrm.data_settings import Sources
 from rayrm.errors import ConfigError
-from rayrm.runfile import read_tables
+from rayrm.runfile import dump_tables, read_tables
 from rayrm.settings import Count, Fraction, OptionalCount, none_word, settings
 
 
@@ -109,6 +109,11 @@ class Refresh:
     """[reward]: how each round is trained; its directory is the round's."""
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     """[cluster]: the workers that train, beside those of RL and of the service."""
+
+
+def dump_refresh(settings: Refresh) -> str:
+    """The settings as TOML, which `read_refresh` reads back."""
+    return dump_tables({name: getattr(settings, name) for name in SECTIONS})
 
 
 SECTIONS: dict[str, type] = {

@@ -16,7 +16,8 @@ from rayrm.train.records import METRICS
 
 FINISHED = "finished.json"
 _RUN = "run.toml"
-_OF_REWARD = ("use", "weights", "gold", "truncation")
+_OF_REWARD = ("model", "use", "weights", "gold", "truncation")
+_MODEL = "reward.model"
 
 
 @contextmanager
@@ -43,8 +44,8 @@ def own_directory(run: RLRun) -> Iterator[None]:
 def begin(run: RLRun) -> None:
     """Make the run's directory, or check that it holds this run, unfinished; then write its `run.toml`.
 
-    What says where and by what a run is computed (`[cluster]`, `[serve]`, which service) may change between
-    attempts, and anything may before the first step. Raises RunDirectoryError.
+    What says where and by what a run is computed (`[cluster]`, `[serve]`, whether a service runs already) may
+    change between attempts, and anything may before the first step. Raises RunDirectoryError.
     """
     output_dir = run.output_dir
     if (output_dir / FINISHED).exists():
@@ -54,6 +55,11 @@ def begin(run: RLRun) -> None:
     file = output_dir / _RUN
     if _has_begun(output_dir) and file.exists():
         then, now = _what_it_learns(read_rl_run(file)), _what_it_learns(run)
+        if None in (then[_MODEL], now[_MODEL]):
+            del (
+                then[_MODEL],
+                now[_MODEL],
+            )  # by a service that runs already: which model is the service's matter
         unlike = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
         if unlike:
             raise RunDirectoryError(

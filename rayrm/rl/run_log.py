@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 
 from rayrm.errors import writing
 from rayrm.rl.guard import GuardSettings, HackingGuard
-from rayrm.rl.trl import TRLReward, versions_in
+from rayrm.rl.trl import SQUARE, TRLReward, versions_in
 from rayrm.train.records import METRICS, read_records, replace_text
 
 logger = logging.getLogger("rayrm.rl")
@@ -48,7 +49,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         if not logs or "reward" not in logs:
             return
         record = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
-        record |= {**shares_of_versions(record), "step": state.global_step}
+        record = {**over_all_ranks(record), **shares_of_versions(record), "step": state.global_step}
         record["seconds"] = time.monotonic() - self._began
         versions = versions_in(record)
         with writing(self._file), self._file.open("a", encoding="utf-8") as out:
@@ -80,6 +81,17 @@ class KeepShaping(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / SHAPING
         write_json(file, self._reward.state_dict())
+
+
+def over_all_ranks(record: dict[str, float]) -> dict[str, float]:
+    """The record with `NAME/score_std` of all scores behind it, where TRL has the mean of each rank's."""
+    squares = {key.removesuffix(SQUARE): value for key, value in record.items() if key.endswith(f"/{SQUARE}")}
+    kept = {key: value for key, value in record.items() if not key.endswith(f"/{SQUARE}")}
+    stds = {
+        f"{name}score_std": math.sqrt(max(square - record[f"{name}score_mean"] ** 2, 0.0))
+        for name, square in squares.items()
+    }
+    return {**kept, **stds}
 
 
 def shares_of_versions(record: dict[str, float]) -> dict[str, float]:

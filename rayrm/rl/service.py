@@ -6,12 +6,18 @@ on goes before `RAYRM_REWARD` (the service's name) and `RAYRM_REWARD_MODEL` (whi
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
+from rayrm.data.tokenize import TextInput
+from rayrm.errors import VersionError
 from rayrm.serve.client import RewardClient
-from rayrm.serve.request import ScoreResult
+from rayrm.serve.request import ScoreResult, Truncation
+
+_SCORED_AT_ONCE = 64
 
 
 def reward_service(name: str | None = None, model: str | None = None, **settings: Any) -> RewardClient:
@@ -24,6 +30,30 @@ def reward_service(name: str | None = None, model: str | None = None, **settings
         model or os.environ.get("RAYRM_REWARD_MODEL") or None,
         **settings,
     )
+
+
+def scores_by_one_version(
+    client: RewardClient, inputs: Sequence[TextInput], *, truncation: Truncation | None = None
+) -> tuple[list[float], str]:
+    """The scores, and the version that gave them all: the one that serves first is asked for from then on.
+
+    Many requests, so that how many texts there are has no part in whether one is answered in time. Where
+    the service rolls between them its new version scores all again; VersionError if it does so thrice.
+    """
+    asked = copy.copy(client)
+    for left in (2, 1, 0):
+        asked.pin_version = None
+        scores: list[float] = []
+        try:
+            for start in range(0, len(inputs), _SCORED_AT_ONCE):
+                found = asked.score_inputs(inputs[start : start + _SCORED_AT_ONCE], truncation=truncation)
+                scores += found.scores
+                asked.pin_version = found.version
+            return scores, found.version
+        except VersionError:
+            if not left:
+                raise
+    raise AssertionError
 
 
 def figures_of(result: ScoreResult) -> dict[str, float]:

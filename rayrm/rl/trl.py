@@ -22,23 +22,26 @@ from rayrm.data.messages import Text
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import ConfigError, writing
 from rayrm.rl.guard import length_correlation, repetition
-from rayrm.rl.service import figures_of
+from rayrm.rl.service import figures_of, scores_by_one_version
 from rayrm.rl.shaping import Shaper, Shaping, weighted
 from rayrm.serve.client import RewardClient
 from rayrm.serve.request import ScoreResult, Truncation, check_truncation, row_inputs
 
 _GOLD = " gold"
+SQUARE = "score_square_mean"
+"""TRL averages what ranks log: by this a log has the deviation of all scores, and not the ranks' mean one."""
 HELDOUT = "heldout_prompt"
 """The column that marks a prompt of the held-out set, with its number: such rewards are kept as they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldoutSample:
-    """A fresh sample of a held-out prompt: the prompt's number, what the policy wrote, its score."""
+    """A fresh sample of a held-out prompt (its number): what the policy wrote, its score, which version's."""
 
     prompt: int
     completion: str
     score: float
+    version: str
 
 
 class TRLReward:
@@ -136,6 +139,18 @@ class TRLReward:
         }
         return self._told(call, results, rewards)
 
+    def score_by_one_version(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+    ) -> tuple[list[float], str]:
+        """The scores, weighted and unshaped, by one version of each reward, and which; however many texts."""
+        inputs = row_inputs(prompts, completions, columns)
+        found = {
+            name: scores_by_one_version(client, inputs, truncation=self.truncation)
+            for name, client in self.clients.items()
+        }
+        scores = weighted({name: given for name, (given, _) in found.items()}, self.weights)
+        return scores, "+".join(version for _, version in found.values())
+
     def state_dict(self) -> dict[str, Any]:
         """What the shaping has seen, by reward; the same on every rank."""
         return {name: shaper.state_dict() for name, shaper in self.shapers.items()}
@@ -158,11 +173,14 @@ class TRLReward:
     def _total(self, results: Mapping[str, ScoreResult]) -> list[float]:
         return weighted({name: results[name].scores for name in self.clients}, self.weights)
 
+    def _version(self, results: Mapping[str, ScoreResult]) -> str:
+        return "+".join(results[name].version for name in self.clients)
+
     def _keep_heldout(self, call: _Call, results: dict[str, ScoreResult]) -> list[float]:
         assert call.heldout is not None
-        scores = self._total(results)
+        scores, version = self._total(results), self._version(results)
         self.heldout += [
-            HeldoutSample(int(number), text, score)
+            HeldoutSample(int(number), text, score, version)
             for number, text, score in zip(call.heldout, call.texts, scores, strict=True)
         ]
         self._log(call, results)
@@ -173,7 +191,7 @@ class TRLReward:
     ) -> list[float]:
         total = weighted(rewards, self.weights)
         self._log(call, results)
-        version = "+".join(results[name].version for name in self.clients)
+        version = self._version(results)
         if call.log_extra is not None:
             call.log_extra("reward_version", [version] * len(total))
         if self.samples is not None:
@@ -199,6 +217,7 @@ def _figures(call: _Call, result: ScoreResult) -> dict[str, float]:
     return {
         **figures_of(result),
         "score_std": float(np.std(result.scores)),
+        SQUARE: float(np.mean(np.square(result.scores))),
         "length_correlation": length_correlation(result.scores, call.lengths),
         "repetition": float(np.mean([repetition(text) for text in call.texts])),
     }

@@ -140,6 +140,7 @@ def test_a_run_serves_its_reward_trains_two_workers_and_leaves_nothing(
         mine = [sample["reward"] for sample in samples if sample["step"] == record["step"]]
         assert record["reward"] == pytest.approx(np.mean(mine), abs=1e-5)
         assert record["chat/score_mean"] == pytest.approx(np.mean(mine), abs=1e-5)
+        assert record["chat/score_std"] == pytest.approx(np.std(mine), abs=1e-4)
         assert np.isfinite(record["kl"])
     check_scores(samples, versions)
     before = AutoModelForCausalLM.from_pretrained(policy).state_dict()
@@ -235,6 +236,9 @@ def test_a_killed_replica_and_a_roll_cost_no_reward(
     samples = samples_of(tmp_path / "run")
     assert len(samples) == 40 * 2 * 2
     check_scores(samples, versions)
+    # The first version scored what was answered before; the gain is of one.
+    check_heldout(tmp_path / "run", target, summary)
+    assert json.loads((tmp_path / "run" / "heldout.json").read_text())["version"] == target.version
 
 
 @pytest.mark.ray
@@ -423,38 +427,68 @@ def test_trls_asynchronous_trainer_scores_a_group_while_others_are_generated(
         assert got == pytest.approx(np.clip(scores, -0.3, 0.3), abs=SAME)
 
 
+def cut_off(command: list[str], reached: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
+    """Start a command and send a signal as soon as it has come so far; its exit status and what it said."""
+    with subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        said: list[str] = []
+        reading = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)
+        reading.start()
+        try:
+            deadline = time.monotonic() + 300
+            while not reached():
+                assert process.poll() is None, said[-30:]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            if number is signal.SIGTERM:
+                os.kill(process.pid, number)
+                process.wait(timeout=120)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reading.join(timeout=30)
+    return process.returncode, "".join(said)
+
+
 @pytest.mark.ray
-def test_a_killed_driver_goes_on_from_its_checkpoint(
+def test_a_run_that_is_cut_off_again_and_again_is_the_run_that_was_not(
     policy: str, prompts: dict[str, str], versions: list[PublishedModel], tmp_path: Path
 ) -> None:
+    """Killed while it trains, told to leave while it trains, killed when only its end was not yet written."""
     out = tmp_path / "run"
     words = [
         f"policy.name={policy}",
         f"prompts.train={prompts['train']}",
+        f"prompts.heldout={prompts['heldout']}",
         f"reward.model={versions[0].path}",
         f"output_dir={out}",
         "max_steps=30",
         "save_strategy=steps",
-        "save_steps=4",
+        "save_steps=5",
         "shaping.normalize=true",
         "serve.num_cpus=0.2",
         *(f"{name}={json.dumps(value)}" for name, value in SHORT.items()),
     ]
     command = [sys.executable, "-m", "rayrm.cli", "rl", *words]
-    killed = subprocess.Popen(command, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 300
-        while killed.poll() is None and not (out / "checkpoint-8").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    cut_off(command, lambda: (out / "checkpoint-5").exists(), signal.SIGKILL)
     assert read_records(out)[-1]["step"] < 30
+    status, said = cut_off(command, lambda: (out / "checkpoint-10").exists(), signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM, said[-3000:]
+    assert "rayrm: ended by SIGTERM" in said
+    assert "Traceback" not in said
+    assert not (out / "service.json").exists()
+    cut_off(command, lambda: (out / "heldout.json").exists(), signal.SIGKILL)
+    assert not (out / "finished.json").exists()
+    kept = json.loads((out / "heldout.json").read_text())
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert [record["step"] for record in read_records(out)] == list(range(1, 31))
-    # Normalized by what the first process saw too: the scores of each step, once.
+    measured = json.loads((out / "heldout.json").read_text())
+    assert measured["before"] == kept["before"]
+    assert np.allclose(measured["after"], kept["after"], atol=1e-4)
+    # Normalized by what the earlier processes saw too: the scores of each step, once.
     seen: list[float] = []
     latest: dict[int, list[dict[str, Any]]] = {}
     for sample in samples_of(out):
@@ -469,3 +503,4 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(
     again = subprocess.run(command, check=False, capture_output=True, text=True)
     assert again.returncode == 2
     assert "finished run" in again.stderr
+    assert "report:" not in again.stdout

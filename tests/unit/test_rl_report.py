@@ -297,7 +297,8 @@ def test_a_run_of_one_step_has_a_page(tmp_path: Path) -> None:
     made = page(run)
     assert set(CURVES) <= set(made.of("h3"))
     assert "1 logging event, the last at step 1" in made.text
-    assert "Trends need 20 logging events, and this run has 1." in made.text
+    assert "trends need 20, and this run has 1." in made.text
+    assert "running mean" not in made.text
     assert "heldout.json is missing" in made.text
     assert "Held-out" not in " ".join(made.of("h3"))
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
+from trl import GRPOConfig, RLOOConfig
 
 from rayrm.config import ClusterConfig
 from rayrm.errors import ConfigError, DataError, ModelError, RunDirectoryError
-from rayrm.rl.prompts import prompt_set, without_heldout
+from rayrm.rl.prompts import prompt_set, read_prompts, without_heldout
 from rayrm.rl.run_directory import begin, own_directory
 from rayrm.rl.run_log import last_checkpoint, shares_of_versions
 from rayrm.rl.runfile import dump_rl_run, read_rl_run, with_absolute_places
 from rayrm.rl.settings import PromptsConfig, RewardSource, RLRun
 from rayrm.rl.shaping import Shaping
-from rayrm.rl.trainer_config import check_policy, check_trainer, trainer_config
-from tests.tiny import save_tiny
+from rayrm.rl.trainer_config import _BOUNDS, check_policy, check_trainer, trainer_config
+from tests.tiny import CHAT_TEMPLATE, save_tiny, tiny_llama_config, tiny_tokenizer
 
 WORDS = ["policy.name=org/model", "prompts.train=data", "reward.model=registry/helpful", "output_dir=out"]
 
@@ -88,11 +90,133 @@ def a_run(**trainer: object) -> RLRun:
 
 def test_batches_are_checked_for_all_workers_together() -> None:
     check_trainer(a_run(), 4, 3)  # 2 workers x 4 completions: one prompt of 8
-    with pytest.raises(ConfigError, match=r"refused by TRL's GRPOConfig: .*divisible"):
-        check_trainer(a_run(num_generations=3), 4, 3)
+    check_trainer(a_run(num_generations=24, gradient_accumulation_steps=3), 1, 0)
+    check_trainer(a_run(generation_batch_size=16), 2, 0)
+    both = {"generation_batch_size": 16, "steps_per_generation": 2}
+    with pytest.raises(ConfigError, match=r"refused by TRL's GRPOConfig: .*both"):
+        check_trainer(a_run(**both), 4, 0)
     check_trainer(a_run(tf32=True, fp16=True), 4, 3)  # a matter of the workers' hardware
     with pytest.raises(ConfigError, match="3 prompts are fewer than the 4 that a step of 2 workers takes"):
         check_trainer(a_run(num_generations=2), 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "fits"),
+    [
+        (
+            {"num_generations": 3},
+            r"`rl.num_generations` \(3\) must divide the answers of a step, `per_device_train_batch_size` "
+            r"\(4\) x `cluster.num_workers` \(2\) x `gradient_accumulation_steps` \(1\) = 8: .* Type "
+            "num_generations=2 or 4, per_device_train_batch_size=3 or 6 or gradient_accumulation_steps=3",
+            [
+                *({"num_generations": group} for group in (2, 4)),
+                *({"num_generations": 3, "per_device_train_batch_size": each} for each in (3, 6)),
+                {"num_generations": 3, "gradient_accumulation_steps": 3},
+            ],
+        ),
+        (
+            {"num_generations": 12, "steps_per_generation": 2},
+            r"the answers of a step, .* x `steps_per_generation` \(2\) = 16: .* Type "
+            "num_generations=8 or 16, per_device_train_batch_size=3 or 6 or steps_per_generation=3",
+            [
+                {"num_generations": 16, "steps_per_generation": 2},
+                {"num_generations": 12, "steps_per_generation": 3},
+                {"num_generations": 12, "steps_per_generation": 2, "per_device_train_batch_size": 6},
+            ],
+        ),
+        (
+            {"num_generations": 3, "generation_batch_size": 32},
+            r"`rl.generation_batch_size` \(32\) must be a multiple of `per_device_train_batch_size` \(4\) x "
+            r"`cluster.num_workers` \(2\) and of `num_generations` \(3\). "
+            "Type generation_batch_size=24 or 48",
+            [{"num_generations": 3, "generation_batch_size": whole} for whole in (24, 48)],
+        ),
+        (
+            {"num_generations": 4, "generation_batch_size": 4},
+            "Type generation_batch_size=8[.]",
+            [{"num_generations": 4, "generation_batch_size": 8}],
+        ),
+    ],
+)
+def test_a_step_of_split_groups_is_refused_with_values_that_fit(
+    given: dict[str, object], said: str, fits: list[dict[str, object]]
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_trainer(a_run(**given), 100, 0)
+    for fitting in fits:
+        check_trainer(a_run(**fitting), 100, 0)
+
+
+def test_one_process_with_one_answer_a_step_is_told_what_fits() -> None:
+    run = read_rl_run(None, [*WORDS, "cluster.num_workers=0", "per_device_train_batch_size=1"])
+    said = (
+        r"\(8\) must divide the answers of a step, `per_device_train_batch_size` \(1\) x "
+        r"`gradient_accumulation_steps` \(1\) = 1: .* Type per_device_train_batch_size=8 or "
+        "gradient_accumulation_steps=8[.]"
+    )
+    with pytest.raises(ConfigError, match=said):
+        check_trainer(run, 100, 0)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("max_steps=-5", "must be at least 1, or -1 to train for `num_train_epochs`"),
+        ("max_steps=0", "must be at least 1, or -1"),
+        ("max_steps=1.5", "must be a whole number"),
+        ("num_generations=8.0", "must be a whole number, without a decimal point"),
+        ("max_steps=true", "must be a number"),
+        ("num_train_epochs=0", "must be above 0"),
+        ("num_generations=1", "must be at least 2"),
+        ("num_generations=0", "must be at least 2"),
+        ("max_completion_length=0", "must be at least 1"),
+        ("per_device_train_batch_size=0", "must be at least 1"),
+        ("per_device_eval_batch_size=0", "must be at least 1"),
+        ("gradient_accumulation_steps=-1", "must be at least 1"),
+        ("steps_per_generation=0", "must be at least 1"),
+        ("num_iterations=0", "must be at least 1"),
+        ("logging_steps=-1", "must be above 0"),
+        ("learning_rate=-1", "must be at least 0"),
+        ("learning_rate=nan", "must be finite"),
+        ("learning_rate=inf", "must be finite"),
+        ("learning_rate=[1]", "must be a number"),
+        ("weight_decay=-0.1", "must be at least 0"),
+        ("adam_beta2=1.0", "must be at least 0 and below 1"),
+        ("seed=-1", "must be from 0 to"),
+        ("beta=nan", "must be finite"),
+        ("beta=-1", "must be at least 0"),
+        ("epsilon=nan", "must be finite"),
+        ("epsilon_high=-0.1", "must be at least 0"),
+        ("epsilon_high=wide", "must be a number"),
+        ("delta=0", "must be above 0"),
+        ("temperature=0", "must be above 0"),
+        ("temperature=-1", "must be above 0"),
+        ("temperature=nan", "must be finite"),
+        ("top_p=0", "must be above 0 and at most 1"),
+        ("top_p=1.1", "must be above 0 and at most 1"),
+        ("top_k=-1", "must be at least 0"),
+        ("min_p=1.5", "must be from 0 to 1"),
+        ("top_entropy_quantile=-0.2", "must be from 0 to 1"),
+        ("reward_weights=[1.0, nan]", "must be finite"),
+        ("generation_kwargs={typical_p = inf}", "must be finite"),
+        ("fp16=yes", "must be true or false"),
+    ],
+)
+def test_numbers_that_cannot_train_are_refused_by_name(word: str, said: str) -> None:
+    run = read_rl_run(None, [*WORDS, word])
+    key = word.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"`rl\.{key}` \({re.escape(repr(run.trainer[key]))}\) {said}"):
+        check_trainer(run, 100, 3)
+
+
+def test_numbers_at_their_bounds_are_taken() -> None:
+    at_bounds = {"learning_rate": 0, "beta": 0, "top_p": 1, "top_k": 0, "min_p": 0.0, "max_steps": -1}
+    check_trainer(a_run(**at_bounds, num_train_epochs=0.5, warmup_steps=0.1, pad_to_multiple_of="auto"), 9, 3)
+
+
+def test_numbers_that_are_bound_are_the_trainers() -> None:
+    known = {one.name for kind in (GRPOConfig, RLOOConfig) for one in dataclasses.fields(kind)}
+    assert set(_BOUNDS) <= known
 
 
 @pytest.mark.parametrize(
@@ -120,6 +244,28 @@ def test_a_policy_is_a_model_that_writes(tmp_path: Path) -> None:
         check_policy(str(tmp_path))
     with pytest.raises(ModelError, match="holds LlamaForSequenceClassification, which cannot write"):
         check_policy(str(save_tiny(tmp_path / "reward")))
+
+
+def test_a_policy_renders_the_prompts_it_is_given(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "a"}]
+    policy = str(tmp_path)
+    tiny_llama_config(architectures=["LlamaForCausalLM"]).save_pretrained(policy)
+    with pytest.raises(ModelError, match=r"`policy.name` \('.*'\) is no tokenizer that can be loaded"):
+        check_policy(policy)
+    tokenizer = tiny_tokenizer(chat=False)
+    tokenizer.save_pretrained(policy)
+    check_policy(policy)
+    check_policy(policy, [{"prompt": "a"}])
+    no_template = r"has no `chat_template`, and prompts are message lists.* Type policy.name=MODEL.*strings"
+    with pytest.raises(ModelError, match=no_template):
+        check_policy(policy, [{"prompt": "a"}, {"prompt": said}])
+    tokenizer.chat_template = {"tool_use": CHAT_TEMPLATE}
+    tokenizer.save_pretrained(policy)
+    with pytest.raises(ModelError, match=no_template):
+        check_policy(policy, [{"prompt": said}])
+    tokenizer.chat_template = {"tool_use": CHAT_TEMPLATE, "default": CHAT_TEMPLATE}
+    tokenizer.save_pretrained(policy)
+    check_policy(policy, [{"prompt": said}])
 
 
 def test_one_process_at_a_time_trains_in_a_directory(tmp_path: Path) -> None:
@@ -179,6 +325,15 @@ def test_a_versions_share_of_a_step_adds_up() -> None:
     """As TRL gives it where two ranks met two versions: the mean over those ranks that logged each."""
     shares = shares_of_versions({"a/version/x": 1.0, "a/version/y": 1.0, "b/version/z": 1.0, "reward": 3.0})
     assert shares == {"a/version/x": 0.5, "a/version/y": 0.5, "b/version/z": 1.0}
+
+
+def test_prompts_of_two_forms_are_refused_where_the_second_begins(tmp_path: Path) -> None:
+    file = tmp_path / "mixed.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n')
+    with pytest.raises(
+        DataError, match=r"mixed.jsonl:2: `prompt` .* is a message list, and each before it is a string"
+    ):
+        read_prompts(str(file))
 
 
 def test_prompts_keep_their_columns_and_what_the_template_is_given() -> None:

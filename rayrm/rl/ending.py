@@ -1,0 +1,76 @@
+"""How a run ends on a signal: what it started is removed first, and the exit status is the signal's."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+logger = logging.getLogger("rayrm.rl")
+
+ON_SIGTERM = 128 + signal.SIGTERM
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM (`ray job stop`) ends the block as Ctrl-C does, and then this process by `ON_SIGTERM`.
+
+    As Ctrl-C, since Ray Train stops its workers on that alone; and by its own status at the end of the block,
+    since what a signal handler raises within `ray.get` comes back as another exception. Ray Train's handlers
+    stay behind: those from before the block come back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told = False
+
+    def end(number: int, frame: Any) -> None:
+        nonlocal told
+        if told:
+            return
+        told = True
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        if callable(on_interrupt):  # a shell's background jobs ignore it
+            on_interrupt(signal.SIGINT, frame)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except BaseException as error:
+        if told:
+            raise SystemExit(ON_SIGTERM) from error
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if told:
+        raise SystemExit(ON_SIGTERM)
+
+
+@contextmanager
+def finishing_first(what: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block, which does `what`, has ended, and then do what they do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+
+    def wait(number: int, frame: Any) -> None:
+        waiting.append(number)
+        logger.warning("%s first: a few seconds", what)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, wait)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if waiting:
+        signal.raise_signal(waiting[0])
