@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -94,4 +96,9 @@ def _has_dashboard() -> bool:
     """Of the Ray that this process is connected to; clusters have one unless `ray start` is told not to."""
     import ray
 
-    return bool(ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        return bool(ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own each time that it is asked

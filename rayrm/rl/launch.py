@@ -86,12 +86,13 @@ def train_policy(run: RLRun, *, report: Report | None = None) -> RLSummary:
     check_policy(run.policy.name, [*prompts, *heldout])
     with own_directory(run):
         join_cluster(run.cluster.address)
-        with ending_on_sigterm(), _reward_service(run) as (clients, gold):
-            for client in clients.values():
-                _warm_up(run, client, prompts[0], is_gold=False)
-            if gold is not None:
-                _warm_up(run, gold, prompts[0], is_gold=True)
-            _fit(PolicyJob(run, clients, gold, prompts, heldout, report))
+        with ending_on_sigterm():
+            with _reward_service(run) as (clients, gold):
+                for client in clients.values():
+                    _warm_up(run, client, prompts[0], is_gold=False)
+                if gold is not None:
+                    _warm_up(run, gold, prompts[0], is_gold=True)
+                _fit(PolicyJob(run, clients, gold, prompts, heldout, report))
             return _summary(run.output_dir)
 
 
