@@ -43,9 +43,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrm import RewardClient, deploy
 from rayrm.data.messages import Text
-from rayrm.errors import ConfigError, DataError, ModelError, RayrmError, RunDirectoryError, VersionError
+from rayrm.errors import ConfigError, ModelError, RayrmError, RunDirectoryError, VersionError
 from rayrm.report.rl import write_rl_report
-from rayrm.rl.ending import ending_on_sigterm
+from rayrm.rl.ending import ON_SIGTERM, ending_on_sigterm
 from rayrm.rl.guard import length_correlation, repetition
 from rayrm.rl.heldout import Gain, paired_gain
 from rayrm.rl.launch import reserve_room
@@ -61,7 +61,6 @@ ACTOR = {"CPU": 0.25, "GPU": 0.8} if GPU else {"CPU": 0.25}
 REPLICA = {"CPU": 0.5, "GPU": 0.2} if GPU else {"CPU": 0.5}
 SCORED_AT_ONCE = 64
 LOSS_TOLD_S = 5.0
-ON_SIGTERM = 128 + signal.SIGTERM
 RUN_KEYS = ("policy", "reward", "prompts", "heldout", "heldout_prompts", "heldout_samples")
 SAMPLE_KEYS = ("step", "prompt", "completion", "score", "reward", "version")
 
@@ -104,18 +103,9 @@ def step_record(
 
 
 def prompts_of(options: argparse.Namespace) -> tuple[list[Text], list[Text]]:
-    """The prompts to learn from, and those to compare on, which are none of the former.
-
-    Raises DataError where a file has none, or strings beside message lists.
-    """
+    """The prompts to learn from, and those to compare on, which are none of the former."""
     heldout = read_prompts(options.heldout, options.heldout_prompts)
     rows = without_heldout(read_prompts(options.prompts), heldout)
-    for file, read in ((options.prompts, rows), (options.heldout, heldout)):
-        if len({isinstance(row["prompt"], str) for row in read}) != 1:
-            raise DataError(
-                f"`{file}` must have prompts that are all strings, or all message lists. Convert them to "
-                "what the reward model was trained on."
-            )
     return [row["prompt"] for row in rows], [row["prompt"] for row in heldout]
 
 
@@ -347,9 +337,10 @@ def main(arguments: Sequence[str] | None = None) -> Gain:
     if output.exists() and any(output.iterdir()):
         raise RunDirectoryError(f"the output directory ({output}) is not empty; give a new one or remove it.")
     try:
-        check_policy(options.policy)
+        check_policy(options.policy, [{"prompt": prompt} for prompt in (*prompts, *heldout)])
     except ModelError as error:
-        raise ModelError(str(error).replace("`policy.name`", "--policy")) from error
+        said = str(error).replace("`policy.name`", "--policy").replace("policy.name=", "--policy ")
+        raise ModelError(said) from error
     output.mkdir(parents=True, exist_ok=True)
     run = {key: str(value) for key, value in vars(options).items() if key in RUN_KEYS}
     connect()
@@ -377,11 +368,12 @@ def ended(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as left:
         if left.code in (0, 2):
             raise  # argparse has said why
-        # SIGTERM: Ray makes 1 of what a handler raises while it waits, and has its own while it starts.
+        # SIGTERM: 143 of ours, another status of the handler that Ray has while it starts
         said, status = "ended by SIGTERM", ON_SIGTERM
     except (RayrmError, OSError) as error:
-        said, status = f"error: {error}", 2 if isinstance(error, ValueError) else 1
-    print(f"ppo_actor: {said}", file=sys.stderr)
+        print(f"ppo_actor: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    print(f"\nppo_actor: {said}", file=sys.stderr)
     return status
 
 

@@ -266,7 +266,8 @@ def test_a_signal_ends_the_command_in_one_line_and_the_status_of_the_signal(
             run.kill()
     # Ray tells which cluster it joins.
     told = {
-        number: [line for line in lines if "INFO worker.py" not in line] for number, lines in said.items()
+        number: [line for line in lines if line and "INFO worker.py" not in line]
+        for number, lines in said.items()
     }
     assert told == {
         signal.SIGINT: ["ppo_actor: interrupted"],
@@ -301,9 +302,11 @@ def test_what_can_be_mended_ends_in_one_line_before_ray_is_joined(
     policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ppo_actor, "connect", lambda: pytest.fail("Ray was joined"))
-    given = words(tmp_path, policy, "reward", ["the cat?"] * 9)
+    plain = str(save_policy(tmp_path / "plain", chat=False))
+    given = words(tmp_path, policy, "reward", questions(9))
 
     def said(*changed: str) -> str:
+        capsys.readouterr()
         assert ppo_actor.ended([*given, *changed]) == 2
         shown = capsys.readouterr()
         assert not shown.out
@@ -315,6 +318,7 @@ def test_what_can_be_mended_ends_in_one_line_before_ray_is_joined(
     assert re.match(
         "ppo_actor: error: .*asked.jsonl.*`prompt`", said("--prompts", str(tmp_path / "asked.jsonl"))
     )
+    assert re.search(r"of --policy \(.*no `chat_template`.* Type --policy MODEL", said("--policy", plain))
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.toml").touch()
@@ -422,5 +426,7 @@ def test_a_published_model_is_served_for_the_run_and_bad_input_is_named(
         ppo_actor.main(words(other, policy, str(published.path.parent), ["the cat?"], "--steps", "1"))
     assert not served_here()
     (tmp_path / "out2").mkdir()
-    with pytest.raises(DataError, match="all strings, or all message lists"):
+    with pytest.raises(
+        DataError, match=r"heldout.jsonl:2: .* is a message list, and each before it is a string"
+    ):
         ppo_actor.main(words(tmp_path / "out2", policy, "reward", ["the cat?", *prompts]))
