@@ -18,7 +18,6 @@ is compared with the one that it began as. Held-out prompts are not learned from
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import re
@@ -43,7 +42,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrm import RewardClient, deploy
 from rayrm.data.messages import Text
-from rayrm.errors import ConfigError, ModelError, RayrmError, RunDirectoryError, VersionError
+from rayrm.data.tokenize import TextInput
+from rayrm.errors import ConfigError, ModelError, RayrmError, RunDirectoryError
 from rayrm.report.rl import write_rl_report
 from rayrm.rl.ending import ON_SIGTERM, ending_on_sigterm
 from rayrm.rl.guard import length_correlation, repetition
@@ -52,14 +52,15 @@ from rayrm.rl.launch import reserve_room
 from rayrm.rl.ppo import PPOSettings
 from rayrm.rl.ppo_learner import Learner
 from rayrm.rl.prompts import read_prompts, without_heldout
+from rayrm.rl.service import scores_by_one_version
 from rayrm.rl.trainer_config import check_policy
 from rayrm.serve.connect import connect
+from rayrm.train.launch import join_cluster
 
 GPU = torch.cuda.is_available()
 SERVED_HERE = "ppo-reward"
 ACTOR = {"CPU": 0.25, "GPU": 0.8} if GPU else {"CPU": 0.25}
 REPLICA = {"CPU": 0.5, "GPU": 0.2} if GPU else {"CPU": 0.5}
-SCORED_AT_ONCE = 64
 LOSS_TOLD_S = 5.0
 RUN_KEYS = ("policy", "reward", "prompts", "heldout", "heldout_prompts", "heldout_samples")
 SAMPLE_KEYS = ("step", "prompt", "completion", "score", "reward", "version")
@@ -221,31 +222,6 @@ def train(settings: PPOSettings, actors: list[Any], reward: Any, prompts: list[T
             )
 
 
-def score_by_one_version(
-    reward: Any, prompts: list[Text], completions: list[Text]
-) -> tuple[list[float], str]:
-    """The scores, and the version that gave them all: the one that serves first is asked for from then on.
-
-    Many requests, so that how many texts there are has no part in whether one is answered in time. Where
-    the service rolls between them its new version scores all again; VersionError if it does so thrice.
-    """
-    asked = copy.copy(reward)
-    for left in (2, 1, 0):
-        asked.pin_version = None
-        scores: list[float] = []
-        try:
-            for start in range(0, len(prompts), SCORED_AT_ONCE):
-                these = slice(start, start + SCORED_AT_ONCE)
-                found = asked.score(prompts[these], completions[these])
-                scores += found.scores
-                asked.pin_version = found.version
-            break
-        except VersionError:
-            if not left:
-                raise
-    return scores, asked.pin_version
-
-
 def compare(actors: list[Any], reward: Any, prompts: list[Text], num_samples: int, output: Path) -> Gain:
     """Fresh samples of the starting and of the trained policy on `prompts`, all scored by one version."""
     ranks = len(actors)
@@ -256,9 +232,13 @@ def compare(actors: list[Any], reward: Any, prompts: list[Text], num_samples: in
     for rank, part in enumerate(parts):
         for texts, of_rank in zip(sampled, part, strict=True):
             texts[rank::ranks] = of_rank
-    asked = [prompt for prompt in prompts for _ in range(num_samples)] * 2
-    given = [text for texts in sampled for row in texts for text in row]
-    scored, version = score_by_one_version(reward, asked, given)
+    asked = [
+        TextInput(prompt, text)
+        for texts in sampled
+        for prompt, row in zip(prompts, texts, strict=True)
+        for text in row
+    ]
+    scored, version = scores_by_one_version(reward, asked)
     scores = np.array(scored).reshape(2, len(prompts), num_samples).tolist()
     gain = paired_gain(*scores)
     kept = {
@@ -343,7 +323,10 @@ def main(arguments: Sequence[str] | None = None) -> Gain:
         raise ModelError(said) from error
     output.mkdir(parents=True, exist_ok=True)
     run = {key: str(value) for key, value in vars(options).items() if key in RUN_KEYS}
-    connect()
+    if Path(options.reward).is_dir():
+        join_cluster(None)  # RAY_ADDRESS, else a Ray of its own: not another run's that happens to be here
+    else:
+        connect()
     with ending_on_sigterm(), running(options, settings) as (actors, reward):
         (output / "run.toml").write_text(tomli_w.dumps({"run": run, "ppo": dataclasses.asdict(settings)}))
         train(settings, actors, reward, prompts, output)

@@ -17,7 +17,7 @@ from rayrm.errors import VersionError
 from rayrm.serve.client import RewardClient
 from rayrm.serve.request import ScoreResult, Truncation
 
-_SCORED_AT_ONCE = 64
+SCORED_AT_ONCE = 64
 
 
 def reward_service(name: str | None = None, model: str | None = None, **settings: Any) -> RewardClient:
@@ -45,8 +45,8 @@ def scores_by_one_version(
         asked.pin_version = None
         scores: list[float] = []
         try:
-            for start in range(0, len(inputs), _SCORED_AT_ONCE):
-                found = asked.score_inputs(inputs[start : start + _SCORED_AT_ONCE], truncation=truncation)
+            for start in range(0, len(inputs), SCORED_AT_ONCE):
+                found = asked.score_inputs(inputs[start : start + SCORED_AT_ONCE], truncation=truncation)
                 scores += found.scores
                 asked.pin_version = found.version
             return scores, found.version

@@ -21,10 +21,12 @@ from ray.util.placement_group import remove_placement_group
 from transformers import AutoModelForCausalLM
 
 from examples import ppo_actor
+from rayrm.data.tokenize import TextInput
 from rayrm.errors import ClusterError, DataError, RayrmError, RunDirectoryError, ScoreError
 from rayrm.rl.heldout import Gain, paired_gain
 from rayrm.rl.ppo import PPOSettings
 from rayrm.rl.ppo_learner import Learner, Rollout
+from rayrm.rl.service import SCORED_AT_ONCE, scores_by_one_version
 from rayrm.serve.client import RewardClient
 from rayrm.serve.registry import PublishedModel, publish
 from rayrm.serve.scorer import RewardModel
@@ -123,19 +125,20 @@ def test_the_comparison_is_many_requests_that_one_version_answers(
 ) -> None:
     """Also where the service rolls between two of them: the new version scores all."""
     prompts, completions = texts(150)
-    plain, asked = RewardClient.score, []
+    plain, asked = RewardClient.score_inputs, []
 
-    def rolling(client: RewardClient, *given: list[Any]) -> Any:
-        asked.append((len(given[0]), client.pin_version))
-        found = plain(client, *given)
+    def rolling(client: RewardClient, inputs: list[TextInput], **settings: Any) -> Any:
+        asked.append((len(inputs), client.pin_version))
+        found = plain(client, inputs, **settings)
         if len(asked) == 1:
             service.roll(second.version)
         return found
 
-    monkeypatch.setattr(RewardClient, "score", rolling)
-    scores, version = ppo_actor.score_by_one_version(service, prompts, completions)
+    monkeypatch.setattr(RewardClient, "score_inputs", rolling)
+    inputs = [TextInput(*pair) for pair in zip(prompts, completions, strict=True)]
+    scores, version = scores_by_one_version(service, inputs)
     assert version == second.version
-    most = ppo_actor.SCORED_AT_ONCE
+    most = SCORED_AT_ONCE
     assert [count for count, _ in asked[2:]] == [most, most, 150 - 2 * most]
     assert [pinned for _, pinned in asked[2:]] == [None, version, version]
     expected = RewardModel.from_pretrained(second.path).score(prompts, completions)

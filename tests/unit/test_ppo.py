@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from rayrm.data.tokenize import TextInput
 from rayrm.errors import ConfigError
 from rayrm.rl.ppo import (
     PPOSettings,
@@ -66,6 +67,9 @@ class Reward:
     def score(self, prompts: list[Any], completions: list[Any]) -> ScoreResult:
         texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
         return ScoreResult([float(self._score(text)) for text in texts], "one")
+
+    def score_inputs(self, inputs: list[TextInput], *, truncation: None = None) -> ScoreResult:
+        return self.score([entry.prompt for entry in inputs], [entry.completion for entry in inputs])
 
 
 def questions(count: int) -> list[Any]:
