@@ -9,10 +9,11 @@ the length of this run. `--policy` is a causal language model; its tokenizer nee
 which is given texts. The files have a column `prompt`: strings or message lists, as the reward model was
 trained. Every field of `rayrm.rl.ppo.PPOSettings` is an option. With `--num-actors` each actor holds the
 whole model and has its share of the prompts. A lost replica of the reward costs time and no reward; a lost
-actor ends the run. What ends a run is told in one last line; the exit status is 2 for what you can mend, 1
-for what failed, 130 for Ctrl-C, 143 for SIGTERM. After a SIGKILL of this process the service that it started
-stays, under the name that was printed, until `ray.serve.delete(NAME)`. The trained policy is saved before it
-is compared with the one that it began as. Held-out prompts are not learned from.
+actor ends the run. What ends a run is told in one last line (a fault of the code, by a traceback); the exit
+status is 2 for what you can mend, 1 for what failed, 130 for Ctrl-C, 143 for SIGTERM. After a SIGKILL of this
+process the service that it started stays, under the name that was printed, until `ray.serve.delete(NAME)`.
+The trained policy is saved before it is compared with the one that it began as. Held-out prompts are not
+learned from.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from rayrm.data.messages import Text
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import ConfigError, ModelError, RayrmError, RunDirectoryError
 from rayrm.report.rl import write_rl_report
-from rayrm.rl.ending import ON_SIGTERM, ending_on_sigterm
+from rayrm.rl.ending import ON_SIGTERM, ending_on_sigterm, finishing_first
 from rayrm.rl.guard import length_correlation, repetition
 from rayrm.rl.heldout import Gain, paired_gain
 from rayrm.rl.launch import reserve_room
@@ -304,10 +305,11 @@ def running(options: argparse.Namespace, settings: PPOSettings) -> Iterator[tupl
         yield start_actors(settings, options.policy, reward, room), reward
     finally:
         # The service first: the actors end with this process, of which `ray job stop` leaves little.
-        if ray.is_initialized():
-            if serve_here and name in serve.status().applications:
-                serve.delete(name)
-            remove_placement_group(room)
+        with finishing_first("removing what was started"):
+            if ray.is_initialized():
+                if serve_here and name in serve.status().applications:
+                    serve.delete(name)
+                remove_placement_group(room)
 
 
 def main(arguments: Sequence[str] | None = None) -> Gain:

@@ -299,7 +299,7 @@ def _config(options: argparse.Namespace) -> int:
 
     path, words = split_words(options.run)
     sections = sections_of(path)
-    if "policy" in sections:
+    if sections & {"policy", "prompts", "rl"}:
         from rayrm.rl.runfile import dump_rl_run, read_rl_run
 
         print(dump_rl_run(read_rl_run(path, words)), end="")

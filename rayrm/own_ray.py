@@ -101,4 +101,5 @@ def _has_dashboard() -> bool:
         return bool(ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url)
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own each time that it is asked
+            # Ray sets its own each time that it is asked.
+            signal.signal(signal.SIGTERM, on_sigterm or signal.SIG_DFL)

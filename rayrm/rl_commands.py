@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import time
 
 
 def add_rl(parser: argparse.ArgumentParser) -> None:
@@ -47,21 +49,22 @@ def _rl(options: argparse.Namespace) -> int:
     from rayrm.report.rl import write_rl_report
     from rayrm.rl.ending import ending_on_sigterm
     from rayrm.rl.launch import train_policy
-    from rayrm.train.records import read_records
+    from rayrm.train.records import METRICS, read_records
 
-    def tell() -> None:
-        if read_records(run.output_dir):
-            print(f"report: {write_rl_report(run.output_dir)}")
-
+    began = time.time()
     try:
         summary = train_policy(run, report=write_rl_report)
     except RunDirectoryError:
         raise  # what is there is another's
     except BaseException:
-        tell()  # it shows how far a run that was cut off came
+        log = run.output_dir / METRICS
+        if log.exists() and log.stat().st_mtime >= began and read_records(run.output_dir):
+            # It shows how far a run that was cut off came; what ended it is what is to be told.
+            with contextlib.suppress(Exception), ending_on_sigterm():
+                print(f"report: {write_rl_report(run.output_dir)}")
         raise
     with ending_on_sigterm():
-        tell()
+        print(f"report: {write_rl_report(run.output_dir)}")
     print(f"policy: {summary.output_dir} ({len(summary.records)} steps logged)")
     if summary.gain is not None:
         gain = summary.gain

@@ -131,7 +131,7 @@ class RewardFunction:
             raise ScoreError(
                 f"the row has no column `{self._column}` (it has {', '.join(sorted(data)) or 'none'}), and "
                 "`prompt` has the policy's template in it. Name the column of message lists by "
-                "RewardFunction(column=...), or score the text as it stands by "
+                "RewardFunction(column=...), or score the policy's own text by "
                 '"rayrm.rl.areal.rendered_reward_fn".'
             )
         answer = _ENDS.sub("", completion)
@@ -238,4 +238,4 @@ def _connection(parent: _Address) -> Connection[Any, Any]:
 reward_fn = RewardFunction()
 """Scores the row's `messages` and the answer by the reward model's chat template."""
 rendered_reward_fn = RewardFunction(text="rendered")
-"""Scores the policy's text as it stands."""
+"""Scores the policy's own text."""

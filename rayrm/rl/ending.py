@@ -53,6 +53,15 @@ def ending_on_sigterm() -> Iterator[None]:
 
 
 @contextmanager
+def ray_told_to_leave() -> Iterator[None]:
+    """SIGTERM ends a block that starts Ray, which sets a handler of its own first, by `ON_SIGTERM`."""
+    try:
+        yield
+    except SystemExit as ended:
+        raise SystemExit(ON_SIGTERM) from ended
+
+
+@contextmanager
 def finishing_first(what: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM wait until the block, which does `what`, has ended, and then do what they do."""
     if threading.current_thread() is not threading.main_thread():

@@ -11,6 +11,8 @@ import dataclasses
 import json
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +32,7 @@ from rayrm.data.messages import answer_to
 from rayrm.errors import ClusterError, ConfigError, PeerFailedError, RayrmError, ScoreError
 from rayrm.logs import show_logs
 from rayrm.own_ray import trainer_class
-from rayrm.rl.ending import ending_on_sigterm, finishing_first
+from rayrm.rl.ending import ending_on_sigterm, finishing_first, ray_told_to_leave
 from rayrm.rl.fresh_answers import BEFORE_FILE, HELDOUT_FILE
 from rayrm.rl.heldout import Gain
 from rayrm.rl.policy import PolicyJob, train_policy_rank
@@ -85,7 +87,8 @@ def train_policy(run: RLRun, *, report: Report | None = None) -> RLSummary:
     check_trainer(run, len(prompts), len(heldout))
     check_policy(run.policy.name, [*prompts, *heldout])
     with own_directory(run):
-        join_cluster(run.cluster.address)
+        with ray_told_to_leave():
+            join_cluster(run.cluster.address)
         with ending_on_sigterm():
             with _reward_service(run) as (clients, gold):
                 for client in clients.values():
@@ -270,6 +273,7 @@ def _fit(job: PolicyJob) -> None:
         scaling_config=scaling or ScalingConfig(num_workers=0),
         run_config=of_workers,
     )
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with _plain_print():
             trainer.fit()
@@ -281,6 +285,9 @@ def _fit(job: PolicyJob) -> None:
         if (error := left_error(output_dir)) is not None:
             raise error
     finally:
+        # Ray Train leaves its handler behind, which does nothing once its workers are gone.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt or signal.SIG_DFL)
         forget_error(output_dir)
 
 

@@ -55,6 +55,11 @@ def without_heldout(rows: Rows, heldout: Rows) -> Rows:
 
     Prompts are compared as `exclude_prompts_of` compares them: up to case, space and punctuation.
     """
+    if heldout and isinstance(rows[0]["prompt"], str) != isinstance(heldout[0]["prompt"], str):
+        raise DataError(
+            "of the prompts to train on and those held out, some are strings and others message lists. "
+            "Convert them to what the reward model was trained on."
+        )
     kept_out = {prompt_hash(prompt_text(row["prompt"])) for row in heldout}
     kept = [row for row in rows if prompt_hash(prompt_text(row["prompt"])) not in kept_out]
     if not kept:

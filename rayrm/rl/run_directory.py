@@ -45,7 +45,7 @@ def begin(run: RLRun) -> None:
     """Make the run's directory, or check that it holds this run, unfinished; then write its `run.toml`.
 
     What says where and by what a run is computed (`[cluster]`, `[serve]`, whether a service runs already) may
-    change between attempts, and anything may before the first step. Raises RunDirectoryError.
+    change between attempts, and anything may before the policy is first asked. Raises RunDirectoryError.
     """
     output_dir = run.output_dir
     if (output_dir / FINISHED).exists():

@@ -87,9 +87,11 @@ def over_all_ranks(record: dict[str, float]) -> dict[str, float]:
     """The record with `NAME/score_std` of all scores behind it, where TRL has the mean of each rank's."""
     squares = {key.removesuffix(SQUARE): value for key, value in record.items() if key.endswith(f"/{SQUARE}")}
     kept = {key: value for key, value in record.items() if not key.endswith(f"/{SQUARE}")}
+    variances = {name: square - record[f"{name}score_mean"] ** 2 for name, square in squares.items()}
     stds = {
-        f"{name}score_std": math.sqrt(max(square - record[f"{name}score_mean"] ** 2, 0.0))
-        for name, square in squares.items()
+        # Ranks' figures come in float32: below that there is nothing but rounding.
+        f"{name}score_std": math.sqrt(variance) if variance > 1e-6 * squares[name] else 0.0
+        for name, variance in variances.items()
     }
     return {**kept, **stds}
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayrm.data.tokenize import TextInput
-from rayrm.errors import VersionError
+from rayrm.errors import RewardUnavailableError, VersionError
 from rayrm.serve.client import RewardClient
 from rayrm.serve.request import ScoreResult, Truncation
 
@@ -38,10 +38,11 @@ def scores_by_one_version(
     """The scores, and the version that gave them all: the one that serves first is asked for from then on.
 
     Many requests, so that how many texts there are has no part in whether one is answered in time. Where
-    the service rolls between them its new version scores all again; VersionError if it does so thrice.
+    the service rolls between them its new version scores all again; RewardUnavailableError if it does so
+    thrice.
     """
     asked = copy.copy(client)
-    for left in (2, 1, 0):
+    for _ in range(3):
         asked.pin_version = None
         scores: list[float] = []
         try:
@@ -50,10 +51,9 @@ def scores_by_one_version(
                 scores += found.scores
                 asked.pin_version = found.version
             return scores, found.version
-        except VersionError:
-            if not left:
-                raise
-    raise AssertionError
+        except VersionError as error:
+            told = error
+    raise RewardUnavailableError(f"the service rolled thrice while it scored {len(inputs)} texts: {told}")
 
 
 def figures_of(result: ScoreResult) -> dict[str, float]:

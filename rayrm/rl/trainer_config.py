@@ -81,6 +81,8 @@ _BOUNDS: dict[str, _Bound] = {
     "sapo_temperature_pos": _POSITIVE,
 }
 """What a number of `[rl]` must be, as TRL 1.16 documents its fields; its configs check few of them."""
+_WITHOUT_BOUND = ("max_grad_norm", "vllm_importance_sampling_clip_max")
+"""Of these infinity says that there is no bound, as None does, which a file cannot say."""
 _OF_HARDWARE = ("bf16", "fp16", "tf32", "deepspeed", "fsdp", "fsdp_config", "use_cpu", "torch_compile")
 
 
@@ -179,7 +181,7 @@ def _check_value(name: str, value: Any, kinds: set[Any]) -> None:
     shown = f"`rl.{name}` ({value!r})"
     if value is None:
         return
-    if not _is_finite(value):
+    if not _is_finite(value) and not (name in _WITHOUT_BOUND and value == math.inf):
         raise ConfigError(f"{shown} must be finite. Type a number.")
     if kinds == {bool} and isinstance(value, str):
         raise ConfigError(f"{shown} must be true or false.")

@@ -41,7 +41,7 @@ class HeldoutSample:
     prompt: int
     completion: str
     score: float
-    version: str
+    version: str = ""
 
 
 class TRLReward:

@@ -135,7 +135,8 @@ def check_source(source: ModelSource, config: RewardConfig) -> None:
         check_num_labels(source.model)
         check_router(source.name, source.model.config, {})
         given: Any = source.model
-        for name in given.active_adapters if is_adapted(given) else ():
+        names = given.active_adapters if is_adapted(given) else ()
+        for name in names() if callable(names) else names:  # transformers' own adapters: a method
             _check_tuner(given.peft_config[name], f"the model's adapter `{name}`")
         frozen = not any(parameter.requires_grad for parameter in source.model.parameters())
         if frozen and source.peft_config is None:
@@ -156,7 +157,7 @@ def _check_tuner(config: Any, named: str) -> None:
         reason = "learns tokens before the text, and a prefix that two completions share has none of its own"
     elif tuner is None or not issubclass(tuner, BaseTuner) or tuner.forward is not BaseTuner.forward:
         reason = "computes outside the model's layers"
-    elif hasattr(tuner, "update_and_allocate"):
+    elif hasattr(tuner, "update_and_allocate") and getattr(config, "use_asa", True):
         reason = "changes its ranks between steps, by calls that this loop does not make"
     elif getattr(config, "alora_invocation_tokens", None):
         reason = "turns on at a token of each text, and packed texts are one"

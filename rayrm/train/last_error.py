@@ -33,9 +33,10 @@ def leave_error(output_dir: Path, error: RayrmError) -> None:
         try:
             os.link(aside, output_dir / _FILE)  # not over one that is there
         except FileExistsError:
-            return
+            pass
         except OSError:  # a disk without links
             aside.replace(output_dir / _FILE)
+        aside.unlink(missing_ok=True)
 
 
 def left_error(output_dir: Path) -> RayrmError | None:
@@ -47,5 +48,8 @@ def left_error(output_dir: Path) -> RayrmError | None:
     kind = getattr(errors, left["kind"], RayrmError)
     if kind is RowError:
         kind = errors.DataError
-    error: RayrmError = kind(left["message"])
+    try:
+        error: RayrmError = kind(left["message"])
+    except TypeError:  # it holds more than its message
+        error = RayrmError(left["message"])
     return error

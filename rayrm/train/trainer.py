@@ -85,7 +85,8 @@ class RewardTrainer:
 
     Args:
         scaling_config: `ray.train.ScalingConfig`; None trains in this process.
-        run_config: `ray.train.RunConfig` of failures, callbacks, runtime environment and logging.
+        run_config: `ray.train.RunConfig` of failures, callbacks, runtime environment and logging (Ray's
+            default, which shows every report, stands for ours).
         data_config: `DataConfig`: sources by name (where no dataset is passed), and how data is read.
         auto_resume: a run that was cut off goes on without `resume_from_checkpoint`.
 

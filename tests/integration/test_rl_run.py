@@ -429,6 +429,7 @@ def test_trls_asynchronous_trainer_scores_a_group_while_others_are_generated(
 
 def cut_off(command: list[str], reached: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
     """Start a command and send a signal as soon as it has come so far; its exit status and what it said."""
+    assert not reached()
     with subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

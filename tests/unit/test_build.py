@@ -156,6 +156,7 @@ LAYERS = {
     "DORA": lambda: peft.LoraConfig(task_type="SEQ_CLS", use_dora=True),
     "IA3": lambda: peft.IA3Config(task_type="SEQ_CLS"),
     "LOHA": lambda: peft.LoHaConfig(task_type="SEQ_CLS"),
+    "ADAMSS": lambda: peft.AdamssConfig(task_type="SEQ_CLS"),
 }
 
 
@@ -175,6 +176,9 @@ def test_the_method_of_a_given_adapter_is_looked_at_too() -> None:
     given: Any = peft.get_peft_model(tiny_model(), ELSEWHERE["PROMPT_TUNING"]())
     with pytest.raises(ConfigError, match="the model's adapter `default`: PROMPT_TUNING"):
         check_source(ModelSource(given), RewardConfig())
+    of_transformers: Any = tiny_model()
+    of_transformers.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    check_source(ModelSource(of_transformers), RewardConfig())
 
 
 def test_a_model_of_which_nothing_is_trained_is_refused() -> None:

@@ -67,9 +67,11 @@ def test_other_ends_stay_what_they_are() -> None:
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["INT", "TERM"]
+)
 def test_what_is_being_removed_is_removed_before_a_signal_is_followed(
-    number: signal.Signals, caplog: pytest.LogCaptureFixture
+    number: signal.Signals, end: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
     removed = []
 
@@ -78,7 +80,7 @@ def test_what_is_being_removed_is_removed_before_a_signal_is_followed(
         time.sleep(0.05)
         removed.append(True)
 
-    with pytest.raises((KeyboardInterrupt, SystemExit)), ending_on_sigterm(), finishing_first("removing it"):
+    with pytest.raises(end), ending_on_sigterm(), finishing_first("removing it"):
         remove()
     assert removed
     assert "removing it first" in caplog.text

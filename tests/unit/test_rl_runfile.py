@@ -179,6 +179,8 @@ def test_one_process_with_one_answer_a_step_is_told_what_fits() -> None:
         ("learning_rate=-1", "must be at least 0"),
         ("learning_rate=nan", "must be finite"),
         ("learning_rate=inf", "must be finite"),
+        ("max_grad_norm=nan", "must be finite"),
+        ("beta=inf", "must be finite"),
         ("learning_rate=[1]", "must be a number"),
         ("weight_decay=-0.1", "must be at least 0"),
         ("adam_beta2=1.0", "must be at least 0 and below 1"),
@@ -347,7 +349,8 @@ def test_prompts_keep_their_columns_and_what_the_template_is_given() -> None:
     assert kept["kind"] == [None, "x", None]
     assert [json.loads(text) for text in kept["tools"][:2]] == [*tools]
     assert kept["tools"][2] is None
-    held_out = [{"prompt": [{"role": "user", "content": " B?"}]}]
-    assert without_heldout(rows, held_out) == [rows[0], rows[2]]
+    assert without_heldout(rows, [{"prompt": " B?"}]) == [rows[0], rows[2]]
+    with pytest.raises(DataError, match="some are strings and others message lists"):
+        without_heldout(rows, [{"prompt": [{"role": "user", "content": "B"}]}])
     with pytest.raises(DataError, match=r"every prompt to train on is held out too"):
         without_heldout(rows[:1], rows)
