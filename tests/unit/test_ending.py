@@ -15,10 +15,14 @@ from rayrm.rl.ending import ON_SIGTERM, ending_on_sigterm, finishing_first
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Each test leaves the handlers that it found."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    """Each test begins with Python's own handlers, whatever Ray left in this process, and leaves them."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    left = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in numbers]
     yield
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
+    for number, handler in zip(numbers, left, strict=True):
+        signal.signal(number, handler or signal.SIG_DFL)
 
 
 def leave(number: signal.Signals = signal.SIGTERM) -> None:
