@@ -350,7 +350,7 @@ def test_what_is_wrong_is_told_before_or_as_it_happens(
         )
     with pytest.raises(ConfigError, match=r"no field of GRPOConfig. Did you mean `learning_rate`"):
         train_policy(a_run(policy, prompts, source, tmp_path / "d", trainer={"learning_rat": 1.0}))
-    with pytest.raises(ConfigError, match="refused by TRL's GRPOConfig"):
+    with pytest.raises(ConfigError, match=r"`rl.num_generations` \(3\) must divide"):
         train_policy(a_run(policy, prompts, source, tmp_path / "e", trainer={"num_generations": 3}))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "the cat"}\n{"question": "?"}\n')
