@@ -28,7 +28,7 @@ def write_page(file: Path, template: str, **values: Any) -> Path:
 
     Raises RunDirectoryError where the disk takes no file.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     def shown(value: Any) -> Any:
@@ -36,7 +36,7 @@ def write_page(file: Path, template: str, **values: Any) -> Path:
         return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     pages = Environment(
-        loader=PackageLoader("rayrm", "report"),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=shown,

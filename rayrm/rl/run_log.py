@@ -68,7 +68,10 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         for warning in self._guard.see(record):
             logger.warning("%s", warning)
         if self._report is not None and time.monotonic() - self._reported > _REPORT_EVERY_S:
-            self._report(self._file.parent)
+            try:
+                self._report(self._file.parent)
+            except Exception as error:  # a picture of the run must not end it; it is made again at the end
+                logger.warning("no report was made at step %d: %s", state.global_step, error)
             self._reported = time.monotonic()
 
 
