@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayrm.errors import PreemptedError, RayrmError, ScoreError
 from rayrm.inspect_command import add_data
+from rayrm.rl.ending import ON_SIGTERM
 from rayrm.rl_commands import add_refresh, add_rl
 from rayrm.runfile import split_words
 from rayrm.serve_commands import (
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nrayrm: interrupted", file=sys.stderr)
         return 130
     except SystemExit as ended:
-        if ended.code == 128 + signal.SIGTERM:
+        if ended.code == ON_SIGTERM:
             print("\nrayrm: ended by SIGTERM", file=sys.stderr)
         raise
     except BrokenPipeError:

@@ -188,16 +188,16 @@ def _unwatched(guard: HackingGuard, records: list[Record]) -> list[str]:
 def _hacking(
     records: list[Record], name: str, names: Sequence[str], alarms: Sequence[Alarm], rolls: list[float]
 ) -> Picture | None:
-    parts = [part for part in names if part != name]
-    is_total = bool(parts) and set(name.split("+")) == set(parts)
+    total = next((one for one in names if "+" in one and set(one.split("+")) == {*names} - {one}), None)
+    is_total = name == total
     rows = {
         "weighted sum of scores" if is_total else "reward model's score": ("", f"{name}/score_mean", ""),
         "gold reward": ("", f"{name}/gold_mean", "gold"),
         "ensemble's spread": ("", f"{name}/spread", "spread"),
     }
-    if is_total or not any(set(total.split("+")) == set(names) - {total} for total in parts):
+    if total is None or is_total:
         # Of the completions, whatever scores them: once, beside what is trained on.
-        texts = parts[0] if is_total else name
+        texts = name.split("+")[0] if is_total else name
         rows |= {
             "completion length": ("tokens", "completions/mean_length", "length"),
             "KL": ("nats per token", "kl", "kl"),
@@ -207,7 +207,7 @@ def _hacking(
         label: float(alarm.since)
         for label, (_, _, rule) in rows.items()
         for alarm in alarms
-        if alarm.rule == rule and (alarm.name in (name, "") or (is_total and alarm.name in parts))
+        if alarm.rule == rule and (alarm.name in (name, "") or is_total)
     }
     return hacking_picture(
         {label: (unit, column(records, key)) for label, (unit, key, _) in rows.items()},

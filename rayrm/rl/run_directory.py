@@ -56,10 +56,7 @@ def begin(run: RLRun) -> None:
     if _has_begun(output_dir) and file.exists():
         then, now = _what_it_learns(read_rl_run(file)), _what_it_learns(run)
         if None in (then[_MODEL], now[_MODEL]):
-            del (
-                then[_MODEL],
-                now[_MODEL],
-            )  # by a service that runs already: which model is the service's matter
+            now[_MODEL] = then[_MODEL]  # of a service that runs already the model is the service's matter
         unlike = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
         if unlike:
             raise RunDirectoryError(
