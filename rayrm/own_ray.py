@@ -78,6 +78,20 @@ def trainer_class() -> type[Any]:
 
 
 @contextmanager
+def keeping_handlers(*numbers: signal.Signals) -> Iterator[None]:
+    """Signals do after the block what they did before: Ray and Ray Train leave handlers of theirs behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextmanager
 def _unwatched() -> Iterator[None]:
     """Ray Train runs of this block do not look for reclaimed nodes where there is one node only."""
     import ray
@@ -96,10 +110,5 @@ def _has_dashboard() -> bool:
     """Of the Ray that this process is connected to; clusters have one unless `ray start` is told not to."""
     import ray
 
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
+    with keeping_handlers(signal.SIGTERM):  # Ray sets its own each time that it is asked
         return bool(ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url)
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            # Ray sets its own each time that it is asked.
-            signal.signal(signal.SIGTERM, on_sigterm or signal.SIG_DFL)

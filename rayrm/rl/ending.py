@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rayrm.own_ray import keeping_handlers
+
 logger = logging.getLogger("rayrm.rl")
 
 ON_SIGTERM = 128 + signal.SIGTERM
@@ -37,17 +39,14 @@ def ending_on_sigterm() -> Iterator[None]:
             on_interrupt(signal.SIGINT, frame)
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    except BaseException as error:
-        if told:
-            raise SystemExit(ON_SIGTERM) from error
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+    with keeping_handlers(signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        except BaseException as error:
+            if told:
+                raise SystemExit(ON_SIGTERM) from error
+            raise
     if told:
         raise SystemExit(ON_SIGTERM)
 
@@ -73,13 +72,9 @@ def finishing_first(what: str) -> Iterator[None]:
         waiting.append(number)
         logger.warning("%s first: a few seconds", what)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in before:
-        signal.signal(number, wait)
-    try:
+    with keeping_handlers(signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal.SIGTERM, wait)
+        signal.signal(signal.SIGINT, wait)
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
     if waiting:
         signal.raise_signal(waiting[0])

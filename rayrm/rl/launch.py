@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from ray.util.placement_group import (
 from rayrm.data.messages import answer_to
 from rayrm.errors import ClusterError, ConfigError, PeerFailedError, RayrmError, ScoreError
 from rayrm.logs import show_logs
-from rayrm.own_ray import trainer_class
+from rayrm.own_ray import keeping_handlers, trainer_class
 from rayrm.rl.ending import ending_on_sigterm, finishing_first, ray_told_to_leave
 from rayrm.rl.fresh_answers import BEFORE_FILE, HELDOUT_FILE
 from rayrm.rl.heldout import Gain
@@ -273,9 +272,9 @@ def _fit(job: PolicyJob) -> None:
         scaling_config=scaling or ScalingConfig(num_workers=0),
         run_config=of_workers,
     )
-    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        with _plain_print():
+        # Ray Train's own handler does nothing once its workers are gone.
+        with _plain_print(), keeping_handlers(signal.SIGINT):
             trainer.fit()
     except SystemExit as ended:
         raise KeyboardInterrupt from ended  # Ray Train's own answer to Ctrl-C: it has stopped the workers
@@ -285,9 +284,6 @@ def _fit(job: PolicyJob) -> None:
         if (error := left_error(output_dir)) is not None:
             raise error
     finally:
-        # Ray Train leaves its handler behind, which does nothing once its workers are gone.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt or signal.SIG_DFL)
         forget_error(output_dir)
 
 

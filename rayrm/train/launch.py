@@ -11,7 +11,6 @@ import dataclasses
 import glob
 import logging
 import signal
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from rayrm.errors import ClusterError, DataError, MissingExtraError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import LoadedModel, load_saved
-from rayrm.own_ray import ensure_ray
+from rayrm.own_ray import ensure_ray, keeping_handlers
 from rayrm.runfile import Run, dump_run, read_run
 from rayrm.train.build import ModelSource, check_source
 from rayrm.train.evaluation import Scores, score_model
@@ -103,9 +102,10 @@ def _train(trainer: RewardTrainer) -> None:
     """Train; what ends the workers, and is no error of ours, ends with its last line and what to do."""
     from ray.train import TrainingFailedError
 
-    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.train()
+        # Ray Train's own handler, left behind, would end this process without a word.
+        with keeping_handlers(signal.SIGINT):
+            trainer.train()
     except SystemExit as ended:
         if ended.code == signal.SIGTERM:
             raise  # the second one: Ray's own answer
@@ -114,10 +114,6 @@ def _train(trainer: RewardTrainer) -> None:
     except TrainingFailedError as failure:
         again = "type the same again to go on from the last checkpoint."
         raise training_failed(failure, trainer.output_dir, again) from failure
-    finally:
-        # Ray Train leaves its handler behind, which would end this process without a word.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)
 
 
 def training_failed(failure: Exception, output_dir: Path, again: str) -> RayrmError:
