@@ -1,7 +1,7 @@
 """Which rows make step k of epoch e. Pure: a cursor goes in, steps come out.
 
 Two orders, each a function of (seed, epoch) and of the data alone: not of worker count, timing or restarts.
-`Order` permutes a set whose size is known. `StreamOrder` permutes pieces of a source (files, parts of files)
+`Order` permutes a set whose size is known, as TRL's trainer does. `StreamOrder` permutes pieces of a source (files, parts of files)
 that are read one after another, and the rows of each window of that stream; a step needs no row before its
 window, so that a run goes on from where the window begins. Cost: `Order` 8 bytes a row, `StreamOrder` none.
 """
@@ -93,7 +93,11 @@ class Order:
         chosen = self._chosen(epoch)
         if not self.shuffle:
             return np.sort(chosen)
-        return chosen[np.random.default_rng([self.seed, epoch]).permutation(len(chosen))]
+        import torch  # what this module is to the packing of rows has no need of it
+
+        # As transformers' Trainer orders a set: accelerate's SeedableRandomSampler (1.15, data_loader.py).
+        drawn = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(self.seed + epoch))
+        return np.asarray(chosen[drawn.numpy()])
 
     def _chosen(self, epoch: int) -> Places:
         if all(part.weight == 1 for part in self.parts):

@@ -64,6 +64,10 @@ class RunStart:
     origin: Path | None = None
 
 
+ORDER = "torch.randperm of seed + epoch"
+"""Of rows: a run that began by another order of this library goes on by none."""
+
+
 def identity_of(
     config: RewardConfig,
     *,
@@ -80,6 +84,7 @@ def identity_of(
         "adapter": None if adapter is None else _plain(adapter.to_dict()),
         "data": data,
         "rows_per_step": rows_per_step,
+        "order": ORDER,
         "optimizer": None if optimizer is None else f"{optimizer[0].__qualname__} {_plain(optimizer[1])}",
         **_plain(settings),
     }

@@ -117,7 +117,7 @@ def runs(request: pytest.FixtureRequest, ray_cluster: None, tmp_path_factory: py
     settings = settings_of(case)
     theirs = trl.RewardTrainer(
         model=tiny_model(seed=1),
-        args=trl.RewardConfig(str(root / "theirs"), train_sampling_strategy="sequential", **settings),
+        args=trl.RewardConfig(str(root / "theirs"), **settings),
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(evaluation),
         processing_class=tiny_tokenizer(bos=True),
@@ -126,7 +126,7 @@ def runs(request: pytest.FixtureRequest, ray_cluster: None, tmp_path_factory: py
     theirs.train()
     ours = RewardTrainer(
         tiny_model(seed=1),
-        RewardConfig(str(root / "ours"), shuffle=False, **settings),
+        RewardConfig(str(root / "ours"), **settings),
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tiny_tokenizer(bos=True),

@@ -6,6 +6,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
+from accelerate.data_loader import SeedableRandomSampler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +41,13 @@ def test_from_a_cursor_follows_what_followed_it(order: Order, done: int) -> None
     for resumed, step in zip(islice(order.steps(cursor), 5), whole[done:], strict=True):
         np.testing.assert_array_equal(resumed.rows, step.rows)
         assert resumed.after == step.after
+
+
+@given(st.integers(1, 40), st.integers(0, 3), st.integers(0, 3))
+def test_the_order_is_that_of_transformers_trainer(num_rows: int, seed: int, epoch: int) -> None:
+    theirs = SeedableRandomSampler(range(num_rows), generator=torch.Generator(), data_seed=seed)
+    theirs.set_epoch(epoch)
+    assert Order(num_rows, 4, seed).epoch_rows(epoch).tolist() == list(theirs)
 
 
 def test_epochs_and_seeds_have_different_orders() -> None:
