@@ -1,9 +1,10 @@
 """Which rows make step k of epoch e. Pure: a cursor goes in, steps come out.
 
 Two orders, each a function of (seed, epoch) and of the data alone: not of worker count, timing or restarts.
-`Order` permutes a set whose size is known, as TRL's trainer does. `StreamOrder` permutes pieces of a source (files, parts of files)
-that are read one after another, and the rows of each window of that stream; a step needs no row before its
-window, so that a run goes on from where the window begins. Cost: `Order` 8 bytes a row, `StreamOrder` none.
+`Order` permutes a set whose size is known, as TRL's trainer does. `StreamOrder` permutes pieces of a source
+(files, parts of files) that are read one after another, and the rows of each window of that stream; a step
+needs no row before its window, so that a run goes on from where the window begins. Cost: `Order` 8 bytes a
+row, `StreamOrder` none.
 """
 
 from __future__ import annotations

@@ -19,11 +19,10 @@ from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
-from rayrm.data.ingest import ingest
 from rayrm.data.quarantine import quarantine_aside, replace_refusals
-from rayrm.data.selection import EVERY_ROW, Selection, selections
+from rayrm.data.selection import selections
 from rayrm.data.stream_steps import StreamedSteps
-from rayrm.data.streaming import StreamSource, open_stream
+from rayrm.data.streaming import StreamSource
 from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, RayrmError
@@ -33,10 +32,11 @@ from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, lo
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model
+from rayrm.train.job import TrainJob
 from rayrm.train.records import read_records
+from rayrm.train.run_data import RunData, check_form
 from rayrm.train.rundir import RunStart, check_resume, check_writable, claim, examine, identity_of, only_run
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
-from rayrm.train.worker import TrainJob
 from rayrm.train.workers import check_cluster, check_run_config, fit_here, fit_on_workers
 
 logger = logging.getLogger("rayrm.train")
@@ -153,18 +153,18 @@ class RewardTrainer:
         )
         check_writable(self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
-        self._quarantine = quarantine_aside(self)
+        self._sets = RunData(self.processing_class, self.args, self._data, quarantine_aside(self))
         check_resume(self.args.resume_from_checkpoint)
         check_evaluation(self._data, self.args, eval_dataset)
         check_selection(self._data, train_dataset, eval_dataset)
         for_training, for_evaluation = selections(self._data)
-        self.train_set = self._train_set(train_dataset, for_training)
+        self.train_set = self._sets.training(train_dataset, for_training, self._mode)
         self.eval_sets = (
-            {"": self._ingest(train_dataset, "eval", self._data.max_split_pairs, for_evaluation)}
+            {"": self._sets.ingest(train_dataset, "eval", self._data.max_split_pairs, for_evaluation)}
             if self._data.eval_fraction
-            else self._ingest_eval(eval_dataset)
+            else self._sets.evaluation(eval_dataset)
         )
-        self.text_form: TextForm = self._text_form()
+        self.text_form: TextForm = self._sets.text_form(self.train_set, self.eval_sets)
         if self.num_workers:
             check_cluster(scaling_config)
         self.state = TrainerState()
@@ -199,7 +199,7 @@ class RewardTrainer:
                 self.args,
                 self._data,
                 num_workers=self.num_workers,
-                quarantine_path=self._quarantine,
+                quarantine_path=self._sets.quarantine,
             )
             with steps as train_set, Display(self.output_dir, bar=not self.args.disable_tqdm):
                 job = self._job(start, train_set)
@@ -217,7 +217,7 @@ class RewardTrainer:
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Metrics of the evaluation set(s), exact over all pairs, with TRL's names under the prefix."""
-        sets = self.eval_sets if eval_dataset is None else self._ingest_eval(eval_dataset)
+        sets = self.eval_sets if eval_dataset is None else self._sets.evaluation(eval_dataset)
         if not sets:
             raise DataError("`eval_dataset` is required: pass it here or to the trainer.")
         metrics: dict[str, float] = {}
@@ -235,7 +235,7 @@ class RewardTrainer:
         A row's scores stand in its own order, a pair's as (chosen, rejected). Where rows have different
         numbers of completions, the shorter ones end in NaN.
         """
-        rows = self._ingest(test_dataset, metric_key_prefix, None)
+        rows = self._sets.ingest(test_dataset, metric_key_prefix, None)
         scores, found = self._scored(rows)
         counts = rows.index.num_completions
         predictions = np.full((rows.num_rows, counts.max()), np.nan)
@@ -252,74 +252,9 @@ class RewardTrainer:
             return
         save_model(self.model, self.processing_class, directory, text_form=self.text_form)
 
-    def _train_set(self, source: Any, selection: Selection) -> TokenizedSet | StreamSource:
-        if self._mode == "indexed":
-            return self._ingest(source, "train", self._data.max_pairs, selection)
-        assert self.args.max_length is not None
-        return open_stream(
-            source,
-            self.processing_class,
-            max_length=self.args.max_length,
-            max_rows=self._data.max_pairs,
-            columns=self._data.columns,
-            shuffle=self.args.shuffle,
-            selection=selection,
-            token_cache=self._data.token_cache,
-        )
-
-    def _ingest(
-        self, source: Any, name: str, max_rows: int | None, selection: Selection = EVERY_ROW
-    ) -> TokenizedSet:
-        if isinstance(source, TokenizedSet):
-            return source
-        return ingest(
-            source,
-            self.processing_class,
-            max_length=self.args.max_length,
-            max_rows=max_rows,
-            quarantine_path=self._quarantine,
-            max_bad_row_fraction=self.args.max_bad_row_fraction,
-            max_tasks=self.args.dataset_num_proc,
-            token_cache=self._data.token_cache,
-            name=name,
-            selection=selection,
-            columns=self._data.columns,
-        )
-
-    def _ingest_eval(self, source: Any) -> dict[str, TokenizedSet]:
-        if source is None:
-            return {}
-        if isinstance(source, dict):
-            return {name: self._ingest(one, name, self._data.max_eval_pairs) for name, one in source.items()}
-        return {"": self._ingest(source, "eval", self._data.max_eval_pairs)}
-
-    def _text_form(self) -> TextForm:
-        forms = {"train": self.train_set.report.text_form}
-        forms |= {name or "eval": pairs.report.text_form for name, pairs in self.eval_sets.items()}
-        named = {name: form for name, form in forms.items() if form != "tokenized"}
-        if len(set(named.values())) > 1:
-            listed = ", ".join(f"{name} is {form}" for name, form in named.items())
-            raise DataError(
-                f"the data sets have different text forms ({listed}). A model is trained and evaluated on "
-                "one: write both as message lists, or both as strings."
-            )
-        if named:
-            return next(iter(named.values()))
-        form: TextForm = "conversational" if self.processing_class.chat_template else "standard"
-        logger.info("the data is tokenized already: the model is saved as %s, by its tokenizer", form)
-        return form
-
-    def _check_form(self, pairs: TokenizedSet) -> None:
-        form = pairs.report.text_form
-        if form not in ("tokenized", self.text_form):
-            raise DataError(
-                f"the rows of `{pairs.report.name}` are {form}, but the model is {self.text_form}: its "
-                "scores of them would mean nothing. Write them in the form of the training data."
-            )
-
     def _scored(self, rows: TokenizedSet) -> tuple[Scores, dict[str, float]]:
         """The scores of all completions, and their metrics."""
-        self._check_form(rows)
+        check_form(rows, self.text_form)
         scores = score_model(self.model, rows, self.args)
         return scores, evaluate_scores(scores, rows.index, center=self.args.center_rewards_coefficient)
 
@@ -346,11 +281,11 @@ class RewardTrainer:
         budget = self._budget(start)
         claim(self.output_dir, identity, budget, self._run_toml(budget), start.origin)
         kept = self.output_dir / "quarantine.jsonl"
-        if self._quarantine != kept and self._quarantine.exists():
+        if self._sets.quarantine != kept and self._sets.quarantine.exists():
             streamed = self.train_set.names if isinstance(self.train_set, StreamSource) else []
-            replace_refusals(self._quarantine, kept, streamed)
-            self._quarantine.parent.rmdir()
-        self._quarantine = kept
+            replace_refusals(self._sets.quarantine, kept, streamed)
+            self._sets.quarantine.parent.rmdir()
+        self._sets.quarantine = kept
         return RunStart(start.resume, budget)
 
     def _budget(self, start: RunStart) -> int | None:

@@ -16,9 +16,10 @@ from rayrm.errors import ClusterError, ConfigError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.own_ray import ensure_ray, trainer_class
 from rayrm.train.checkpoint import checkpoints
+from rayrm.train.job import TrainJob
 from rayrm.train.last_error import forget_error, leave_error, left_error
 from rayrm.train.preemption import leaving_on_sigterm
-from rayrm.train.worker import TrainJob, train_rank
+from rayrm.train.worker import train_rank
 
 logger = logging.getLogger("rayrm.train")
 

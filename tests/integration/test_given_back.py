@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from rayrm.train.worker import TrainJob, train_rank
+from rayrm.train.job import TrainJob
+from rayrm.train.worker import train_rank
 from tests.numerics.ranks import Stopped, StoppingSet, Variant, job_of, tokenized
 
 ENGINES: list[dict[str, Any]] = [{}, *({"zero_stage": stage} for stage in range(4))]

@@ -30,7 +30,8 @@ from rayrm.errors import RayrmError
 from rayrm.model.layout import choose_layout
 from rayrm.train.build import ModelSource
 from rayrm.train.checkpoint import checkpoints
-from rayrm.train.worker import TrainJob, train_rank
+from rayrm.train.job import TrainJob
+from rayrm.train.worker import train_rank
 from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 PAIRS_PER_STEP = 8

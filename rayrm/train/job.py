@@ -1,0 +1,40 @@
+"""One training run as every rank is told it: the trainer makes it on the driver, each rank carries it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayrm.config import RewardConfig
+from rayrm.data.stream_steps import StreamedSteps
+from rayrm.data.tokenized_set import TokenizedSet
+from rayrm.model.reward_model import TextForm
+from rayrm.train.build import ModelSource
+from rayrm.train.evaluation import RowSet
+from rayrm.train.optimizer import OptimizerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """A run; it must pickle. `resume` is the checkpoint to begin from, if any.
+
+    `train_set` is a whole set, whose steps each rank derives, or the steps of a stream.
+
+    `max_tokens` is the token budget of a micro-batch; None: the ranks choose one at the start. `built`
+    is the model where training runs in the process that built it: it is updated in place.
+    """
+
+    config: RewardConfig
+    source: ModelSource
+    tokenizer: Any
+    text_form: TextForm
+    train_set: TokenizedSet | StreamedSteps
+    eval_sets: dict[str, RowSet]
+    output_dir: Path
+    max_tokens: int | None
+    resume: Path | None = None
+    built: torch.nn.Module | None = None
+    optimizer: OptimizerSpec | None = None
