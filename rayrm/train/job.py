@@ -15,6 +15,7 @@ from rayrm.model.reward_model import TextForm
 from rayrm.train.build import ModelSource
 from rayrm.train.evaluation import RowSet
 from rayrm.train.optimizer import OptimizerSpec
+from rayrm.train.user_metrics import UserMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +39,4 @@ class TrainJob:
     resume: Path | None = None
     built: torch.nn.Module | None = None
     optimizer: OptimizerSpec | None = None
+    metrics: UserMetrics | None = None

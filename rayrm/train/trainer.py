@@ -37,14 +37,13 @@ from rayrm.train.records import read_records
 from rayrm.train.run_data import RunData, check_form
 from rayrm.train.rundir import RunStart, check_resume, check_writable, claim, examine, identity_of, only_run
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
+from rayrm.train.user_metrics import UserMetrics, prefixed
 from rayrm.train.workers import check_cluster, check_run_config, fit_here, fit_on_workers
 
 logger = logging.getLogger("rayrm.train")
 _NOT_YET = {
     "data_collator": "rayrm packs batches itself",
-    "compute_metrics": "evaluation metrics are computed from all scores; use `predict` and compute yours",
     "callbacks": "read `metrics.jsonl` or `state.log_history`",
-    "preprocess_logits_for_metrics": "use `predict`",
     "quantization_config": "load the model in bf16, or train a LoRA adapter",
 }
 
@@ -136,6 +135,10 @@ class RewardTrainer:
         self._scaling, self._run_config, self._run = scaling_config, run_config, run
         self._auto_resume = auto_resume
         self._optimizer = optimizer_cls_and_kwargs
+        batch = self.args.per_device_eval_batch_size
+        self._metrics = (
+            UserMetrics(compute_metrics, preprocess_logits_for_metrics, batch) if compute_metrics else None
+        )
         self.num_workers = 0 if scaling_config is None else int(scaling_config.num_workers or 0)
         check_run_config(run_config, self.num_workers)
         self._mode = choose_mode(self._data, train_dataset, self.args)
@@ -223,7 +226,7 @@ class RewardTrainer:
         metrics: dict[str, float] = {}
         for name, rows in sets.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
-            metrics |= {f"{prefix}{key}": value for key, value in self._scored(rows)[1].items()}
+            metrics |= prefixed(prefix, self._scored(rows)[1])
         self.state.log_history.append({**metrics, "step": self.state.global_step})
         return metrics
 
@@ -240,7 +243,7 @@ class RewardTrainer:
         counts = rows.index.num_completions
         predictions = np.full((rows.num_rows, counts.max()), np.nan)
         predictions[np.arange(counts.max()) < counts[:, None]] = scores
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
+        metrics = prefixed(f"{metric_key_prefix}_", found)
         return PredictionOutput(predictions=predictions, label_ids=None, metrics=metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -256,7 +259,8 @@ class RewardTrainer:
         """The scores of all completions, and their metrics."""
         check_form(rows, self.text_form)
         scores = score_model(self.model, rows, self.args)
-        return scores, evaluate_scores(scores, rows.index, center=self.args.center_rewards_coefficient)
+        found = evaluate_scores(scores, rows.index, center=self.args.center_rewards_coefficient)
+        return scores, found if self._metrics is None else found | self._metrics.of(scores, rows.index)
 
     def _claim(self, resume: bool | str | None) -> RunStart:
         """Check the output directory and the token budget, and make the directory this run's."""
@@ -326,4 +330,5 @@ class RewardTrainer:
             max_tokens=start.max_tokens,
             resume=start.resume,
             optimizer=self._optimizer,
+            metrics=self._metrics,
         )

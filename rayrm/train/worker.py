@@ -38,6 +38,7 @@ from rayrm.train.records import RunLog
 from rayrm.train.row_log import RowLog
 from rayrm.train.soundness import Soundness, shown
 from rayrm.train.train_data import train_steps
+from rayrm.train.user_metrics import prefixed
 
 logger = logging.getLogger("rayrm.train")
 
@@ -218,7 +219,9 @@ class _RankRun:
                 )
             metrics = evaluate_scores(scores, rows.index, center=self.config.center_rewards_coefficient)
             prefix = f"eval_{name}_" if name else "eval_"
-            record = {f"{prefix}{key}": value for key, value in metrics.items()}
+            if self.job.metrics is not None:
+                metrics |= self.job.metrics.of(scores, rows.index)
+            record = prefixed(prefix, metrics)
             record |= {"step": state.step, "epoch": state.epoch}
             found |= record
             self._log(record)
