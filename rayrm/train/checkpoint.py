@@ -64,6 +64,8 @@ class TrainState:
     best_checkpoint: str | None = None
     num_workers: int = 1
     max_tokens: int | None = None
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """What transformers' callbacks that keep a state have in it, by class."""
 
     @property
     def train_loss(self) -> float:

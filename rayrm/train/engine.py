@@ -37,6 +37,9 @@ class Engine(Protocol):
     world_size: int
     module: PackedScorer
     scales_loss: bool
+    optimizer: torch.optim.Optimizer
+    """As it was made; ZeRO steps by it."""
+    scheduler: torch.optim.lr_scheduler.LRScheduler
 
     def train(self, mode: bool) -> None: ...
 
@@ -92,8 +95,8 @@ class TorchEngine:
         self.module = module
         self.device = device
         self.world_size = world_size
-        self._optimizer = optimizer
-        self._scheduler = scheduler
+        self.optimizer = optimizer
+        self.scheduler = scheduler
         self._max_grad_norm = max_grad_norm
         self._precision = precision
         self.scales_loss = precision == "fp16"
@@ -118,10 +121,10 @@ class TorchEngine:
 
     def step(self) -> torch.Tensor:
         gradients = self._gradients()
-        self._scaler.unscale_(self._optimizer)
+        self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._skips_nonfinite and not bool(torch.isfinite(norm)):
-            self._optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             return norm
         if self._max_grad_norm > 0:
             # As torch.nn.utils.clip_grads_with_norm_, which takes parameters.
@@ -129,19 +132,19 @@ class TorchEngine:
         if self._embedding is not None:
             self._embedding.give(gradients[-1])
         if self._update():
-            self._scheduler.step()
+            self.scheduler.step()
         if self._embedding is not None:
             self._embedding.clear()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _update(self) -> bool:
         """The optimizer's step; False where gradients overflowed (fp16), so that there was none."""
         if not self.scales_loss:
-            self._optimizer.step()
+            self.optimizer.step()
             return True
         scale = self._scaler.get_scale()
-        self._scaler.step(self._optimizer)
+        self._scaler.step(self.optimizer)
         self._scaler.update()
         # The scale is lowered after an overflow and then only; a fused optimizer tells it in no other way.
         return self._scaler.get_scale() >= scale
@@ -169,7 +172,7 @@ class TorchEngine:
                 parameter.grad = torch.zeros_like(parameter)
 
     def learning_rate(self) -> float:
-        return float(self._scheduler.get_last_lr()[0])
+        return float(self.scheduler.get_last_lr()[0])
 
     def model_state(self) -> dict[str, torch.Tensor] | None:
         return None
@@ -178,21 +181,21 @@ class TorchEngine:
         if self._embedding is not None:
             self._embedding.close()
         # Of a step that raised: an optimizer of the model's owner would take them for its own.
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _is_first(self) -> bool:
         return self.world_size == 1 or dist.get_rank() == 0
 
     def state(self, host: HostMemory) -> EngineState:
-        common = common_state(self._optimizer, self._scheduler, self._scaler)
-        holdings = whole_holdings(self.module, self._optimizer) if self._is_first() else []
-        return take_state(self._optimizer, holdings, host, common)
+        common = common_state(self.optimizer, self.scheduler, self._scaler)
+        holdings = whole_holdings(self.module, self.optimizer) if self._is_first() else []
+        return take_state(self.optimizer, holdings, host, common)
 
     def load(self, directory: Path) -> None:
         reader = StateReader(directory)
-        reader.check(self._optimizer, [n for n, p in self.module.named_parameters() if p.requires_grad])
-        restore_state(self._optimizer, whole_holdings(self.module, self._optimizer), reader)
-        self._scheduler.load_state_dict(reader.common["scheduler"])
+        reader.check(self.optimizer, [n for n, p in self.module.named_parameters() if p.requires_grad])
+        restore_state(self.optimizer, whole_holdings(self.module, self.optimizer), reader)
+        self.scheduler.load_state_dict(reader.common["scheduler"])
         if reader.common["scaler"]:
             self._scaler.load_state_dict(reader.common["scaler"])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from rayrm.config import RewardConfig
 from rayrm.data.stream_steps import StreamedSteps
@@ -40,3 +41,4 @@ class TrainJob:
     built: torch.nn.Module | None = None
     optimizer: OptimizerSpec | None = None
     metrics: UserMetrics | None = None
+    callbacks: tuple[TrainerCallback, ...] = ()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -65,6 +65,18 @@ class RankStep:
         return sum(computed_tokens(batch, padded=self.padded) for batch in self.microbatches)
 
 
+@dataclass(slots=True)
+class Due:
+    """What is to be done after a step, in this order."""
+
+    log: bool = False
+    evaluate: bool = False
+    save: bool = False
+
+    def __bool__(self) -> bool:
+        return self.log or self.evaluate or self.save
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """When a run of `num_steps` logs, evaluates and saves; 0 steps: at the end of each epoch, None: never.
@@ -107,6 +119,19 @@ class Schedule:
     def saves(self, step: int) -> bool:
         return self._due(self.save_every, step) or self._ends(self.save_every, step)
 
+    def due(self, step: int, *, at_epoch: bool | None = None) -> Due:
+        """What a step asks for; `at_epoch`: only what goes by epochs, or only what does not."""
+
+        def of(every: int | None, is_due: bool) -> bool:
+            return is_due and (at_epoch is None or at_epoch == (every == 0))
+
+        first = self.log_first and step == 1 and not at_epoch
+        return Due(
+            of(self.log_every, self.logs(step)) or first,
+            of(self.evaluate_every, self.evaluates(step)),
+            of(self.save_every, self.saves(step)),
+        )
+
     def _ends(self, every: int | None, step: int) -> bool:
         # As transformers: a run that evaluates or saves by steps also does so after its last.
         return every is not None and step == self.num_steps
@@ -126,6 +151,10 @@ class Events:
 
     `trained` is told a step's number, this rank's share of it, and whether its update was left out.
     `leaves`: whether the run is to save and leave after the step it has done.
+    `begins` is told where training stands before a step, and whether an epoch, or this process, begins
+    with it.
+    `due`: what a step asks for, in place of the schedule; it is told whether the step ends an epoch.
+    `stops`: whether training ends with the step it has done.
     """
 
     progress: Callable[[int], None]
@@ -134,6 +163,9 @@ class Events:
     save: Callable[[TrainState], None]
     trained: Callable[[int, RankStep, bool], None] = lambda step, share, skipped: None
     leaves: Callable[[], bool] = lambda: False
+    begins: Callable[[TrainState, bool], None] = lambda state, begins_epoch: None
+    due: Callable[[TrainState, bool], Iterable[Due]] | None = None
+    stops: Callable[[], bool] = lambda: False
 
 
 @dataclass(slots=True)
@@ -207,8 +239,12 @@ def run_loop(
     interval = Interval(reduced=list(state.interval))
     soundness = soundness or Soundness(engine)
     clock = _Clock(now)
+    due = events.due or (lambda state, ends_epoch: [schedule.due(state.step)])
+    is_first = True
     engine.train(True)
     while state.step < schedule.num_steps:
+        events.begins(state, is_first or state.cursor.step == 0)
+        is_first = False
         clock.wait()
         step = next(steps)
         clock.resume(step)
@@ -230,41 +266,55 @@ def run_loop(
         state.num_tokens += step.num_tokens
         events.trained(state.step, step, skipped)
         events.progress(state.step)
-        logs, evaluates, saves = (
-            due(state.step) for due in (schedule.logs, schedule.evaluates, schedule.saves)
-        )
         leaves = state.step < schedule.num_steps and events.leaves()
-        if logs or evaluates or saves or leaves:
-            soundness.check(interval.reduce(), state.step)
-        if logs:
-            interval.add_to(state)
-            num_skipped = sum(row[5] == 0 for row in interval.reduced)
-            events.log(
-                {
-                    "step": state.step,
-                    **interval.take(),
-                    **({"skipped_steps": num_skipped} if soundness.skips else {}),
-                    "learning_rate": learning_rate,
-                    "num_tokens": state.num_tokens,
-                    "num_tokens_computed": state.num_tokens_computed,
-                    "epoch": state.epoch,
-                    **clock.take(),
-                }
-            )
-        if evaluates:
-            engine.train(False)
-            with clock.stopped():
-                events.evaluate(state)
-            engine.train(True)
-        if saves or leaves:
-            state.interval = interval.reduce()
-            with clock.stopped():
-                events.save(state)
+        saved = False
+        for asked in due(state, state.cursor.step == 0 or state.step == schedule.num_steps):
+            if asked:
+                soundness.check(interval.reduce(), state.step)
+            if asked.log:
+                events.log(_record(state, interval, soundness, learning_rate, clock))
+            if asked.evaluate:
+                engine.train(False)
+                with clock.stopped():
+                    events.evaluate(state)
+                engine.train(True)
+            if asked.save:
+                _save(state, interval, events, clock)
+                saved = True
         if leaves:
+            soundness.check(interval.reduce(), state.step)
+            if not saved:
+                _save(state, interval, events, clock)
             return state
+        if events.stops():
+            break
     soundness.check(interval.reduce(), state.step)
     interval.add_to(state)
     return state
+
+
+def _record(
+    state: TrainState, interval: Interval, soundness: Soundness, learning_rate: float, clock: _Clock
+) -> Record:
+    """What the log says of the interval, which ends here."""
+    interval.add_to(state)
+    num_skipped = sum(row[5] == 0 for row in interval.reduced)
+    return {
+        "step": state.step,
+        **interval.take(),
+        **({"skipped_steps": num_skipped} if soundness.skips else {}),
+        "learning_rate": learning_rate,
+        "num_tokens": state.num_tokens,
+        "num_tokens_computed": state.num_tokens_computed,
+        "epoch": state.epoch,
+        **clock.take(),
+    }
+
+
+def _save(state: TrainState, interval: Interval, events: Events, clock: _Clock) -> None:
+    state.interval = interval.reduce()
+    with clock.stopped():
+        events.save(state)
 
 
 class _Clock:

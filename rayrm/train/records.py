@@ -84,24 +84,23 @@ class RunLog:
         if self._active:
             self._write_progress({"step": step, "num_steps": num_steps, "finished": False})
 
-    def finish(self, state: TrainState, num_steps: int) -> None:
+    def finish(self, state: TrainState, num_steps: int) -> Record:
         """Write the summary record, with transformers' names, and mark the run finished."""
-        if not self._active:
-            return
         runtime = time.time() - self._began
-        self.write(
-            {
-                "step": state.step,
-                "epoch": state.epoch,
-                "train_loss": state.train_loss,
-                "train_runtime": runtime,
-                "train_steps_per_second": (state.step - self._began_at_step) / max(runtime, 1e-9),
-                "num_tokens": state.num_tokens,
-                "num_tokens_computed": state.num_tokens_computed,
-            }
-        )
-        finished = {"step": state.step, "num_steps": num_steps, "finished": True}
-        self._write_progress({**finished, "best_checkpoint": state.best_checkpoint})
+        summary = {
+            "step": state.step,
+            "epoch": state.epoch,
+            "train_loss": state.train_loss,
+            "train_runtime": runtime,
+            "train_steps_per_second": (state.step - self._began_at_step) / max(runtime, 1e-9),
+            "num_tokens": state.num_tokens,
+            "num_tokens_computed": state.num_tokens_computed,
+        }
+        self.write(summary)
+        if self._active:
+            finished = {"step": state.step, "num_steps": num_steps, "finished": True}
+            self._write_progress({**finished, "best_checkpoint": state.best_checkpoint})
+        return summary
 
     def close(self) -> None:
         if self._board is not None:

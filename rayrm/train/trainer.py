@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
@@ -30,9 +29,11 @@ from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, load_tokenizer, save_model
 from rayrm.train.build import ModelSource, build_model, check_source
+from rayrm.train.callbacks import CallbackArgs, call_all, check_callbacks
 from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.job import TrainJob
+from rayrm.train.rank import Rank
 from rayrm.train.records import read_records
 from rayrm.train.run_data import RunData, check_form
 from rayrm.train.rundir import RunStart, check_resume, check_writable, claim, examine, identity_of, only_run
@@ -43,7 +44,6 @@ from rayrm.train.workers import check_cluster, check_run_config, fit_here, fit_o
 logger = logging.getLogger("rayrm.train")
 _NOT_YET = {
     "data_collator": "rayrm packs batches itself",
-    "callbacks": "read `metrics.jsonl` or `state.log_history`",
     "quantization_config": "load the model in bf16, or train a LoRA adapter",
 }
 
@@ -66,14 +66,6 @@ def _check_types(args: Any, scaling_config: Any) -> None:
             f"`scaling_config` is a {type(scaling_config).__name__}. Pass "
             "`ray.train.ScalingConfig(num_workers=2)`."
         )
-
-
-@dataclass(slots=True)
-class TrainerState:
-    """What training left to read. `log_history` has TRL's keys, one dict per logging event."""
-
-    log_history: list[dict[str, Any]] = field(default_factory=list)
-    global_step: int = 0
 
 
 class RewardTrainer:
@@ -135,6 +127,7 @@ class RewardTrainer:
         self._scaling, self._run_config, self._run = scaling_config, run_config, run
         self._auto_resume = auto_resume
         self._optimizer = optimizer_cls_and_kwargs
+        self._callbacks = check_callbacks(callbacks or [])
         batch = self.args.per_device_eval_batch_size
         self._metrics = (
             UserMetrics(compute_metrics, preprocess_logits_for_metrics, batch) if compute_metrics else None
@@ -175,6 +168,7 @@ class RewardTrainer:
         if self.num_workers == 0:
             set_seed(self.args.seed)
             self._model = build_model(self._source, self.args, self.processing_class)
+        self._call("on_init_end")
 
     @property
     def model(self) -> Any:
@@ -213,7 +207,7 @@ class RewardTrainer:
                     self._model = None
         self.state.log_history = read_records(self.output_dir)
         summary = self.state.log_history[-1]
-        self.state.global_step = int(summary["step"])
+        self.state.global_step, self.state.epoch = int(summary["step"]), summary["epoch"]
         return TrainOutput(self.state.global_step, summary["train_loss"], summary)
 
     def evaluate(
@@ -227,7 +221,11 @@ class RewardTrainer:
         for name, rows in sets.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
             metrics |= prefixed(prefix, self._scored(rows)[1])
-        self.state.log_history.append({**metrics, "step": self.state.global_step})
+        self.state.log_history.append(
+            {**metrics, "epoch": self.state.epoch or 0.0, "step": self.state.global_step}
+        )
+        self._call("on_log", logs=dict(metrics))
+        self._call("on_evaluate", metrics=metrics)
         return metrics
 
     def predict(
@@ -244,6 +242,7 @@ class RewardTrainer:
         predictions = np.full((rows.num_rows, counts.max()), np.nan)
         predictions[np.arange(counts.max()) < counts[:, None]] = scores
         metrics = prefixed(f"{metric_key_prefix}_", found)
+        self._call("on_predict", metrics=metrics)
         return PredictionOutput(predictions=predictions, label_ids=None, metrics=metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -254,6 +253,27 @@ class RewardTrainer:
             copy_saved(self.output_dir, directory)
             return
         save_model(self.model, self.processing_class, directory, text_form=self.text_form)
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """One more, for what follows."""
+        self._callbacks += check_callbacks([callback])
+
+    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
+        """Remove a callback, or the first of a class, and return it; None where there is none."""
+        for one in self._callbacks:
+            if one is callback or (isinstance(callback, type) and isinstance(one, callback)):
+                self._callbacks.remove(one)
+                return one
+        return None
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Remove a callback, or the first of a class."""
+        self.pop_callback(callback)
+
+    def _call(self, event: str, **given: Any) -> None:
+        args = CallbackArgs(self.args, Rank.here(use_cpu=self.args.use_cpu))
+        given |= {"model": self._model, "processing_class": self.processing_class}
+        call_all(self._callbacks, event, args, self.state, **given)
 
     def _scored(self, rows: TokenizedSet) -> tuple[Scores, dict[str, float]]:
         """The scores of all completions, and their metrics."""
@@ -331,4 +351,5 @@ class RewardTrainer:
             resume=start.resume,
             optimizer=self._optimizer,
             metrics=self._metrics,
+            callbacks=tuple(self._callbacks),
         )

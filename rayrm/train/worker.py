@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
 from rayrm.errors import CheckpointError, RayrmError
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.train.allocator import keep_freed_memory
+from rayrm.train.callbacks import UserCallbacks
 from rayrm.train.checkpoint import (
     TrainState,
     checkpoints,
@@ -34,7 +36,7 @@ from rayrm.train.preemption import Notice
 from rayrm.train.rank import Hosts, Rank
 from rayrm.train.rank_model import build_rank_model
 from rayrm.train.rank_steps import Packer
-from rayrm.train.records import RunLog
+from rayrm.train.records import RunLog, read_records
 from rayrm.train.row_log import RowLog
 from rayrm.train.soundness import Soundness, shown
 from rayrm.train.train_data import train_steps
@@ -94,6 +96,10 @@ class _RankRun:
             whole=lambda path: self._say(f"saved {path}"),
             hosts=hosts,
         )
+        told, schedule = job.callbacks, self.schedule
+        self.callbacks = (
+            UserCallbacks(told, self.config, schedule, rank, hosts, job.output_dir) if told else None
+        )
         self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
 
     def _say(self, message: str) -> None:
@@ -112,9 +118,15 @@ class _RankRun:
             name_of=self.job.train_set.name_of,
         )
         steps = packer.ahead(self.source.steps(state.cursor))
+        told = self.callbacks
         events = Events(
             self._progress, self._log, self._evaluate, self._save, self._trained, self.notice.to_leave
         )
+        if told is not None:
+            model = self.model.module.model
+            records = read_records(self.job.output_dir) if self.rank.index == 0 else []
+            told.begin(state, records, model, self.job.tokenizer, self.engine)
+            events = dataclasses.replace(events, begins=told.step_begins, due=told.due, stops=told.stops)
         with contextlib.ExitStack() as closing:
             for opened in (self.log, self.row_log, steps, self.writer):
                 closing.enter_context(contextlib.closing(opened))
@@ -137,7 +149,7 @@ class _RankRun:
                 ),
             )
             self.writer.wait()
-            if state.step == self.schedule.num_steps:
+            if state.step == self.schedule.num_steps or (told is not None and told.stopped):
                 self._finish(state)
             elif self.rank.index == 0:
                 self.log.leave(state.step, self.schedule.num_steps)
@@ -151,8 +163,10 @@ class _RankRun:
         self._write_model()
         self._report({"step": state.step, "train_loss": state.train_loss})
         self.rank.barrier()
-        if self.rank.index == 0:
-            self.log.finish(state, self.schedule.num_steps)
+        summary = self.log.finish(state, self.schedule.num_steps)
+        if self.callbacks is not None:
+            self.callbacks.logged(summary)
+            self.callbacks.ended(state)
 
     def _standing(self) -> tuple[Path | None, TrainState]:
         """The checkpoint that the run goes on from, if any, and where training stands."""
@@ -196,6 +210,8 @@ class _RankRun:
 
     def _log(self, record: Record) -> None:
         self.log.write(record)
+        if self.callbacks is not None:
+            self.callbacks.logged(record)
 
     def _evaluate(self, state: TrainState) -> None:
         """Evaluate every set; note which checkpoint is the best."""
@@ -226,6 +242,8 @@ class _RankRun:
             found |= record
             self._log(record)
             self._report(record)
+            if self.callbacks is not None:
+                self.callbacks.evaluated(record)
         # A better model that no checkpoint holds must not stand in the way of one that is kept.
         if self.schedule.saves(state.step):
             note_best(state, found, self.config)
@@ -241,7 +259,13 @@ class _RankRun:
                 return Snapshot(engine)
             return Snapshot(engine, self.model.export.take(self.model.module.model, gathered, host))
 
+        if self.callbacks is not None:
+            state.callbacks = self.callbacks.exported()
         self.writer.save(state, take)
+        if self.callbacks is not None:
+            if self.callbacks.reads_checkpoints:
+                self.writer.wait()
+            self.callbacks.saved(state)
 
     def _write_model(self) -> None:
         """Rank 0 saves the model; where it cannot, all ranks end."""

@@ -107,10 +107,10 @@ class DeepSpeedEngine:
         self._stage = int(settings["zero_optimization"]["stage"])
         self._max_grad_norm = max_grad_norm
         self._skips_nonfinite = skips_nonfinite
-        self._optimizer: Any = optimizer
+        self.optimizer: Any = optimizer
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._norm = torch.zeros((), device=device)
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         if self._stage == 0:
             optimizer.register_step_pre_hook(self._clip)
         self._engine, *_ = deepspeed.initialize(
@@ -126,8 +126,8 @@ class DeepSpeedEngine:
         if self._skips_nonfinite:
             # As the optimizers of the other stages, which leave such a step out whatever was asked for:
             # DeepSpeed reads `overflow`, and then leaves the schedule alone.
-            self._optimizer.overflow = not bool(torch.isfinite(self._norm))
-            if self._optimizer.overflow:
+            self.optimizer.overflow = not bool(torch.isfinite(self._norm))
+            if self.optimizer.overflow:
                 for parameter in self._trainable:
                     parameter.grad = None
                 return
@@ -153,7 +153,7 @@ class DeepSpeedEngine:
         return self._norm.detach().float()
 
     def learning_rate(self) -> float:
-        return float(self._scheduler.get_last_lr()[0])
+        return float(self.scheduler.get_last_lr()[0])
 
     def model_state(self) -> dict[str, torch.Tensor] | None:
         if self._stage < 3:
@@ -188,7 +188,7 @@ class DeepSpeedEngine:
 
     def state(self, host: HostMemory) -> EngineState:
         optimizer = inner_optimizer(self._engine, self._stage)
-        common = common_state(optimizer, self._scheduler, loss_scaler(self._engine, self._stage))
+        common = common_state(optimizer, self.scheduler, loss_scaler(self._engine, self._stage))
         common["counters"] = {name: getattr(self._engine, name) for name in _COUNTERS}
         mine = self._holdings() if self._stage > 0 or on_first_rank() else []
         return take_state(optimizer, mine, host, common)
@@ -200,7 +200,7 @@ class DeepSpeedEngine:
         restore_state(optimizer, self._holdings(), reader)
         if self._stage > 0:
             spread(self._engine.optimizer, self._stage, self._names(), reader)
-        self._scheduler.load_state_dict(reader.common["scheduler"])
+        self.scheduler.load_state_dict(reader.common["scheduler"])
         for name, value in reader.common.get("counters", {}).items():
             setattr(self._engine, name, value)
         scaler = loss_scaler(self._engine, self._stage)

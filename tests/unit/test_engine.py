@@ -79,7 +79,7 @@ def _step_on_a_rank(rank: int, root: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2)
     engine = engine_of(2, optim="adamw_torch", weight_decay=0.1, learning_rate=0.1)
     # Norms have no weight decay in transformers' groups: here all have.
-    for group in engine._optimizer.param_groups:
+    for group in engine.optimizer.param_groups:
         group["weight_decay"] = 0.1
     before = weights(engine)
     for _ in range(2):
