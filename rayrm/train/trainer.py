@@ -34,7 +34,7 @@ from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.job import TrainJob
 from rayrm.train.rank import Rank
-from rayrm.train.records import read_records
+from rayrm.train.records import read_progress, read_records
 from rayrm.train.run_data import RunData, check_form
 from rayrm.train.rundir import RunStart, check_resume, check_writable, claim, examine, identity_of, only_run
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
@@ -208,6 +208,10 @@ class RewardTrainer:
         self.state.log_history = read_records(self.output_dir)
         summary = self.state.log_history[-1]
         self.state.global_step, self.state.epoch = int(summary["step"]), summary["epoch"]
+        standing = read_progress(self.output_dir)
+        self.state.max_steps = standing["num_steps"]
+        if best := standing.get("best_checkpoint"):
+            self.state.best_model_checkpoint = str(self.output_dir / best)
         return TrainOutput(self.state.global_step, summary["train_loss"], summary)
 
     def evaluate(
