@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from rayrm import RewardConfig, RewardTrainer
+from rayrm.data.order import Order
 from rayrm.data.packing import pack_rows
 from rayrm.data.preference import parse_row
 from rayrm.data.tokenize import TokenizedRow, tokenize_rows
@@ -167,7 +168,9 @@ def test_evaluation_metrics_are_trl_s(runs: Runs) -> None:
 def test_every_parameter_s_first_gradient_is_trl_s(runs: Runs) -> None:
     model = tiny_model(seed=1)
     tokenizer = tiny_tokenizer(bos=True)
-    pairs = tokenize_rows(tokenizer, [parse_row(row) for row in runs.case.rows(PAIRS_PER_STEP)], 1024)
+    rows = runs.case.rows(100)
+    first = Order(len(rows), PAIRS_PER_STEP, RewardConfig().seed).epoch_rows(0)[:PAIRS_PER_STEP]
+    pairs = tokenize_rows(tokenizer, [parse_row(rows[place]) for place in first], 1024)
     kept = [pair for pair in pairs if isinstance(pair, TokenizedRow)]
     assert len(kept) == PAIRS_PER_STEP
     batch = to_device(pack_rows(kept, tokenizer.pad_token_id), torch.device("cpu"), "loop")
