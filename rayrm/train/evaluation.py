@@ -6,6 +6,7 @@ Shapes: N completions of R rows. The order of the result is the set's own.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from transformers.trainer_utils import speed_metrics
 
 from rayrm.config import RewardConfig
 from rayrm.data.packing import pack_rows
@@ -120,6 +122,12 @@ def score_model(
     finally:
         module.release()
         module.train(was_training)
+
+
+def speed_of(prefix: str, began: float, num_rows: int, batch_rows: int) -> Record:
+    """How fast a set was evaluated since `began` (`time.time()`), by transformers' names ("eval_runtime")."""
+    steps = math.ceil(num_rows / batch_rows)
+    return dict(speed_metrics(prefix.rstrip("_"), began, num_samples=num_rows, num_steps=steps))
 
 
 def note_best(state: TrainState, found: Record, config: RewardConfig) -> None:

@@ -25,9 +25,12 @@ _PROGRESS_INTERVAL_S = 0.25
 class RunLog:
     """The writer of a run directory's records; does nothing on ranks where it is not `active`."""
 
-    def __init__(self, output_dir: Path, config: RewardConfig, *, active: bool) -> None:
+    def __init__(
+        self, output_dir: Path, config: RewardConfig, *, active: bool, rows_per_step: int = 0
+    ) -> None:
         self._dir = output_dir
         self._active = active
+        self._rows_per_step = rows_per_step
         self._board: Any = None
         self._name = config.run_name or ""
         self._tensorboard = active and "tensorboard" in config.report_to
@@ -87,12 +90,14 @@ class RunLog:
     def finish(self, state: TrainState, num_steps: int) -> Record:
         """Write the summary record, with transformers' names, and mark the run finished."""
         runtime = time.time() - self._began
+        steps_per_second = (state.step - self._began_at_step) / max(runtime, 1e-9)
         summary = {
             "step": state.step,
             "epoch": state.epoch,
             "train_loss": state.train_loss,
             "train_runtime": runtime,
-            "train_steps_per_second": (state.step - self._began_at_step) / max(runtime, 1e-9),
+            "train_samples_per_second": steps_per_second * self._rows_per_step,
+            "train_steps_per_second": steps_per_second,
             "num_tokens": state.num_tokens,
             "num_tokens_computed": state.num_tokens_computed,
         }

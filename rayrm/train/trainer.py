@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer_pt_utils import log_metrics, save_metrics, save_state
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
@@ -31,12 +33,13 @@ from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, lo
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.callbacks import CallbackArgs, call_all, check_callbacks
 from rayrm.train.display import Display
-from rayrm.train.evaluation import Scores, score_model
+from rayrm.train.evaluation import Scores, score_model, speed_of
 from rayrm.train.job import TrainJob
 from rayrm.train.rank import Rank
 from rayrm.train.records import read_progress, read_records
 from rayrm.train.run_data import RunData, check_form
 from rayrm.train.rundir import RunStart, check_resume, check_writable, claim, examine, identity_of, only_run
+from rayrm.train.script_words import MainProcess, Rows
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
 from rayrm.train.user_metrics import UserMetrics, prefixed
 from rayrm.train.workers import check_cluster, check_run_config, fit_here, fit_on_workers
@@ -164,6 +167,7 @@ class RewardTrainer:
         if self.num_workers:
             check_cluster(scaling_config)
         self.state = TrainerState()
+        self.accelerator = MainProcess()
         self._model: torch.nn.Module | None = None
         if self.num_workers == 0:
             set_seed(self.args.seed)
@@ -224,7 +228,7 @@ class RewardTrainer:
         metrics: dict[str, float] = {}
         for name, rows in sets.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
-            metrics |= prefixed(prefix, self._scored(rows)[1])
+            metrics |= self._scored(rows, prefix)[1]
         self.state.log_history.append(
             {**metrics, "epoch": self.state.epoch or 0.0, "step": self.state.global_step}
         )
@@ -241,11 +245,10 @@ class RewardTrainer:
         numbers of completions, the shorter ones end in NaN.
         """
         rows = self._sets.ingest(test_dataset, metric_key_prefix, None)
-        scores, found = self._scored(rows)
+        scores, metrics = self._scored(rows, f"{metric_key_prefix}_")
         counts = rows.index.num_completions
         predictions = np.full((rows.num_rows, counts.max()), np.nan)
         predictions[np.arange(counts.max()) < counts[:, None]] = scores
-        metrics = prefixed(f"{metric_key_prefix}_", found)
         self._call("on_predict", metrics=metrics)
         return PredictionOutput(predictions=predictions, label_ids=None, metrics=metrics)
 
@@ -257,6 +260,27 @@ class RewardTrainer:
             copy_saved(self.output_dir, directory)
             return
         save_model(self.model, self.processing_class, directory, text_form=self.text_form)
+
+    @property
+    def train_dataset(self) -> Any:
+        """The rows that are trained on, as TRL tokenizes them; of a stream its source."""
+        return Rows(self.train_set) if isinstance(self.train_set, TokenizedSet) else self.train_set
+
+    @property
+    def eval_dataset(self) -> Any:
+        """The evaluation rows, or by name those of several sets; None without any."""
+        found = {name: Rows(rows) for name, rows in self.eval_sets.items()}
+        return found.get("", found or None)
+
+    def end(self) -> None:
+        """At the end of a TRL script: nothing is left to close."""
+
+    def is_world_process_zero(self) -> bool:
+        """This process drives the run."""
+        return True
+
+    is_local_process_zero = is_world_process_zero
+    log_metrics, save_metrics, save_state = log_metrics, save_metrics, save_state
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """One more, for what follows."""
@@ -279,12 +303,16 @@ class RewardTrainer:
         given |= {"model": self._model, "processing_class": self.processing_class}
         call_all(self._callbacks, event, args, self.state, **given)
 
-    def _scored(self, rows: TokenizedSet) -> tuple[Scores, dict[str, float]]:
+    def _scored(self, rows: TokenizedSet, prefix: str) -> tuple[Scores, dict[str, float]]:
         """The scores of all completions, and their metrics."""
         check_form(rows, self.text_form)
+        began = time.time()
         scores = score_model(self.model, rows, self.args)
         found = evaluate_scores(scores, rows.index, center=self.args.center_rewards_coefficient)
-        return scores, found if self._metrics is None else found | self._metrics.of(scores, rows.index)
+        if self._metrics is not None:
+            found |= self._metrics.of(scores, rows.index)
+        speed = speed_of(prefix, began, rows.num_rows, self.args.per_device_eval_batch_size)
+        return scores, prefixed(prefix, found) | speed
 
     def _claim(self, resume: bool | str | None) -> RunStart:
         """Check the output directory and the token budget, and make the directory this run's."""

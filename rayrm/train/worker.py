@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from rayrm.train.checkpoint import (
     step_of,
 )
 from rayrm.train.checkpoint_writer import CheckpointWriter, Snapshot
-from rayrm.train.evaluation import note_best, score_rows
+from rayrm.train.evaluation import note_best, score_rows, speed_of
 from rayrm.train.export import save_trained
 from rayrm.train.holding import only_writer
 from rayrm.train.host_memory import HostMemory
@@ -100,7 +101,8 @@ class _RankRun:
         self.callbacks = (
             UserCallbacks(told, self.config, schedule, rank, hosts, job.output_dir) if told else None
         )
-        self.log = RunLog(job.output_dir, self.config, active=rank.index == 0)
+        rows_per_step = self.config.train_batch_rows(rank.count)
+        self.log = RunLog(job.output_dir, self.config, active=rank.index == 0, rows_per_step=rows_per_step)
 
     def _say(self, message: str) -> None:
         if self.rank.index == 0:
@@ -216,7 +218,9 @@ class _RankRun:
     def _evaluate(self, state: TrainState) -> None:
         """Evaluate every set; note which checkpoint is the best."""
         found: Record = {}
+        batch_rows = self.config.per_device_eval_batch_size * self.rank.count
         for name, rows in self.job.eval_sets.items():
+            began = time.time()
             scores = score_rows(
                 self.engine.scores,
                 rows,
@@ -237,8 +241,8 @@ class _RankRun:
             prefix = f"eval_{name}_" if name else "eval_"
             if self.job.metrics is not None:
                 metrics |= self.job.metrics.of(scores, rows.index)
-            record = prefixed(prefix, metrics)
-            record |= {"step": state.step, "epoch": state.epoch}
+            record = prefixed(prefix, metrics) | speed_of(prefix, began, rows.num_rows, batch_rows)
+            record |= {f"{prefix}num_tokens": state.num_tokens, "step": state.step, "epoch": state.epoch}
             found |= record
             self._log(record)
             self._report(record)
