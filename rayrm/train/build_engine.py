@@ -5,7 +5,7 @@ from __future__ import annotations
 from rayrm.config import RewardConfig
 from rayrm.model.forward import PackedScorer
 from rayrm.train.engine import Engine, TorchEngine
-from rayrm.train.optimizer import OptimizerSpec, make_optimizer, make_scheduler
+from rayrm.train.optimizer import Optimizers, OptimizerSpec, make_optimizer, make_scheduler
 from rayrm.train.precision import Precision
 from rayrm.train.rank import Rank
 
@@ -17,10 +17,11 @@ def build_engine(
     precision: Precision,
     num_steps: int,
     wanted: OptimizerSpec | None,
+    given: Optimizers | None = None,
 ) -> Engine:
-    """`wanted`: the optimizer, where it is not the one that `config` names."""
-    optimizer = make_optimizer(module, config, wanted)
-    scheduler = make_scheduler(optimizer, config, num_steps)
+    """`wanted`: the optimizer, where it is not the one that `config` names; `given`: one that is there."""
+    optimizer, scheduler = given or (make_optimizer(module, config, wanted), None)
+    scheduler = scheduler or make_scheduler(optimizer, config, num_steps)
     if config.zero_stage is None and config.deepspeed is None:
         return TorchEngine(
             module,

@@ -15,7 +15,7 @@ from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.model.reward_model import TextForm
 from rayrm.train.build import ModelSource
 from rayrm.train.evaluation import RowSet
-from rayrm.train.optimizer import OptimizerSpec
+from rayrm.train.optimizer import Optimizers, OptimizerSpec
 from rayrm.train.user_metrics import UserMetrics
 
 
@@ -40,5 +40,6 @@ class TrainJob:
     resume: Path | None = None
     built: torch.nn.Module | None = None
     optimizer: OptimizerSpec | None = None
+    optimizers: Optimizers | None = None
     metrics: UserMetrics | None = None
     callbacks: tuple[TrainerCallback, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -10,8 +11,12 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from rayrm.config import RewardConfig
+from rayrm.errors import ConfigError
 
+logger = logging.getLogger("rayrm.train")
 OptimizerSpec = tuple[type[torch.optim.Optimizer], dict[str, Any]]
+Optimizers = tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]
+"""In memory, over the parameters of a model in memory."""
 
 # What transformers' Trainer leaves without weight decay.
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -50,3 +55,61 @@ def make_scheduler(
         scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),
     )
     return scheduler
+
+
+def check_optimizers(
+    given: tuple[Any, Any],
+    spec: OptimizerSpec | None,
+    config: RewardConfig,
+    *,
+    num_workers: int,
+    has_adapter: bool,
+) -> Optimizers | None:
+    """`optimizers` as the trainer was given them; None for (None, None). Raises ConfigError."""
+    optimizer, scheduler = given
+    if optimizer is None and scheduler is None:
+        return None
+    refused = None
+    if optimizer is None:
+        refused = "has a scheduler and no optimizer, and a scheduler is made over one. Pass both"
+    elif spec is not None:
+        refused = "comes together with `optimizer_cls_and_kwargs`, which makes another one. Leave one out"
+    elif num_workers:
+        refused = (
+            "is in this process's memory, and the workers' parameters are their own. Pass "
+            "`optimizer_cls_and_kwargs=(torch.optim.AdamW, {...})`, which each worker calls"
+        )
+    elif config.zero_stage is not None or config.deepspeed is not None:
+        refused = "would step parameters that ZeRO cuts anew. Pass `optimizer_cls_and_kwargs`"
+    elif has_adapter:
+        refused = (
+            "was made before the adapter of `peft_config`, so that it does not hold its parameters. Make the "
+            "`PeftModel` yourself and leave `peft_config` out, or pass `optimizer_cls_and_kwargs`"
+        )
+    elif not isinstance(optimizer, torch.optim.Optimizer):
+        refused = f"has a {type(optimizer).__name__}, which is no `torch.optim.Optimizer`"
+    if refused is not None:
+        raise ConfigError(f"`optimizers` {refused}.")
+    return optimizer, scheduler
+
+
+def check_holds(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """Raise ConfigError unless an optimizer's parameters are the model's; say which it leaves as they are."""
+    mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if strange := len(mine - {id(parameter) for parameter in model.parameters()}):
+        raise ConfigError(
+            f"`optimizers`: {strange} of its {len(mine)} parameters are not the model's. Pass the model as "
+            "an object, and make the optimizer of that object's parameters (after `resize_token_embeddings`, "
+            "where the tokenizer has more tokens)."
+        )
+    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
+    if left:
+        logger.warning(
+            "`optimizers` holds all parameters but %d, which stay as they are: %s",
+            *(len(left), ", ".join(left[:3])),
+        )
+
+
+def made_of(given: Optimizers | None) -> OptimizerSpec | None:
+    """The class of an optimizer in memory and what it was made with, by which a run knows it again."""
+    return None if given is None else (type(given[0]), dict(given[0].defaults))

@@ -79,7 +79,7 @@ def build_rank_model(job: TrainJob, rank: Rank, num_steps: int, around: contextl
         rank=rank.index,
         num_ranks=rank.count,
     )
-    engine = build_engine(config, module, rank, precision, num_steps, job.optimizer)
+    engine = build_engine(config, module, rank, precision, num_steps, job.optimizer, job.optimizers)
     if rank.count == 1:
         around.callback(engine.release)
     return RankModel(module, layout, pad_token_id, attention_weight, max_tokens, engine, export)

@@ -35,6 +35,7 @@ from rayrm.train.callbacks import CallbackArgs, call_all, check_callbacks
 from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model, speed_of
 from rayrm.train.job import TrainJob
+from rayrm.train.optimizer import check_holds, check_optimizers, made_of
 from rayrm.train.rank import Rank
 from rayrm.train.records import read_progress, read_records
 from rayrm.train.run_data import RunData, check_form
@@ -114,8 +115,6 @@ class RewardTrainer:
         for name, reason in _NOT_YET.items():
             if locals()[name] is not None:
                 raise ConfigError(f"`{name}` is not supported: {reason}.")
-        if tuple(optimizers) != (None, None):
-            raise ConfigError("`optimizers` is not supported: use `optim`, or `optimizer_cls_and_kwargs`.")
         self._data = data_config or DataConfig()
         train_dataset = self._data.train if train_dataset is None else train_dataset
         eval_dataset = self._data.eval if eval_dataset is None else eval_dataset
@@ -136,6 +135,13 @@ class RewardTrainer:
             UserMetrics(compute_metrics, preprocess_logits_for_metrics, batch) if compute_metrics else None
         )
         self.num_workers = 0 if scaling_config is None else int(scaling_config.num_workers or 0)
+        self._optimizers = check_optimizers(
+            optimizers,
+            optimizer_cls_and_kwargs,
+            self.args,
+            num_workers=self.num_workers,
+            has_adapter=peft_config is not None,
+        )
         check_run_config(run_config, self.num_workers)
         self._mode = choose_mode(self._data, train_dataset, self.args)
         check_source(self._source, self.args)
@@ -172,6 +178,8 @@ class RewardTrainer:
         if self.num_workers == 0:
             set_seed(self.args.seed)
             self._model = build_model(self._source, self.args, self.processing_class)
+            if self._optimizers is not None:
+                check_holds(self._optimizers[0], self._model)
         self._call("on_init_end")
 
     @property
@@ -330,7 +338,7 @@ class RewardTrainer:
             adapter=self._source.peft_config,
             data=identity_of_data(self.train_set, self._data),
             rows_per_step=rows_per_step,
-            optimizer=self._optimizer,
+            optimizer=self._optimizer or made_of(self._optimizers),
         )
         wanted = resume if resume is not None else self.args.resume_from_checkpoint
         start = examine(self.output_dir, identity, resume=wanted, automatic=self._auto_resume)
@@ -382,6 +390,7 @@ class RewardTrainer:
             max_tokens=start.max_tokens,
             resume=start.resume,
             optimizer=self._optimizer,
+            optimizers=self._optimizers,
             metrics=self._metrics,
             callbacks=tuple(self._callbacks),
         )
