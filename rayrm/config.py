@@ -206,8 +206,9 @@ class RewardConfig:
     """Most tokens in one forward pass: sets memory, cannot change the loss. None: measured at the start."""
     share_prefix: bool = True
     """Compute the tokens that both sides of a pair begin with once (causal decoders)."""
-    shuffle: bool = True
-    """A new seeded order every epoch. False: the data's own order."""
+    shuffle: Annotated[bool | None, BeforeValidator(none_word)] = None
+    """A new seeded order every epoch. False: the data's own order. None: shuffled, but an `IterableDataset`
+    keeps its own, as in TRL."""
     zero_stage: Annotated[Annotated[int, Field(ge=0, le=3)] | None, BeforeValidator(none_word)] = None
     """DeepSpeed's ZeRO stage. None: plain PyTorch, gradients summed over workers."""
     nonfinite_loss: Literal["stop", "skip"] = "stop"

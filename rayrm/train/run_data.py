@@ -39,7 +39,7 @@ class RunData:
             max_length=self.args.max_length,
             max_rows=self.settings.max_pairs,
             columns=self.settings.columns,
-            shuffle=self.args.shuffle,
+            shuffle=self.args.shuffle is not False,
             selection=selection,
             token_cache=self.settings.token_cache,
         )

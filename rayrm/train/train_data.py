@@ -152,7 +152,7 @@ def steps_for(
         num_ranks=max(1, num_workers),
         seed=config.seed if config.data_seed is None else config.data_seed,
         window=data.shuffle_window,
-        shuffle=config.shuffle,
+        shuffle=config.shuffle is not False,
         drop_last=config.dataloader_drop_last,
         quarantine_path=quarantine_path,
         max_bad_row_fraction=config.max_bad_row_fraction,
@@ -169,7 +169,7 @@ def train_steps(train_set: TokenizedSet | StreamedSteps, config: RewardConfig, n
         train_set.num_rows,
         config.train_batch_rows(num_ranks),
         seed=config.seed if config.data_seed is None else config.data_seed,
-        shuffle=config.shuffle,
+        shuffle=config.shuffle is not False,
         drop_last=config.dataloader_drop_last,
         parts=train_set.parts,
     )

@@ -24,16 +24,16 @@ from rayrm.data.quarantine import quarantine_aside, replace_refusals
 from rayrm.data.selection import selections
 from rayrm.data.stream_steps import StreamedSteps
 from rayrm.data.streaming import StreamSource
-from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
-from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, load_tokenizer, save_model
+from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, save_model
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.callbacks import CallbackArgs, call_all, check_callbacks
 from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model, speed_of
+from rayrm.train.given import absolute, check_types, resolved_args, tokenizer_of
 from rayrm.train.job import TrainJob
 from rayrm.train.optimizer import check_holds, check_optimizers, made_of
 from rayrm.train.rank import Rank
@@ -42,34 +42,14 @@ from rayrm.train.run_data import RunData, check_form
 from rayrm.train.rundir import RunStart, check_resume, check_writable, claim, examine, identity_of, only_run
 from rayrm.train.script_words import MainProcess, Rows
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
-from rayrm.train.user_metrics import UserMetrics, prefixed
-from rayrm.train.workers import check_cluster, check_run_config, fit_here, fit_on_workers
+from rayrm.train.user_metrics import prefixed, user_metrics
+from rayrm.train.workers import check_cluster, check_pickles, check_run_config, fit_here, fit_on_workers
 
 logger = logging.getLogger("rayrm.train")
 _NOT_YET = {
     "data_collator": "rayrm packs batches itself",
     "quantization_config": "load the model in bf16, or train a LoRA adapter",
 }
-
-
-def _absolute(name: Any) -> Any:
-    """A local path as every worker understands it, whatever its current directory; all else as it is."""
-    if isinstance(name, Path) or (isinstance(name, str) and Path(name).expanduser().exists()):
-        return str(Path(name).expanduser().absolute())
-    return name
-
-
-def _check_types(args: Any, scaling_config: Any) -> None:
-    if args is not None and not isinstance(args, RewardConfig):
-        raise ConfigError(
-            f"`args` is a {type(args).__module__}.{type(args).__qualname__}. Import it from here: "
-            "`from rayrm import RewardConfig`."
-        )
-    if scaling_config is not None and not hasattr(scaling_config, "num_workers"):
-        raise ConfigError(
-            f"`scaling_config` is a {type(scaling_config).__name__}. Pass "
-            "`ray.train.ScalingConfig(num_workers=2)`."
-        )
 
 
 class RewardTrainer:
@@ -120,20 +100,15 @@ class RewardTrainer:
         eval_dataset = self._data.eval if eval_dataset is None else eval_dataset
         if train_dataset is None:
             raise DataError("`train_dataset` is required. Pass a dataset, a path, or a list of rows.")
-        self._source = ModelSource(_absolute(model), peft_config)
-        _check_types(args, scaling_config)
-        self.args = args or RewardConfig(f"{self._source.name.rsplit('/', 1)[-1]}-Reward")
-        if isinstance(self.args.deepspeed, str):
-            self.args = dataclasses.replace(self.args, deepspeed=_absolute(self.args.deepspeed))
+        self._source = ModelSource(absolute(model), peft_config)
+        check_types(args, scaling_config)
+        self.args = resolved_args(args, self._source, train_dataset)
         self.output_dir = Path(self.args.output_dir or "trainer_output").expanduser().absolute()
         self._scaling, self._run_config, self._run = scaling_config, run_config, run
         self._auto_resume = auto_resume
         self._optimizer = optimizer_cls_and_kwargs
         self._callbacks = check_callbacks(callbacks or [])
-        batch = self.args.per_device_eval_batch_size
-        self._metrics = (
-            UserMetrics(compute_metrics, preprocess_logits_for_metrics, batch) if compute_metrics else None
-        )
+        self._metrics = user_metrics(compute_metrics, preprocess_logits_for_metrics, self.args)
         self.num_workers = 0 if scaling_config is None else int(scaling_config.num_workers or 0)
         self._optimizers = check_optimizers(
             optimizers,
@@ -145,17 +120,7 @@ class RewardTrainer:
         check_run_config(run_config, self.num_workers)
         self._mode = choose_mode(self._data, train_dataset, self.args)
         check_source(self._source, self.args)
-        self.processing_class = prepare_tokenizer(
-            processing_class
-            or load_tokenizer(
-                self._source.name,
-                trust_remote_code=self.args.trust_remote_code,
-                revision=(self.args.model_init_kwargs or {}).get("revision"),
-            ),
-            eos_token=self.args.eos_token,
-            pad_token=self.args.pad_token,
-            chat_template_path=self.args.chat_template_path,
-        )
+        self.processing_class = tokenizer_of(processing_class, self._source, self.args)
         check_writable(self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
         self._sets = RunData(self.processing_class, self.args, self._data, quarantine_aside(self))
@@ -171,6 +136,7 @@ class RewardTrainer:
         )
         self.text_form: TextForm = self._sets.text_form(self.train_set, self.eval_sets)
         if self.num_workers:
+            check_pickles(self._sent())
             check_cluster(scaling_config)
         self.state = TrainerState()
         self.accelerator = MainProcess()
@@ -321,6 +287,17 @@ class RewardTrainer:
             found |= self._metrics.of(scores, rows.index)
         speed = speed_of(prefix, began, rows.num_rows, self.args.per_device_eval_batch_size)
         return scores, prefixed(prefix, found) | speed
+
+    def _sent(self) -> dict[str, Any]:
+        """Whatever of the arguments workers are given, by name."""
+        callbacks = {f"callbacks[{place}]": one for place, one in enumerate(self._callbacks)}
+        return {
+            "model": self._source.model,
+            "processing_class": self.processing_class,
+            "optimizer_cls_and_kwargs": self._optimizer,
+            "compute_metrics": self._metrics,
+            **callbacks,
+        }
 
     def _claim(self, resume: bool | str | None) -> RunStart:
         """Check the output directory and the token budget, and make the directory this run's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 from transformers import EvalPrediction
 from transformers.trainer_utils import denumpify_detensorize
 
+from rayrm.config import RewardConfig
 from rayrm.data.row_index import RowIndex
 from rayrm.errors import ConfigError
 from rayrm.train.evaluation import Scores
+
+logger = logging.getLogger("rayrm.train")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,15 @@ class UserMetrics:
         if self.preprocess is not None:
             blocks = [self.preprocess(block, ()) for block in blocks]
         return np.concatenate([block.numpy() for block in blocks])
+
+
+def user_metrics(compute: Any, preprocess: Any, config: RewardConfig) -> UserMetrics | None:
+    """What the trainer was given; None without `compute_metrics`."""
+    if compute is not None:
+        return UserMetrics(compute, preprocess, config.per_device_eval_batch_size)
+    if preprocess is not None:
+        logger.warning("`preprocess_logits_for_metrics` is for `compute_metrics`, which is not given: unused")
+    return None
 
 
 def prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:

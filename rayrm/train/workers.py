@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,22 @@ def check_run_config(run_config: Any, num_workers: int) -> None:
         # Ray makes a name of the time where none is given.
         if given != getattr(usual, key) and not (key == "name" and given.startswith("ray_train_run-")):
             raise ConfigError(f"`run_config.{key}` ({given!r}) is not used: {why}. Leave it out.")
+
+
+def check_pickles(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError naming the argument that cannot be sent to workers, and why."""
+    from ray import cloudpickle
+
+    for name, value in given.items():
+        try:
+            cloudpickle.dumps(value)
+        except Exception as error:  # whatever pickling it raises
+            said = (str(error).splitlines() or [""])[0]
+            raise ConfigError(
+                f"`{name}` ({type(value).__name__}) cannot be sent to workers: {type(error).__name__}: "
+                f"{said}. Let it make what it needs on first use, or train in this process "
+                "(`scaling_config=None`)."
+            ) from error
 
 
 def fit_here(job: TrainJob) -> None:

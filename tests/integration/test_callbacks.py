@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,8 @@ def test_what_is_no_callback_or_needs_an_event_that_never_comes_is_refused(
         trainer_of(tmp_path / "a", [Substeps])
     with pytest.raises(ConfigError, match=r"`callbacks` has a int"):
         trainer_of(tmp_path / "b", [3])
+    holds = StopsAt(1)
+    holds.lock = threading.Lock()  # type: ignore[attr-defined]
+    two = ScalingConfig(num_workers=2)
+    with pytest.raises(ConfigError, match=r"`callbacks\[1\]` \(StopsAt\) cannot be sent to workers"):
+        trainer_of(tmp_path / "c", [StopsAt(2), holds], scaling_config=two)

@@ -1,0 +1,66 @@
+"""What a trainer is given, checked and resolved before anything is read: its arguments and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+
+from rayrm.config import RewardConfig
+from rayrm.data.tokenize import prepare_tokenizer
+from rayrm.errors import ConfigError
+from rayrm.model.reward_model import load_tokenizer
+from rayrm.train.build import ModelSource
+
+
+def absolute(name: Any) -> Any:
+    """A local path as every worker understands it, whatever its current directory; all else as it is."""
+    if isinstance(name, Path) or (isinstance(name, str) and Path(name).expanduser().exists()):
+        return str(Path(name).expanduser().absolute())
+    return name
+
+
+def check_types(args: Any, scaling_config: Any) -> None:
+    """Raise ConfigError for a config of another library, and for what is no `ScalingConfig`."""
+    if args is not None and not isinstance(args, RewardConfig):
+        raise ConfigError(
+            f"`args` is a {type(args).__module__}.{type(args).__qualname__}. Import it from here: "
+            "`from rayrm import RewardConfig`."
+        )
+    if scaling_config is not None and not hasattr(scaling_config, "num_workers"):
+        raise ConfigError(
+            f"`scaling_config` is a {type(scaling_config).__name__}. Pass "
+            "`ray.train.ScalingConfig(num_workers=2)`."
+        )
+
+
+def resolved_args(args: RewardConfig | None, source: ModelSource, train_dataset: Any) -> RewardConfig:
+    """The config (TRL's default is named after the model), with what the data decides of it."""
+    args = args or RewardConfig(f"{source.name.rsplit('/', 1)[-1]}-Reward")
+    if args.shuffle is None:
+        args = dataclasses.replace(args, shuffle=not isinstance(train_dataset, IterableDataset))
+    if isinstance(args.deepspeed, str):
+        args = dataclasses.replace(args, deepspeed=absolute(args.deepspeed))
+    return args
+
+
+def tokenizer_of(processing_class: Any, source: ModelSource, args: RewardConfig) -> Any:
+    """The tokenizer that was passed, else the model's; with the tokens and the template that `args` names."""
+    if processing_class is not None and not hasattr(processing_class, "get_vocab"):
+        raise ConfigError(
+            f"`processing_class` is a {type(processing_class).__name__}, and text is tokenized here. Pass "
+            "its tokenizer (`processor.tokenizer`)."
+        )
+    tokenizer = processing_class or load_tokenizer(
+        source.name,
+        trust_remote_code=args.trust_remote_code,
+        revision=(args.model_init_kwargs or {}).get("revision"),
+    )
+    return prepare_tokenizer(
+        tokenizer,
+        eos_token=args.eos_token,
+        pad_token=args.pad_token,
+        chat_template_path=args.chat_template_path,
+    )
