@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from rayrm.errors import ModelError
 from rayrm.model.attention import restore_attention
+from rayrm.model.card import CARD, write_card
 from rayrm.model.layout import unwrapped
 
 logger = logging.getLogger("rayrm.model")
@@ -49,7 +50,7 @@ _SAVED = (
     "chat_template*",
     "additional_chat_templates/*",
     FACTS,
-    "README.md",
+    CARD,
 )
 HEADS = ("score", "classifier", "classification_head")
 
@@ -308,6 +309,13 @@ def save_model(
         "pad_token_id": inner.config.get_text_config().pad_token_id,
     }
     (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+    base = inner.config._name_or_path
+    write_card(
+        directory,
+        base_model=None if not base or Path(base).is_dir() else base,
+        is_adapter=(directory / ADAPTER_CONFIG).exists(),
+        text_form=text_form,
+    )
 
 
 def copy_saved(source: Path, target: Path) -> None:
