@@ -195,17 +195,28 @@ def _evaluate(options: argparse.Namespace) -> int:
     counts = {"rows": "num_rows", "pairs": "num_pairs"}
     if all(found["num_rows"] == found["num_pairs"] for found in metrics.values()):
         del counts["rows"]
+    columns = {
+        "accuracy": ("accuracy", "{accuracy:.3f}"),
+        "95% interval": ("accuracy", "{accuracy_low:.3f} .. {accuracy_high:.3f}"),
+        "longer wins": ("accuracy", "{length_baseline_accuracy:.3f}"),
+        "loss": ("loss", "{loss:.4f}"),
+        "margin": ("accuracy", "{margin:+.3f}"),
+        # Of completions that have scores, which most sources have none of.
+        "mse": ("mse", "{mse:.4f}"),
+        "pearson": ("pearson", "{pearson:.3f}"),
+    }
+    shown = {
+        column: form
+        for column, form in columns.items()
+        if column not in ("mse", "pearson") or any(column in found for found in metrics.values())
+    }
     _print_table(
-        ("source", *counts, "accuracy", "95% interval", "longer wins", "loss", "margin"),
+        ("source", *counts, *shown),
         [
             (
                 name,
                 *(f"{found[count]:.0f}" for count in counts.values()),
-                f"{found['accuracy']:.3f}",
-                f"{found['accuracy_low']:.3f} .. {found['accuracy_high']:.3f}",
-                f"{found['length_baseline_accuracy']:.3f}",
-                f"{found['loss']:.4f}",
-                f"{found['margin']:+.3f}",
+                *(form.format(**found) if needed in found else "-" for needed, form in shown.values()),
             )
             for name, found in metrics.items()
         ],

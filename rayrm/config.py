@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from rayrm.data_settings import DataConfig, SourceConfig
+from rayrm.objective import PointwiseLoss, RankingLoss, TieModel
 from rayrm.rules import SAME, adopt_trl_names, check_reward_config, parse_optim_args, resolve_defaults
 from rayrm.serve_settings import ServeConfig
 from rayrm.settings import (
@@ -211,6 +212,21 @@ class RewardConfig:
     keeps its own, as in TRL."""
     zero_stage: Annotated[Annotated[int, Field(ge=0, le=3)] | None, BeforeValidator(none_word)] = None
     """DeepSpeed's ZeRO stage. None: plain PyTorch, gradients summed over workers."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The probability that a comparison's label is wrong: chosen wins with 1 - this, or with what `target`
+    says, drawn as much towards the middle."""
+    tie_model: TieModel = "none"
+    """What rows of equal ranks, and pairs with `tie`, teach. "none": nothing, equal ranks are not compared.
+    "rao-kupper", "davidson": the probability of a tie under that model."""
+    tie_parameter: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(none_word)] = None
+    """How often completions of equal reward tie: Rao and Kupper's theta (above 1; None: 2), Davidson's nu
+    (above 0; None: 1)."""
+    ranking_loss: RankingLoss = "pairwise"
+    """What a ranking of three or more teaches. "pairwise": each of its comparisons. "plackett-luce": its
+    order, as one choice after another."""
+    pointwise_loss: PointwiseLoss = "none"
+    """What a completion's own `score` teaches. "none": such rows are refused. "mse": the reward is the score.
+    "bce": the score, from 0 to 1, is the probability that it is good, and the reward its logit."""
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     """What an infinite or NaN loss does. "stop": ends the run and names the rows. "skip": leaves the step's
     update out and keeps those rows in `quarantine.jsonl`; it waits for the device in each step."""

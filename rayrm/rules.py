@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from rayrm.deepspeed_rules import check_deepspeed
+from rayrm.objective import check_objective
 from rayrm.settings import nearest
 from rayrm.unsupported import INSTEAD, NOT_HONOURED, RENAMED
 
@@ -116,6 +117,7 @@ def check_reward_config(config: RewardConfig) -> None:
         *_check_best_model(config),
         *_check_precision(config),
         *check_deepspeed(config),
+        *check_objective(config),
     ]
     for reporter in config.report_to:
         if reporter not in REPORTERS:

@@ -89,6 +89,7 @@ INSTEAD: Final[dict[str, str]] = {
     "ddp_backend": "Delete it: NCCL is used on GPUs and gloo on CPUs.",
     "fsdp": "Set `zero_stage = 3` to shard parameters, gradients and optimizer state.",
     "hub_model_id": "Delete it and upload the saved directory with `hf upload`.",
+    "label_smoothing_factor": "Set `label_smoothing`: TRL's trainer gives the factor no effect on this loss.",
     "liger_kernel_config": "Delete it, as `use_liger_kernel`: no kernels are replaced.",
     "push_to_hub": "Delete it and upload the saved directory with `hf upload`.",
     "torch_compile": "Delete it: each packed batch has its own shape and attention plan, and would be "

@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
         "settings",
         "unsupported",
         "deepspeed_rules",
+        "objective",
         "rules",
         "config",
         "data_settings",

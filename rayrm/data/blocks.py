@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rayrm.data.labels import USUAL, LabelRules
 from rayrm.data.packing import distinct_cost
 from rayrm.data.preference import PairForm, PreferenceRow, form_of, parse_row
 from rayrm.data.prefix_keys import BOUNDARIES, prefix_keys, text_key
@@ -40,6 +41,8 @@ SCHEMA = pa.schema(
         ("lengths", pa.list_(pa.int32())),
         ("ranks", pa.list_(pa.int32())),
         ("margin", pa.float64()),
+        ("target", pa.float64()),
+        ("ratings", pa.list_(pa.float64())),  # empty: none
         ("tokens", pa.int32()),  # distinct ones
         ("attention", pa.int64()),  # of those
         ("prefix_keys", pa.binary(_KEYS_SIZE)),
@@ -91,14 +94,16 @@ def tokenized_tables(
     max_length: int | None,
     num_rows: int = ROWS_PER_TABLE,
     selection: Selection = EVERY_ROW,
+    labels: LabelRules = USUAL,
 ) -> Iterator[pa.Table]:
     """The rows' tables of at most `num_rows` rows each; every row is in one of them, accepted or refused.
 
-    What `selection` leaves out is not tokenized; a row of the other part leaves no more than its place.
+    `labels`: which rows the run can learn from. What `selection` leaves out is not tokenized; a row of the
+    other part leaves no more than its place.
     """
     reader = iter(rows)
     while batch := list(islice(reader, num_rows)):
-        parsed = [_parsed(row, selection) for row in batch]
+        parsed = [_parsed(row, selection, labels) for row in batch]
         batch = [
             SourceRow(row.source, row.number, row.where, None, b"") if _is_held_out(entry) else row
             for row, entry in zip(batch, parsed, strict=True)
@@ -155,6 +160,8 @@ def index_of(table: pa.Table) -> BlockIndex:
             kept.column("tokens").to_numpy(),
             kept.column("attention").to_numpy(),
             pa.compute.list_flatten(kept.column("text_keys")).to_numpy(),
+            kept.column("target").to_numpy(),
+            _ratings_of(kept),
         ),
         np.frombuffer(b"".join(kept.column("digest").to_pylist()), np.uint8).reshape(-1, DIGEST_SIZE),
         forms,
@@ -163,6 +170,15 @@ def index_of(table: pa.Table) -> BlockIndex:
         _counts(column["source"]),
         _counts(held_out),
     )
+
+
+def _ratings_of(table: pa.Table) -> npt.NDArray[np.float64]:
+    """The score of each completion, NaN where its row says none, `[N]`."""
+    num_completions = pa.compute.list_value_length(table.column("lengths")).to_numpy()
+    is_rated = pa.compute.list_value_length(table.column("ratings")).to_numpy() > 0
+    found = np.full(num_completions.sum(), np.nan)
+    found[np.repeat(is_rated, num_completions)] = pa.compute.list_flatten(table.column("ratings")).to_numpy()
+    return found
 
 
 def _counts(sources: npt.NDArray[np.integer]) -> dict[int, int]:
@@ -175,10 +191,10 @@ class RowBlock:
 
     def __init__(self, table: pa.Table) -> None:
         self._prefix_lengths = table.column("prefix_length").to_numpy()
-        self._margins = table.column("margin").to_numpy()
+        self._margins, self._targets = (table.column(name).to_numpy() for name in ("margin", "target"))
         self._places = [table.column(name).to_numpy() for name in ("source", "row")]
-        self._ids, self._lengths, self._ranks = (
-            _Lists(table.column(name).combine_chunks()) for name in ("ids", "lengths", "ranks")
+        self._ids, self._lengths, self._ranks, self._ratings = (
+            _Lists(table.column(name).combine_chunks()) for name in ("ids", "lengths", "ranks", "ratings")
         )
 
     def row(self, offset: int) -> TokenizedRow:
@@ -191,25 +207,27 @@ class RowBlock:
             tuple(self._ranks.at(offset).tolist()),
             float(self._margins[offset]),
             (source, row),
+            float(self._targets[offset]),
+            tuple(self._ratings.at(offset).tolist()),
         )
 
 
 class _Lists:
-    """A column of int32 lists, as views."""
+    """A column of lists of numbers, as views."""
 
     def __init__(self, column: pa.ListArray) -> None:
-        self._values: npt.NDArray[np.int32] = column.values.to_numpy()
+        self._values: npt.NDArray[Any] = column.values.to_numpy()
         self._starts: npt.NDArray[np.int32] = column.offsets.to_numpy()
 
-    def at(self, position: int) -> npt.NDArray[np.int32]:
+    def at(self, position: int) -> npt.NDArray[Any]:
         return self._values[self._starts[position] : self._starts[position + 1]]
 
 
-def _parsed(row: SourceRow, selection: Selection) -> PreferenceRow | RowError:
+def _parsed(row: SourceRow, selection: Selection, labels: LabelRules) -> PreferenceRow | RowError:
     if isinstance(row.content, RowError):
         return row.content
     try:
-        parsed = parse_row(row.content)
+        parsed = parse_row(row.content, labels)
     except RowError as error:
         return error
     return selection.refusal(parsed) or parsed
@@ -232,6 +250,8 @@ def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str |
             "lengths": outcome.lengths,
             "ranks": outcome.ranks,
             "margin": outcome.margin,
+            "target": outcome.target,
+            "ratings": outcome.ratings,
             "tokens": tokens,
             "attention": attention,
             "prefix_keys": prefix_keys(outcome.ids, outcome.prefix_length).tobytes(),
@@ -245,6 +265,8 @@ def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str |
         "lengths": [],
         "ranks": [],
         "margin": 0.0,
+        "target": 1.0,
+        "ratings": [],
         "tokens": 0,
         "attention": 0,
         "prefix_keys": bytes(_KEYS_SIZE),
@@ -259,6 +281,8 @@ def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str |
 def _digest(row: TokenizedRow) -> bytes:
     content = hashlib.blake2b(row.ids.tobytes(), digest_size=DIGEST_SIZE)
     content.update(f"{row.prefix_length},{row.lengths},{row.ranks},{row.margin!r}".encode())
+    if row.target != 1 or row.ratings:
+        content.update(f",{row.target!r},{row.ratings!r}".encode())
     return content.digest()
 
 

@@ -19,8 +19,12 @@ _NEEDED = (
     "completions",
     "completions_ids",
     "ranks",
+    "completion",
+    "completion_ids",
+    "score",
+    "scores",
 )
-FIELDS = ("prompt", *_NEEDED, "margin", "tools", "chat_template_kwargs")
+FIELDS = ("prompt", *_NEEDED, "margin", "target", "tie", "tools", "chat_template_kwargs")
 
 
 def check_columns(columns: Mapping[str, Any] | None) -> Columns:

@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from rayrm.data.blocks import BlockIndex, index_of
 from rayrm.data.columns import check_columns, renamed
+from rayrm.data.labels import USUAL, LabelRules
 from rayrm.data.pieces import Columns
 from rayrm.data.quarantine import RefusalWatch, write_quarantine
 from rayrm.data.reading import Reading, is_cacheable, raise_if_stopped, stop_table
@@ -53,6 +54,7 @@ def ingest(
     name: str = "train",
     selection: Selection = EVERY_ROW,
     columns: Mapping[str, str] | None = None,
+    labels: LabelRules = USUAL,
 ) -> TokenizedSet:
     """All acceptable rows of a source that `selection` takes, tokenized.
 
@@ -62,12 +64,15 @@ def ingest(
     `max_tasks`: read and tokenize in so many tasks at once (None: the cluster's CPUs). `token_cache`: a
     directory where the tokenized pieces are kept, and taken from where they are there. `selection`: one side
     of a split by prompt, without excluded prompts; rows that it leaves out are counted, and not bad.
+    `labels`: which rows the run's loss can use.
     Refused rows are appended to `quarantine_path`; more than `max_bad_row_fraction` of a source's (a row
     above `max_length` is filtered, not bad) raise `DataError` as soon as they are seen, as do a missing,
     unreadable or empty source and one that mixes text forms. A missing chat template is a `ConfigError`.
     """
     ensure_ray()
-    reading = reading_of(tokenizer, max_length=max_length, selection=selection, token_cache=token_cache)
+    reading = reading_of(
+        tokenizer, max_length=max_length, selection=selection, token_cache=token_cache, labels=labels
+    )
     plan, tables, cached = _read(source, reading, max_rows, max_tasks, name, columns)
     blocks: list[Any] = []
     indices: list[BlockIndex] = []
@@ -95,13 +100,25 @@ def ingest(
 
 
 def reading_of(
-    tokenizer: Any, *, max_length: int | None, selection: Selection, token_cache: str | None
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    selection: Selection,
+    token_cache: str | None,
+    labels: LabelRules = USUAL,
 ) -> Reading:
     """How to read with this tokenizer, also where its class lives in the caller's script."""
     from ray import cloudpickle
 
     pickled = bytes(cloudpickle.dumps(tokenizer))
-    return Reading.of(tokenizer, pickled, max_length=max_length, selection=selection, token_cache=token_cache)
+    return Reading.of(
+        tokenizer,
+        pickled,
+        max_length=max_length,
+        selection=selection,
+        token_cache=token_cache,
+        labels=labels,
+    )
 
 
 def _read(

@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rayrm.data.blocks import ROWS_PER_TABLE, index_of, tokenized_tables
+from rayrm.data.labels import ANY_LABELS, UNRANKED
 from rayrm.data.preference import PreferenceRow, form_of, parse_row
 from rayrm.data.quarantine import SourceCounts
-from rayrm.data.row_index import Comparisons, Places, RowIndex
+from rayrm.data.repeats import best_positions, conflicts, duplicates, tokens_prompts_once
+from rayrm.data.row_index import Places, RowIndex
 from rayrm.data.selection import prompt_hash, prompt_of
 from rayrm.data.sources import SourceRow, plan_sources, read_work, row_name
 from rayrm.errors import ConfigError, DataError, RowError
@@ -100,6 +102,11 @@ class Figures:
     num_without_prompt: int = 0  # rows whose prompt is in their completions, if anywhere
     num_margins: int = 0
     margins: dict[str, float] = field(default_factory=dict)  # of those: min, mean, max
+    num_soft: int = 0  # rows with a `target` other than 1
+    targets: dict[str, float] = field(default_factory=dict)  # of those
+    num_all_tied: int = 0  # rows with nothing better or worse
+    num_scored: int = 0  # rows whose completions have scores
+    scores: dict[str, float] = field(default_factory=dict)  # of completions
     tokens_unshared: int = 0
     tokens_shared_in_rows: int = 0
     tokens_prompts_once: int = 0
@@ -147,7 +154,7 @@ def gather(
             parsed = [_parsed(row) for row in batch]
             if isinstance(tokenizer, GivenIds):
                 _check_given_ids(batch, parsed)
-            (table,) = tokenized_tables(batch, tokenizer, None)
+            (table,) = tokenized_tables(batch, tokenizer, None, labels=ANY_LABELS)
             block = index_of(table)
             of_place = {
                 (row.source, row.number): entry for row, entry in zip(batch, parsed, strict=True) if entry
@@ -165,7 +172,7 @@ def gather(
                 "row": block.row,
                 "prompt": np.array([prompt_hash(prompt_of(row)) for row in accepted], np.uint64),
                 "has_prompt": np.array([bool(row.prompt) or row.ids is not None for row in accepted], bool),
-                "is_ranking": np.array([row.names[0].startswith("completions") for row in accepted], bool),
+                "is_ranking": np.array([_is_ranking(row) for row in accepted], bool),
             }
             parts.append((block.rows, own))
             if on_progress is not None:
@@ -240,10 +247,14 @@ def _with_rows(figures: Figures, kept: Gathered) -> Figures:
     sizes, size_counts = np.unique(index.num_completions, return_counts=True)
     given = index.margins[index.margins != 0]
     rows_of_prompt = np.unique(kept.prompt, return_counts=True)[1]
-    ahead = np.sign(index.lengths[compared.better] - index.lengths[compared.worse])
-    shares = [float(compared.weight @ (ahead == sign)) / index.num_rows for sign in (1, -1)]
-    duplicates, duplicate = _duplicates(index)
-    conflicts, conflicting, conflict = _conflicts(index, compared)
+    highest = np.maximum.reduceat(index.ranks, index.first[:-1])
+    is_ranked = highest != UNRANKED
+    is_compared = np.bincount(compared.row, minlength=index.num_rows) > 0
+    ahead = np.sign(index.lengths[compared.better] - index.lengths[compared.worse]) * compared.direction
+    decided = compared.weight * np.abs(compared.direction)
+    shares = [float(decided @ (ahead == sign)) / max(float(decided.sum()), 1e-9) for sign in (1, -1)]
+    num_duplicates, duplicate = duplicates(index)
+    num_conflicts, conflicting, conflict = conflicts(index, compared)
     return replace(
         figures,
         num_kept=index.num_rows,
@@ -251,27 +262,42 @@ def _with_rows(figures: Figures, kept: Gathered) -> Figures:
         num_comparisons=len(compared.row),
         completions_per_row=dict(zip(sizes.tolist(), size_counts.tolist(), strict=True)),
         num_rankings=int(kept.is_ranking.sum()),
-        num_tied=int((np.maximum.reduceat(index.ranks, index.first[:-1]) + 1 < index.num_completions).sum()),
-        best_position=_best_positions(index, kept.is_ranking),
+        num_tied=int((is_ranked & (highest + 1 < index.num_completions)).sum()),
+        best_position=best_positions(index, kept.is_ranking),
         num_without_prompt=int((~kept.has_prompt).sum()),
         num_margins=len(given),
-        margins={"min": float(given.min()), "mean": float(given.mean()), "max": float(given.max())}
-        if len(given)
-        else {},
+        margins=_spread(given),
+        num_soft=int((index.targets != 1).sum()),
+        targets=_spread(index.targets[index.targets != 1]),
+        num_all_tied=int((~is_compared & is_ranked).sum()),
+        num_scored=int((~is_ranked).sum()),
+        scores=_spread(index.ratings[~np.isnan(index.ratings)]),
         tokens_unshared=int(index.tokens(share=False).sum()),
         tokens_shared_in_rows=int(index.tokens(share=True).sum()),
-        tokens_prompts_once=_tokens_prompts_once(index, kept.prompt),
+        tokens_prompts_once=tokens_prompts_once(index, kept.prompt),
         num_prompts=len(rows_of_prompt),
         most_rows_of_a_prompt=int(rows_of_prompt.max()),
-        num_duplicates=duplicates,
+        num_duplicates=num_duplicates,
         duplicate=duplicate and (kept.place(duplicate[0]), kept.place(duplicate[1])),
-        num_conflicts=conflicts,
+        num_conflicts=num_conflicts,
         num_conflicting=conflicting,
         conflict=conflict and (kept.place(conflict[0]), kept.place(conflict[1])),
         better_is_longer=shares[0],
         better_is_shorter=shares[1],
         longer_wins=shares[0] + (1 - shares[0] - shares[1]) / 2,
     )
+
+
+def _is_ranking(row: PreferenceRow) -> bool:
+    return row.names[0].startswith("completions") and not row.ratings
+
+
+def _spread(values: npt.NDArray[np.floating]) -> dict[str, float]:
+    """min, mean, max; empty of no value."""
+    if not len(values):
+        return {}
+    wide = values.astype(np.float64)
+    return {"min": float(wide.min()), "mean": float(wide.mean()), "max": float(wide.max())}
 
 
 def _batches(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
@@ -281,7 +307,7 @@ def _batches(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
 
 def _parsed(row: SourceRow) -> PreferenceRow | None:
     try:
-        return None if isinstance(row.content, RowError) else parse_row(row.content)
+        return None if isinstance(row.content, RowError) else parse_row(row.content, ANY_LABELS)
     except RowError:
         return None  # `tokenized_tables` keeps the reason
 
@@ -328,65 +354,3 @@ def _round_numbers() -> Iterator[int]:
     while True:
         yield from (power, 2 * power, 5 * power)
         power *= 10
-
-
-def _best_positions(index: RowIndex, is_ranking: npt.NDArray[np.bool_]) -> dict[int, float]:
-    """In which share of the rankings the best stands at each place; of several best each counts a part."""
-    row_of = index.row_of
-    best = (index.ranks == 0) & is_ranking[row_of]
-    if not best.any():
-        return {}
-    num_best = np.bincount(row_of[best], minlength=index.num_rows)
-    places = np.arange(len(row_of)) - index.first[row_of]
-    weights = np.bincount(places[best], weights=1 / num_best[row_of[best]])
-    return dict(enumerate((weights / is_ranking.sum()).tolist()))
-
-
-def _tokens_prompts_once(index: RowIndex, prompt: Keys) -> int:
-    """About what is computed where rows of a prompt meet: what they begin with, and equal texts, once.
-
-    What rows of a prompt share is taken to be as long as the least that texts of one of them share.
-    """
-    alike = _mixed(prompt) + index.prefix_keys[:, 0]
-    _, group = np.unique(alike, return_inverse=True)
-    shared = np.full(group.max() + 1, np.iinfo(np.int64).max)
-    np.minimum.at(shared, group, index.prefix_lengths.astype(np.int64))
-    num_rows = np.bincount(group)
-    again = np.ones(len(index.text_keys), bool)
-    again[np.unique(index.text_keys, return_index=True)[1]] = False
-    tails = index.lengths - index.prefix_lengths[index.row_of]
-    return int(index.tokens(share=True).sum() - ((num_rows - 1) * shared).sum() - tails[again].sum())
-
-
-def _duplicates(index: RowIndex) -> tuple[int, tuple[int, int] | None]:
-    """How many rows have the texts and ranks of an earlier one, and the first of them with that one."""
-    parts = _mixed(index.text_keys + _mixed(index.ranks.astype(np.uint64) + np.uint64(1)))
-    same = np.add.reduceat(parts, index.first[:-1])
-    _, first, of_row = np.unique(same, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[of_row] != np.arange(index.num_rows))
-    example = (int(again[0]), int(first[of_row[again[0]]])) if len(again) else None
-    return len(again), example
-
-
-def _conflicts(index: RowIndex, compared: Comparisons) -> tuple[int, int, tuple[int, int] | None]:
-    """How many pairs of texts are preferred both ways, in how many rows, and two rows that disagree."""
-    better, worse = index.text_keys[compared.better], index.text_keys[compared.worse]
-    pairs = _mixed(np.minimum(better, worse)) + np.maximum(better, worse)
-    _, pair = np.unique(pairs, return_inverse=True)
-    upward = better < worse
-    num_up = np.bincount(pair, weights=upward)
-    is_conflict = (num_up > 0) & (num_up < np.bincount(pair))
-    places = np.flatnonzero(is_conflict[pair])
-    if not len(places):
-        return 0, 0, None
-    other = places[(pair[places] == pair[places[0]]) & (upward[places] != upward[places[0]])][0]
-    rows = compared.row[places]
-    example = (int(compared.row[places[0]]), int(compared.row[other]))
-    return int(is_conflict.sum()), len(np.unique(rows)), example
-
-
-def _mixed(keys: Keys) -> Keys:
-    """Spread bits, so that sums of keys tell sets of them apart (splitmix64, S. Vigna)."""
-    mixed = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))

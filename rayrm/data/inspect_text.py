@@ -90,6 +90,7 @@ def warnings(figures: Figures) -> list[str]:
             "null or empty): they are trained on without a question, unless both sides begin with "
             "it. Fill it in, or drop them."
         )
+    found += _about_labels(figures)
     if figures.num_conflicts:
         found.append(
             f"{_number(figures.num_conflicts, 'pair')} of texts preferred both ways, in "
@@ -107,6 +108,22 @@ def warnings(figures: Figures) -> list[str]:
         found.append(
             f"{count:,} of its prompts are in {name} too. Where one of the two is for evaluation, set "
             "`data.exclude_prompts_of` to it, or accuracy will flatter."
+        )
+    return found
+
+
+def _about_labels(figures: Figures) -> list[str]:
+    """What a run refuses as it is set by itself."""
+    found = []
+    if figures.num_all_tied:
+        found.append(
+            f"{_number(figures.num_all_tied, 'row')} of which nothing is better or worse: a run refuses "
+            "them, unless `tie_model` is set (davidson or rao-kupper)."
+        )
+    if figures.num_scored:
+        found.append(
+            f"{_number(figures.num_scored, 'row')} with scores in the place of better and worse: a run "
+            "refuses them, unless `pointwise_loss` is set (mse, or bce for scores from 0 to 1)."
         )
     return found
 
@@ -175,6 +192,8 @@ def _texts(figures: Figures) -> list[str]:
 
 
 def _preferences(figures: Figures) -> list[str]:
+    if not figures.num_comparisons:
+        return _labels(figures)
     longer, shorter = figures.better_is_longer, figures.better_is_shorter
     equal = max(1 - longer - shorter, 0.0)
     lines = [
@@ -194,6 +213,20 @@ def _preferences(figures: Figures) -> list[str]:
     if figures.num_margins:
         named = ", ".join(f"{name} {value:.3g}" for name, value in figures.margins.items())
         lines.append(_line("margins", f"{figures.num_margins:,} rows have one that is not 0: {named}"))
+    return lines + _labels(figures)
+
+
+def _labels(figures: Figures) -> list[str]:
+    """What rows say beside which completion is better."""
+    lines = []
+    if figures.num_soft:
+        named = ", ".join(f"{name} {value:.3g}" for name, value in figures.targets.items())
+        lines.append(_line("soft labels", f"{figures.num_soft:,} rows have a target that is not 1: {named}"))
+    if figures.num_all_tied:
+        lines.append(_line("ties", f"{_number(figures.num_all_tied, 'row')} with nothing better or worse"))
+    if figures.num_scored:
+        named = ", ".join(f"{name} {value:.3g}" for name, value in figures.scores.items())
+        lines.append(_line("scores", f"of the texts of {figures.num_scored:,} rows: {named}"))
     return lines
 
 

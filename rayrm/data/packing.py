@@ -10,35 +10,36 @@ Invariants, each a test:
    the batch's sequences stands there once, whichever rows they belong to.
 3. A parent comes before its children; segments tile `[0, num_tokens)` without gap or overlap.
 4. `pooled[n]` is the packed index of sequence n's rightmost token that is not the pad token.
-5. A row's comparisons are those of its ranks, and their weights add up to the row's weight.
+5. A row's comparisons are those of its ranks, and their weights add up to the row's weight (`terms.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from rayrm.data.terms import NO_TERMS, Terms, terms_of
+from rayrm.data.terms import Indices as Indices
+from rayrm.objective import Objective
+
 if TYPE_CHECKING:
     from rayrm.data.tokenize import TokenizedRow
 
 Ids = npt.NDArray[np.int32]
-Indices = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """T tokens in S segments, N scores and C comparisons between them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch(Terms):
+    """T tokens in S segments, N scores and the loss's terms over them: `Terms`.
 
     Tokens: `ids`, `positions` `[T]`. Segments: `parent` (-1 for a root), `start`, `length` `[S]`.
     Scores: `pooled` `[N]`, packed token indices, one for each sequence in the order given (a row's
-    completions, row after row); equal sequences are read at the same token. Comparisons: `better`, `worse`
-    `[C]` index into the scores; `margin`, `weight` `[C]`; `row` `[C]`, whose they are.
+    completions, row after row); equal sequences are read at the same token.
     `num_unshared_tokens` counts what would be computed without sharing.
     """
 
@@ -48,11 +49,6 @@ class PackedBatch:
     start: Indices
     length: Indices
     pooled: Indices
-    better: Indices
-    worse: Indices
-    margin: Floats
-    weight: Floats
-    row: Indices
     num_unshared_tokens: int
 
     @property
@@ -173,44 +169,24 @@ def pack_rows(
     *,
     share: bool = True,
     weights: Sequence[float] | None = None,
+    objective: Objective | None = None,
 ) -> PackedBatch:
     """Lay out rows, all in one forest; a row of weight w (1 unless given) with n comparisons weighs w/n each.
 
+    `objective` says which terms rows make beside their comparisons (None: the usual ones).
     `share=False` gives every completion its own root segment (padding-free, nothing shared).
     """
     sequences = [ids for row in rows for ids in row.sequences]
-    better: list[int] = []
-    worse: list[int] = []
-    margin: list[float] = []
-    weight: list[float] = []
-    of_row: list[int] = []
-    first = 0
-    for number, (row, row_weight) in enumerate(zip(rows, weights or [1.0] * len(rows), strict=True)):
-        comparisons = row.comparisons
-        better.extend(first + above for above, _ in comparisons)
-        worse.extend(first + below for _, below in comparisons)
-        margin.extend([row.margin] * len(comparisons))
-        weight.extend([row_weight / len(comparisons)] * len(comparisons))
-        of_row.extend([number] * len(comparisons))
-        first += len(row.lengths)
-    return _batch(sequences, pad_token_id, share, better, worse, margin, weight, of_row)
+    terms = terms_of(rows, weights or [1.0] * len(rows), objective or Objective())
+    return _batch(sequences, pad_token_id, share, terms)
 
 
 def pack_texts(sequences: Sequence[Ids], pad_token_id: int | None, *, share: bool = True) -> PackedBatch:
     """Lay out texts to be scored: score n belongs to sequence n; there is no comparison."""
-    return _batch(sequences, pad_token_id, share)
+    return _batch(sequences, pad_token_id, share, NO_TERMS)
 
 
-def _batch(
-    sequences: Sequence[Ids],
-    pad_token_id: int | None,
-    share: bool,
-    better: Sequence[int] = (),
-    worse: Sequence[int] = (),
-    margin: Sequence[float] = (),
-    weight: Sequence[float] = (),
-    of_row: Sequence[int] = (),
-) -> PackedBatch:
+def _batch(sequences: Sequence[Ids], pad_token_id: int | None, share: bool, terms: Terms) -> PackedBatch:
     # What begins with another token shares nothing.
     groups: dict[int, list[int]] = {}
     for n, ids in enumerate(sequences):
@@ -227,12 +203,8 @@ def _batch(
         start=np.asarray(forest.start, np.int64),
         length=np.asarray(lengths, np.int64),
         pooled=np.asarray(pooled, np.int64),
-        better=np.asarray(better, np.int64),
-        worse=np.asarray(worse, np.int64),
-        margin=np.asarray(margin, np.float32),
-        weight=np.asarray(weight, np.float32),
-        row=np.asarray(of_row, np.int64),
         num_unshared_tokens=sum(len(ids) for ids in sequences),
+        **{part.name: getattr(terms, part.name) for part in fields(Terms)},
     )
 
 

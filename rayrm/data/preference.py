@@ -2,9 +2,10 @@
 
 A pair: implicit or explicit prompt x plain strings or message lists as `chosen` and `rejected`, or whole
 sides tokenized beforehand (`chosen_ids`, `rejected_ids`). A ranking: `completions` (a list of two or more
-strings or message lists), or `completions_ids`, with `ranks`. With `margin`, `tools`, `chat_template_kwargs`;
-other columns are ignored. A field that is None counts as absent, since Arrow fills absent fields with None,
-inside messages too. Pure: no tokenizer, no torch, no ray. Whether a row fits the model's limits is decided in
+strings or message lists), or `completions_ids`, with `ranks`. A scored row: `completion` with `score`, or
+`completions` with `scores`. With `margin`, `target`, `tie`, `tools`, `chat_template_kwargs`; other columns
+are ignored. A field that is None counts as absent, since Arrow fills absent fields with None, inside messages
+too. Pure: no tokenizer, no torch, no ray. Whether a row fits the model's limits is decided in
 `tokenize`; what a text or a message may be, in `messages`.
 """
 
@@ -17,8 +18,19 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from rayrm.data.labels import (
+    UNRANKED,
+    USUAL,
+    LabelRules,
+    check_tied,
+    check_unpaired,
+    parse_scores,
+    parse_target,
+    parse_tie,
+    scored_columns,
+)
 from rayrm.data.messages import Text, check_completion, check_one_form, is_list, parse_text, shown
 from rayrm.errors import RowError
 
@@ -42,11 +54,13 @@ _NOT_FOR_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRow:
-    """K >= 2 completions of one prompt, ranked: lower is better, equal ranks are not compared.
+    """K completions of one prompt, ranked: lower is better, equal ranks are ties.
 
     A pair is K = 2 with ranks (0, 1). `prompt` is None when the completions hold the whole dialogue. All
     texts of a row are of one form. A row tokenized beforehand has `ids`, whole sequences, and no text.
-    `names` are what the source calls the completions. `margin` is that of each comparison.
+    `names` are what the source calls the completions. `margin` is that of each comparison, and `target` the
+    probability that its better completion wins. A row whose completions are scored has `ratings`, one each,
+    and all its ranks are `UNRANKED`; K may be 1.
     """
 
     completions: tuple[Text, ...]
@@ -57,6 +71,8 @@ class PreferenceRow:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     ids: tuple[list[int], ...] | None = None
     names: tuple[str, ...] = _PAIR
+    target: float = 1.0
+    ratings: tuple[float, ...] = ()
 
 
 _MOST_MARGIN = 3.4e38
@@ -70,12 +86,13 @@ def form_of(row: PreferenceRow) -> PairForm:
     return "standard" if isinstance(row.completions[0], str) else "conversational"
 
 
-def parse_row(row: Mapping[str, Any]) -> PreferenceRow:
-    """The preference that a row holds.
+def parse_row(row: Mapping[str, Any], labels: LabelRules = USUAL) -> PreferenceRow:
+    """The preference that a row holds, where it is one of those that a run with these rules learns from.
 
     Raises `RowError` whose `reason` is one of: not-an-object, missing-chosen, missing-rejected,
     missing-completions, missing-ranks, wrong-type, mixed-forms, empty-completion, too-few-completions,
-    bad-ranks, all-tied, bad-roles, bad-margin, bad-tools, bad-template-kwargs, not-utf8.
+    bad-ranks, all-tied, bad-tie, bad-target, bad-score, not-pointwise, bad-roles, bad-margin, bad-tools,
+    bad-template-kwargs, not-utf8.
     """
     if not isinstance(row, (dict, Mapping)):
         raise RowError(
@@ -83,10 +100,15 @@ def parse_row(row: Mapping[str, Any]) -> PreferenceRow:
             f"the row ({shown(row)}) is not an object; write {{'prompt': .., 'chosen': .., 'rejected': ..}}",
         )
     margin = _margin(row.get("margin"))
-    names, ranks, values, tokenized = _ranking_of(row) or _pair_of(row)
-    if tokenized:
+    given = _scored_of(row, margin, labels) or _ranking_of(row) or _pair_of(row)
+    names, ranks, values = given.names, given.ranks, given.values
+    check_tied(row, ranks, margin, labels)
+    target = 1.0 if given.ratings else parse_target(row, ranks, labels)
+    if given.tokenized:
         ids = tuple(_ids(name, value) for name, value in zip(names, values, strict=True))
-        return PreferenceRow((), ranks, margin=margin, ids=ids, names=names)
+        return PreferenceRow(
+            (), ranks, margin=margin, ids=ids, names=names, target=target, ratings=given.ratings
+        )
     prompt = None if row.get("prompt") is None else parse_text("prompt", row["prompt"])
     completions = tuple(parse_text(name, value) for name, value in zip(names, values, strict=True))
     check_one_form({"prompt": prompt, **dict(zip(names, completions, strict=True))})
@@ -100,11 +122,32 @@ def parse_row(row: Mapping[str, Any]) -> PreferenceRow:
         parse_tools("tools", row.get("tools")),
         parse_template_kwargs("chat_template_kwargs", row.get("chat_template_kwargs")),
         names=names,
+        target=target,
+        ratings=given.ratings,
     )
 
 
-# The completions' names, their ranks, their values, and whether these are token ids.
-_Given = tuple[tuple[str, ...], tuple[int, ...], list[Any], bool]
+class _Given(NamedTuple):
+    """The completions' names, their ranks, their values, whether these are token ids, and their scores."""
+
+    names: tuple[str, ...]
+    ranks: tuple[int, ...]
+    values: list[Any]
+    tokenized: bool
+    ratings: tuple[float, ...] = ()
+
+
+def _scored_of(row: Mapping[str, Any], margin: float, labels: LabelRules) -> _Given | None:
+    """What a row gives as completions with scores of their own; None for a row of another form."""
+    columns = scored_columns(row)
+    if columns is None:
+        return None
+    column, score = columns
+    check_unpaired(row, margin)
+    values = [row[column]] if score == "score" else _completions(column, row[column], least=1)
+    names = (column,) if score == "score" else _places(column, len(values))
+    ratings = parse_scores(score, row[score], len(values), labels)
+    return _Given(names, (UNRANKED,) * len(values), values, column.endswith("_ids"), ratings)
 
 
 def _pair_of(row: Mapping[str, Any]) -> _Given:
@@ -113,7 +156,7 @@ def _pair_of(row: Mapping[str, Any]) -> _Given:
         if len(present) == 2:
             if chosen == "chosen_input_ids":
                 _warn_legacy_columns()
-            return (chosen, rejected), (0, 1), [row[chosen], row[rejected]], True
+            return _Given((chosen, rejected), _pair_ranks(row), [row[chosen], row[rejected]], True)
         if present and row.get("chosen") is None and row.get("rejected") is None:
             absent = rejected if present == [chosen] else chosen
             raise RowError(
@@ -128,7 +171,11 @@ def _pair_of(row: Mapping[str, Any]) -> _Given:
                 "`rejected` as text or message lists, or `chosen_ids` and `rejected_ids`, or `completions` "
                 "and `ranks`; rename or add it",
             )
-    return _PAIR, (0, 1), [row[side] for side in _PAIR], False
+    return _Given(_PAIR, _pair_ranks(row), [row[side] for side in _PAIR], False)
+
+
+def _pair_ranks(row: Mapping[str, Any]) -> tuple[int, int]:
+    return (0, 0) if parse_tie(row) else (0, 1)
 
 
 def _ranking_of(row: Mapping[str, Any]) -> _Given | None:
@@ -151,20 +198,28 @@ def _ranking_of(row: Mapping[str, Any]) -> _Given | None:
             f"`{name}` is missing beside `{has.pop()}`; a ranking needs a list of completions and a rank for "
             "each (lower is better); add it",
         )
-    completions = row[column]
+    completions = _completions(column, row[column], least=2)
+    ranks = _ranks(row["ranks"], len(completions))
+    if parse_tie(row):
+        raise RowError("bad-tie", "`tie` (True) is of a pair; a ranking says ties by equal ranks; remove it")
+    return _Given(_places(column, len(completions)), ranks, completions, column == "completions_ids")
+
+
+def _completions(column: str, completions: Any, *, least: int) -> list[Any]:
     if not is_list(completions):
         raise RowError(
             "wrong-type",
-            f"`{column}` ({shown(completions)}) is {type(completions).__name__}; it must be a list of two or "
-            "more; convert the column",
+            f"`{column}` ({shown(completions)}) is {type(completions).__name__}; it must be a list of "
+            f"{'two or more' if least > 1 else 'completions'}; convert the column",
         )
-    if len(completions) < 2:
-        raise RowError(
-            "too-few-completions",
-            f"`{column}` has {len(completions)}; a comparison needs two; drop the row",
-        )
-    names = tuple(f"{column}[{place}]" for place in range(len(completions)))
-    return names, _ranks(row["ranks"], len(completions)), list(completions), column == "completions_ids"
+    if len(completions) < least:
+        needs = "a comparison needs two" if least > 1 else "a score needs one"
+        raise RowError("too-few-completions", f"`{column}` has {len(completions)}; {needs}; drop the row")
+    return list(completions)
+
+
+def _places(column: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{column}[{place}]" for place in range(count))
 
 
 def _ranks(value: Any, count: int) -> tuple[int, ...]:
@@ -182,10 +237,6 @@ def _ranks(value: Any, count: int) -> tuple[int, ...]:
                 f"`ranks` holds {shown(number)}; a rank is a finite number, lower is better; correct it",
             )
     distinct = sorted(set(numbers))
-    if len(distinct) == 1:
-        raise RowError(
-            "all-tied", f"`ranks` ({shown(value)}) are all equal, so nothing is compared; drop the row"
-        )
     return tuple(distinct.index(number) for number in numbers)
 
 

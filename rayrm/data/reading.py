@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from rayrm.data.blocks import SCHEMA, BlockIndex, index_of, tokenized_tables
 from rayrm.data.cache import CachedBlock, TokenCache, blocks_of, file_hash, rules_of
+from rayrm.data.labels import USUAL, LabelRules
 from rayrm.data.pieces import TEXT_SUFFIXES, DatasetPart, Piece, RowChunk, Shard, SourceRow, StreamShard
 from rayrm.data.selection import EVERY_ROW, Selection
 from rayrm.data.sources import ROWS_PER_CHUNK, read_work
@@ -36,6 +37,7 @@ class Reading:
     max_length: int | None
     selection: Selection = EVERY_ROW
     cache: TokenCache | None = None
+    labels: LabelRules = USUAL
 
     @classmethod
     def of(
@@ -46,14 +48,14 @@ class Reading:
         max_length: int | None,
         selection: Selection = EVERY_ROW,
         token_cache: str | None = None,
+        labels: LabelRules = USUAL,
     ) -> Reading:
         """`pickled` is the tokenizer, as a task unpickles it."""
         cache = None
         if token_cache is not None:
-            cache = TokenCache(
-                token_cache, rules_of(tokenizer, max_length=max_length, selection=selection.rules)
-            )
-        return cls(pickled, max_length, selection, cache)
+            rules = rules_of(tokenizer, max_length=max_length, selection=selection.rules, **labels.named)
+            cache = TokenCache(token_cache, rules)
+        return cls(pickled, max_length, selection, cache, labels)
 
     def tables(self, piece: Piece) -> Iterator[pa.Table]:
         """The piece's rows, accepted and refused; an error that ends the reading is a table."""
@@ -83,7 +85,9 @@ class Reading:
     def _tokenized(self, rows: Iterator[SourceRow]) -> Iterator[pa.Table]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
         tokenizer = _load_tokenizer(self.tokenizer)
-        yield from tokenized_tables(rows, tokenizer, self.max_length, selection=self.selection)
+        yield from tokenized_tables(
+            rows, tokenizer, self.max_length, selection=self.selection, labels=self.labels
+        )
 
     def _entry(self, piece: Piece) -> Path:
         assert self.cache is not None

@@ -1,7 +1,7 @@
 """What a set knows of its rows without reading their ids: lengths, ranks, margins, keys of shared beginnings.
 
 Enough to order a set, to plan its steps, and to turn scores into metrics. R rows have N completions in all,
-C comparisons between them. Cost: 64 bytes a row and 16 a completion. Pure numpy.
+C comparisons between them. Cost: 68 bytes a row and 20 a completion. Pure numpy.
 """
 
 from __future__ import annotations
@@ -12,25 +12,36 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rayrm.data.labels import UNRANKED
 from rayrm.data.loads import RowCosts, SharedTexts
 from rayrm.data.prefix_keys import BOUNDARIES
 
 Counts = npt.NDArray[np.int32]
 Places = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparisons:
     """C comparisons: `row`, `better`, `worse` int64 `[C]`, the last two places among the N completions.
 
-    `weight` float64 `[C]`: a row weighs 1, each of its n comparisons 1/n.
+    `weight` float64 `[C]`: a row weighs 1, each of its n comparisons 1/n. `target` float64 `[C]`: the
+    probability that better wins. `tie` bool `[C]`: neither is better. `margin` float64 `[C]`: of a tie 0.
     """
 
     row: Places
     better: Places
     worse: Places
     weight: Floats
+    target: Floats
+    tie: npt.NDArray[np.bool_]
+    margin: Floats
+
+    @property
+    def direction(self) -> Floats:
+        """1 where better should score higher, -1 where worse should, 0 where neither, `[C]`."""
+        return np.where(self.tie, 0.0, np.sign(self.target - 0.5))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,8 @@ class RowIndex:
     `prefix_lengths` (what all completions of the row share), `margins` `[R]`; `prefix_keys` uint32 `[R, 8]`;
     `first` int64 `[R + 1]`; `lengths` (whole), `ranks`, `text_keys` uint64 `[N]`. `distinct_tokens` and
     `distinct_attention` `[R]`: what a row costs alone where its completions share what they begin with.
+    `targets` `[R]`: the probability that the better of a comparison wins. `ratings` `[N]`: the score that a
+    row says of its completion, or NaN.
     """
 
     prefix_lengths: Counts
@@ -51,6 +64,8 @@ class RowIndex:
     distinct_tokens: Counts
     distinct_attention: Places
     text_keys: npt.NDArray[np.uint64]
+    targets: Singles
+    ratings: Singles
 
     @classmethod
     def of(
@@ -64,8 +79,13 @@ class RowIndex:
         distinct_tokens: npt.ArrayLike,
         distinct_attention: npt.ArrayLike,
         text_keys: npt.ArrayLike,
+        targets: npt.ArrayLike | None = None,
+        ratings: npt.ArrayLike | None = None,
     ) -> RowIndex:
-        """From columns: `num_completions` `[R]`; `lengths`, `ranks`, `text_keys` `[N]`, row after row."""
+        """From columns: `num_completions` `[R]`; `lengths`, `ranks`, `text_keys` `[N]`, row after row.
+
+        `targets` None: 1 each; `ratings` None: no completion has one.
+        """
         counts = np.asarray(num_completions, np.int64).reshape(-1)
         return cls(
             np.asarray(prefix_lengths, np.int32),
@@ -77,6 +97,8 @@ class RowIndex:
             np.asarray(distinct_tokens, np.int32),
             np.asarray(distinct_attention, np.int64),
             np.asarray(text_keys, np.uint64),
+            np.ones(len(counts), np.float32) if targets is None else np.asarray(targets, np.float32),
+            np.full(counts.sum(), np.nan, np.float32) if ratings is None else np.asarray(ratings, np.float32),
         )
 
     @classmethod
@@ -92,6 +114,8 @@ class RowIndex:
             np.concatenate([part.distinct_tokens for part in parts]),
             np.concatenate([part.distinct_attention for part in parts]),
             np.concatenate([part.text_keys for part in parts]),
+            np.concatenate([part.targets for part in parts]),
+            np.concatenate([part.ratings for part in parts]),
         )
 
     @property
@@ -129,6 +153,8 @@ class RowIndex:
             self.distinct_tokens[wanted],
             self.distinct_attention[wanted],
             self.text_keys[places],
+            self.targets[wanted],
+            self.ratings[places],
         )
 
     def tokens(self, *, share: bool, padded: bool = False) -> Places:
@@ -162,27 +188,40 @@ class RowIndex:
         """The length of each row's longest completion, int64 `[R]`."""
         return np.maximum.reduceat(self.lengths, self.first[:-1]).astype(np.int64)
 
-    def comparisons(self) -> Comparisons:
-        """All comparisons, row after row; those of a row by the places of better, then of worse."""
+    def comparisons(self, *, ties: bool = False) -> Comparisons:
+        """All comparisons, row after row; those of a row by the places of better, then of worse.
+
+        With `ties` each two completions of equal rank are one too.
+        """
         rows, betters, worses = [], [], []
         counts = self.num_completions
         for count in np.unique(counts).tolist():
             (alike,) = np.nonzero(counts == count)
             begins = self.first[alike]
             ranks = self.ranks[begins[:, None] + np.arange(count)]
-            row, better, worse = np.nonzero(ranks[:, :, None] < ranks[:, None, :])
+            above, below = ranks[:, :, None], ranks[:, None, :]
+            compared = above < below
+            if ties:
+                compared |= (above == below) & np.triu(np.ones((count, count), bool), 1)
+            row, better, worse = np.nonzero(compared & (above != UNRANKED))
             rows.append(alike[row])
             betters.append(begins[row] + better)
             worses.append(begins[row] + worse)
         row_of = np.concatenate(rows or [np.zeros(0, np.int64)])
         order = np.argsort(row_of, kind="stable")
-        row_of = row_of[order]
+        row_of, better_of, worse_of = (
+            np.concatenate(parts or [row_of])[order] for parts in (rows, betters, worses)
+        )
         num_comparisons = np.bincount(row_of, minlength=self.num_rows)
+        is_tie = self.ranks[better_of] == self.ranks[worse_of]
         return Comparisons(
             row_of,
-            np.concatenate(betters or [row_of])[order],
-            np.concatenate(worses or [row_of])[order],
+            better_of,
+            worse_of,
             1.0 / num_comparisons[row_of],
+            self.targets[row_of].astype(np.float64),
+            is_tie,
+            np.where(is_tie, 0.0, self.margins[row_of]),
         )
 
     def _sums(self, whole: Places) -> Places:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from rayrm.data.labels import ANY_LABELS
 from rayrm.data.messages import Message, Text, parse_text, shown
 from rayrm.data.preference import PreferenceRow, parse_row
 from rayrm.data.sources import plan_sources, read_work
@@ -197,7 +198,7 @@ def _prompt_in(content: Any) -> str:
         raise content
     if isinstance(content, Mapping) and content.get("prompt"):
         return prompt_text(content["prompt"])
-    return prompt_of(parse_row(content))
+    return prompt_of(parse_row(content, ANY_LABELS))
 
 
 def _written(text: Text) -> str:

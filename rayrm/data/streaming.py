@@ -21,6 +21,7 @@ from rayrm.data.blocks import index_of
 from rayrm.data.cache import rules_of
 from rayrm.data.dispatcher import StreamPlan
 from rayrm.data.ingest import check_one_form, reading_of
+from rayrm.data.labels import USUAL, LabelRules
 from rayrm.data.order import StreamOrder
 from rayrm.data.pieces import DatasetPart, Piece, Shard, StreamShard
 from rayrm.data.preference import PairForm
@@ -97,6 +98,7 @@ def open_stream(
     selection: Selection = EVERY_ROW,
     token_cache: str | None = None,
     name: str = "train",
+    labels: LabelRules = USUAL,
 ) -> StreamSource:
     """Plan the pieces of a source and read its first rows.
 
@@ -108,11 +110,15 @@ def open_stream(
     )
     if not plan.work:
         raise DataError(f"{name} has no rows; give a source that has some")
-    reading = reading_of(tokenizer, max_length=max_length, selection=selection, token_cache=token_cache)
+    reading = reading_of(
+        tokenizer, max_length=max_length, selection=selection, token_cache=token_cache, labels=labels
+    )
     rows, form = _beginning(name, plan.names, plan.work, reading)
     weights = tuple(plan.weights[piece.source] for piece in plan.work)
     sample = TokenizedSet.from_rows([*rows, _longest_row(max_length)], name)
-    rules = rules_of(tokenizer, versions=False, max_length=max_length, selection=selection.rules)
+    rules = rules_of(
+        tokenizer, versions=False, max_length=max_length, selection=selection.rules, **labels.named
+    )
     report = StreamReport(name, form, _fingerprint(plan.work, weights, rules))
     return StreamSource(report, plan.names, plan.group_names, plan.work, weights, reading, sample)
 

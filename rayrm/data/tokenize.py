@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from rayrm.data.labels import UNRANKED
 from rayrm.data.packing import Ids, common_prefix_length
 from rayrm.data.piecewise import token_ids
 from rayrm.data.preference import PreferenceRow, form_of
@@ -37,12 +38,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """K >= 2 completions of one prompt, ranked, cut at the longest token prefix that all of them share.
+    """K completions of one prompt, ranked, cut at the longest token prefix that all of them share.
 
     `ids` is int32 `[prefix_length + the K tails]`, the tails in the row's own order; `lengths` are whole, the
-    prefix included. A tail may be empty. `ranks`: lower is better, equal ones are not compared. `margin` is
-    that of each comparison. A pair is K = 2 with ranks (0, 1): chosen, rejected. `place`: which source and
-    which row of it, both from 0, where it came out of a set; no part of what the row says.
+    prefix included. A tail may be empty. `ranks`: lower is better, equal ones are ties, and what is
+    `UNRANKED` is not compared. `margin` is that of each comparison, `target` the probability that its better
+    completion wins. `ratings`: the scores of the completions where the row says them, else empty.
+    A pair is K = 2 with ranks (0, 1): chosen, rejected. `place`: which source and which row of it, both from
+    0, where it came out of a set; no part of what the row says.
     """
 
     ids: Ids
@@ -51,14 +54,26 @@ class TokenizedRow:
     ranks: tuple[int, ...]
     margin: float
     place: tuple[int, int] = field(default=(0, -1), compare=False)
+    target: float = 1.0
+    ratings: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, sequences: Sequence[Ids], ranks: Sequence[int], margin: float = 0.0) -> TokenizedRow:
+    def of(
+        cls,
+        sequences: Sequence[Ids],
+        ranks: Sequence[int],
+        margin: float = 0.0,
+        *,
+        target: float = 1.0,
+        ratings: Sequence[float] = (),
+    ) -> TokenizedRow:
         """The row of these whole sequences, int32 `[length]` each, not empty."""
-        assert len(sequences) == len(ranks) >= 2
+        assert len(sequences) == len(ranks) >= (1 if ratings else 2)
+        assert len(ratings) in (0, len(ranks))
         prefix = common_prefix_length(sequences)
         ids = np.concatenate([sequences[0], *(ids[prefix:] for ids in sequences[1:])])
-        return cls(ids, prefix, tuple(len(ids) for ids in sequences), tuple(ranks), margin)
+        lengths = tuple(len(ids) for ids in sequences)
+        return cls(ids, prefix, lengths, tuple(ranks), margin, target=target, ratings=tuple(ratings))
 
     @classmethod
     def pair(cls, chosen_ids: Ids, rejected_ids: Ids, margin: float = 0.0) -> TokenizedRow:
@@ -78,8 +93,17 @@ class TokenizedRow:
     @property
     def comparisons(self) -> list[tuple[int, int]]:
         """Which completion is better than which, as (better, worse) places in the row; a tie is none."""
-        places = range(len(self.ranks))
-        return [(i, j) for i in places for j in places if self.ranks[i] < self.ranks[j]]
+        return self.compared()
+
+    def compared(self, *, ties: bool = False) -> list[tuple[int, int]]:
+        """`comparisons`, and with `ties` also each two of equal rank, once, in the order of both places."""
+        ranked = [place for place, rank in enumerate(self.ranks) if rank != UNRANKED]
+        return [
+            (i, j)
+            for i in ranked
+            for j in ranked
+            if self.ranks[i] < self.ranks[j] or (ties and i < j and self.ranks[i] == self.ranks[j])
+        ]
 
 
 def encode(tokenizer: Any, text_form: TextForm, inputs: Sequence[TextInput]) -> list[Ids]:
@@ -212,7 +236,7 @@ def _cut(
                 f"`{row.names[first]}` and `{row.names[place]}` are the same {len(ids)} tokens, yet one is "
                 "preferred; what is compared must differ; drop the row",
             )
-    return TokenizedRow.of(sequences, row.ranks, row.margin)
+    return TokenizedRow.of(sequences, row.ranks, row.margin, target=row.target, ratings=row.ratings)
 
 
 def _take_template(tokenizer: Any, path: Path, *, keep_eos: bool) -> None:

@@ -12,11 +12,20 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from rayrm.data.row_index import RowIndex
+from rayrm.data.row_index import Comparisons, Places, RowIndex
+from rayrm.metrics.likelihood import (
+    Floats,
+    comparison_losses,
+    outcome_losses,
+    pointwise_losses,
+    rating_of,
+    stages_loss,
+)
+from rayrm.objective import Objective
 
 
 def evaluate_scores(
-    scores: npt.ArrayLike, index: RowIndex, *, center: float | None = None
+    scores: npt.ArrayLike, index: RowIndex, objective: Objective | None = None
 ) -> dict[str, float]:
     """Metrics of R scored rows by TRL's names where TRL has them, without the `eval_` prefix.
 
@@ -25,22 +34,32 @@ def evaluate_scores(
         loss = sum w * [-log sigmoid(better - worse - m) + center * (better + worse)^2] / R
 
     the loss of Bradley and Terry with margins (Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2)
-    and centring (Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244, eq. 2).
+    and centring (Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244, eq. 2); soft labels, ties, stages
+    and scores by `model/objectives.py`.
 
     Args:
         scores: of the index's N completions, in its order: for pairs chosen, rejected, chosen, ... `[N]`.
-        center: coefficient of the centering term; None: 0.
+        objective: what the model is trained on; None: the usual one.
 
     Returns:
-        loss; accuracy (share of comparisons with better > worse: a tie is wrong) and its 95% Wilson interval
-        accuracy_low, accuracy_high, for R independent rows; ties (share of equal scores); margin (mean of
-        better - worse); mean_reward (over both sides of the comparisons); min_reward, max_reward;
-        length_baseline_accuracy (the longer one wins, equal lengths count half); num_pairs (comparisons) and
-        num_rows: the same number where every row is a pair.
+        loss; accuracy (share of comparisons with better > worse: equal scores are wrong) and its 95% Wilson
+        interval accuracy_low, accuracy_high, for independent rows; ties (share of equal scores); margin (mean
+        of better - worse); mean_reward (over both sides of the comparisons, and scored completions);
+        min_reward, max_reward; length_baseline_accuracy (the longer one wins, equal lengths count half);
+        num_pairs (comparisons) and num_rows: the same number where every row is a pair.
+
+        Accuracy, ties, margin and the baseline are of comparisons that have a likelier winner: with a
+        `target` below one half that is the worse one, at one half there is none, as in a tie. They are absent
+        where no comparison has one. Beside them, where there are such rows: `brier` (mean squared distance of
+        the probability foretold from `target`); `num_ties` and `tie_accuracy` (share of ties where a tie is
+        the likeliest outcome); with Plackett-Luce `top_accuracy` (share of rankings whose highest score is a
+        best one's); of scored completions `num_rated`, `mse` (with "bce" of the sigmoid) and `pearson`
+        (correlation of scores given and foretold; absent where one of them does not vary).
 
     Raises:
         ValueError: no row, another number of scores than of completions, or a score that is no finite number.
     """
+    objective = objective or Objective()
     scores_N = np.asarray(scores, dtype=np.float64).reshape(-1)
     if len(scores_N) != len(index.lengths):
         raise ValueError(
@@ -53,35 +72,123 @@ def evaluate_scores(
         raise ValueError(
             f"the score of completion {bad[0]} ({scores_N[bad[0]]}) is no finite number; {bad.size} are not."
         )
-    compared = index.comparisons()
-    better_C, worse_C = scores_N[compared.better], scores_N[compared.worse]
-    longer_C = index.lengths[compared.better] - index.lengths[compared.worse]
-    difference_C = better_C - worse_C
-
-    def mean(values_C: npt.NDArray[np.float64] | npt.NDArray[np.bool_]) -> float:
-        return float(compared.weight @ values_C) / index.num_rows
-
-    # -log sigmoid(d) = log(1 + exp(-d)); logaddexp neither overflows nor loses small values.
-    loss = mean(np.logaddexp(0.0, index.margins[compared.row] - difference_C))
-    if center is not None:
-        loss += center * mean((better_C + worse_C) ** 2)
-    # Thirds may add up to a little more than one.
-    num_correct = min(float(compared.weight @ (difference_C > 0)), index.num_rows)
-    low, high = wilson_interval(num_correct, index.num_rows)
+    compared = index.comparisons(ties=objective.ties)
+    rated, rated_weight = _rated(index)
     return {
-        "loss": loss,
-        "accuracy": num_correct / index.num_rows,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "ties": mean(difference_C == 0),
-        "margin": mean(difference_C),
-        "mean_reward": mean((better_C + worse_C) / 2),
+        "loss": _loss(scores_N, index, compared, rated, rated_weight, objective),
+        **_of_winners(scores_N, index, compared),
+        **_of_labels(scores_N, index, compared, objective),
+        **_of_ratings(scores_N, index, rated, rated_weight, objective),
+        "mean_reward": _mean_reward(scores_N, compared, rated, rated_weight),
         "min_reward": float(scores_N.min()),
         "max_reward": float(scores_N.max()),
-        "length_baseline_accuracy": mean((np.sign(longer_C) + 1) / 2),
         "num_pairs": float(len(compared.row)),
         "num_rows": float(index.num_rows),
     }
+
+
+def _rated(index: RowIndex) -> tuple[Places, Floats]:
+    """The places of the scored completions, and the weight of each: 1/n in a row of n."""
+    rated = np.flatnonzero(~np.isnan(index.ratings))
+    return rated, 1.0 / index.num_completions[index.row_of[rated]]
+
+
+def _loss(
+    scores: Floats,
+    index: RowIndex,
+    compared: Comparisons,
+    rated: Places,
+    rated_weight: Floats,
+    objective: Objective,
+) -> float:
+    better, worse = scores[compared.better], scores[compared.worse]
+    losses = comparison_losses(better - worse - compared.margin, compared, objective)
+    total = 0.0
+    if objective.listwise:
+        total, is_ranking = stages_loss(scores, index)
+        losses = np.where(is_ranking[compared.row], 0.0, losses)
+    if objective.center is not None:
+        losses = losses + objective.center * (better + worse) ** 2
+    total += float(compared.weight @ losses)
+    # Without a loss of their own scored completions are only measured.
+    if len(rated) and objective.pointwise_loss != "none":
+        of_ratings = pointwise_losses(scores[rated], index.ratings[rated].astype(np.float64), objective)
+        total += float(rated_weight @ of_ratings)
+    return total / index.num_rows
+
+
+def _of_winners(scores: Floats, index: RowIndex, compared: Comparisons) -> dict[str, float]:
+    """What is said of comparisons that have a likelier winner."""
+    direction = compared.direction
+    weight = compared.weight * np.abs(direction)
+    ahead = (scores[compared.better] - scores[compared.worse]) * direction
+    longer = (index.lengths[compared.better] - index.lengths[compared.worse]) * direction
+    num_rows = len(np.unique(compared.row[direction != 0]))
+    if not num_rows:
+        return {}
+    # Where all comparisons have one, a row's weights add up to 1.
+    total = float(num_rows) if (direction != 0).all() else float(weight.sum())
+    # Thirds may add up to a little more than one.
+    num_correct = min(float(weight @ (ahead > 0)), total)
+    low, high = wilson_interval(num_correct / total * num_rows, num_rows)
+    return {
+        "accuracy": num_correct / total,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "ties": float(weight @ (ahead == 0)) / total,
+        "margin": float(weight @ ahead) / total,
+        "length_baseline_accuracy": float(weight @ ((np.sign(longer) + 1) / 2)) / total,
+    }
+
+
+def _of_labels(
+    scores: Floats, index: RowIndex, compared: Comparisons, objective: Objective
+) -> dict[str, float]:
+    """What is said of soft labels, of ties and of rankings, where there are any."""
+    found: dict[str, float] = {}
+    difference = scores[compared.better] - scores[compared.worse] - compared.margin
+    win, loss, both = outcome_losses(difference, objective)
+    if (compared.target[~compared.tie] != 1).any():
+        won = compared.weight * ~compared.tie
+        found["brier"] = float(won @ (np.exp(-win) - compared.target) ** 2 / won.sum())
+    if compared.tie.any():
+        # A tie is likeliest where it is likelier than the likelier winner.
+        likeliest = both < np.minimum(win, loss)
+        tied = compared.weight * compared.tie
+        found |= {"num_ties": float(compared.tie.sum()), "tie_accuracy": float(tied @ likeliest / tied.sum())}
+    if objective.listwise:
+        is_ranking = (index.num_completions > 2) & (index.ranks[index.first[:-1]] >= 0)
+        if is_ranking.any():
+            hits = [
+                index.ranks[first + np.argmax(scores[first:end])] == 0
+                for first, end in zip(index.first[:-1][is_ranking], index.first[1:][is_ranking], strict=True)
+            ]
+            found["top_accuracy"] = float(np.mean(hits))
+    return found
+
+
+def _of_ratings(
+    scores: Floats, index: RowIndex, rated: Places, rated_weight: Floats, objective: Objective
+) -> dict[str, float]:
+    """What is said of scored completions."""
+    if not len(rated):
+        return {}
+    given = index.ratings[rated].astype(np.float64)
+    foretold = rating_of(scores[rated], objective)
+    error = float(rated_weight @ (foretold - given) ** 2 / rated_weight.sum())
+    found = {"num_rated": float(len(rated)), "mse": error}
+    if given.std() > 0 and foretold.std() > 0:
+        found["pearson"] = float(np.corrcoef(given, foretold)[0, 1])
+    return found
+
+
+def _mean_reward(scores: Floats, compared: Comparisons, rated: Places, rated_weight: Floats) -> float:
+    """Over both sides of all comparisons and all scored completions, each row of one weight."""
+    both = (scores[compared.better] + scores[compared.worse]) / 2
+    total = compared.weight.sum() + rated_weight.sum()
+    if not total:
+        return float(scores.mean())
+    return float((compared.weight @ both + rated_weight @ scores[rated]) / total)
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:

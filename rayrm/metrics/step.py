@@ -4,7 +4,8 @@
 step's exact metrics whatever the cut. `IntervalMean` averages steps as TRL does, min and max too. Numpy only.
 
 Names: loss (with centering), accuracy (chosen > rejected, strictly), margin (mean of chosen - rejected), and
-mean_reward, min_reward, max_reward over both sides.
+mean_reward, min_reward, max_reward over both sides. Where some rows have no winner (ties, scores), accuracy
+and margin are of the others; mse is that of the scored completions.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class StepMetrics:
     """Lowest score of either side."""
     max_reward: float = -math.inf
     """Highest score of either side."""
+    decided: float = 0.0
+    """Sum of the weights of pairs that have a winner."""
+    squared_error: float = 0.0
+    """Sum of weight x (score foretold - score given)^2."""
+    rated: float = 0.0
+    """Sum of the weights of scored completions."""
     tokens: int = 0
     """Tokens of both sides, shared ones counted twice: TRL's `num_tokens`."""
     tokens_computed: int = 0
@@ -85,6 +92,7 @@ class StepMetrics:
             reward=float(weight_P @ (chosen_P + rejected_P)),
             min_reward=float(both.min(initial=math.inf)),
             max_reward=float(both.max(initial=-math.inf)),
+            decided=float(weight_P.sum()),
             tokens=int(tokens),
             tokens_computed=int(tokens_computed),
         )
@@ -98,17 +106,20 @@ class StepMetrics:
             reward=self.reward + other.reward,
             min_reward=min(self.min_reward, other.min_reward),
             max_reward=max(self.max_reward, other.max_reward),
+            decided=self.decided + other.decided,
+            squared_error=self.squared_error + other.squared_error,
+            rated=self.rated + other.rated,
             tokens=self.tokens + other.tokens,
             tokens_computed=self.tokens_computed + other.tokens_computed,
         )
 
     def to_array(self) -> npt.NDArray[np.float64]:
-        """The fields as 9 numbers to send between ranks; `from_arrays` is the way back."""
+        """The fields as 12 numbers to send between ranks; `from_arrays` is the way back."""
         return np.array(dataclasses.astuple(self), dtype=np.float64)
 
     @classmethod
     def from_arrays(cls, arrays: npt.ArrayLike) -> StepMetrics:
-        """The metrics of all ranks together, from each rank's `to_array`: [ranks, 9]."""
+        """The metrics of all ranks together, from each rank's `to_array`: [ranks, 12]."""
         total = cls()
         for row in np.atleast_2d(np.asarray(arrays, dtype=np.float64)):
             values: list[Any] = row.tolist()
@@ -116,19 +127,20 @@ class StepMetrics:
         return total
 
     def means(self) -> dict[str, float]:
-        """The step's metrics by TRL's names, without prefix; ValueError when there was no pair."""
+        """The step's metrics by TRL's names, without prefix; ValueError when there was no row."""
         if self.pairs <= 0:
             raise ValueError(
                 "a step without pairs has no metrics: add the metrics of every rank before `means`."
             )
-        return {
-            "loss": self.loss / self.pairs,
-            "accuracy": self.correct / self.pairs,
-            "margin": self.margin / self.pairs,
+        found = {"loss": self.loss / self.pairs}
+        if self.decided > 0:
+            found |= {"accuracy": self.correct / self.decided, "margin": self.margin / self.decided}
+        found |= {
             "mean_reward": self.reward / (2 * self.pairs),
             "min_reward": self.min_reward,
             "max_reward": self.max_reward,
         }
+        return found | ({"mse": self.squared_error / self.rated} if self.rated > 0 else {})
 
 
 class IntervalMean:

@@ -31,14 +31,15 @@ from rayrm.model.head import exact_head
 from rayrm.model.host_copy import copied
 from rayrm.model.last_layer import PooledAttention, pool_last_layer
 from rayrm.model.layout import Layout, unwrapped
+from rayrm.model.loss import DeviceTerms, tensors_of
 from rayrm.model.rms_norm import block_norms
 from rayrm.model.rope import fuse_rope
 from rayrm.model.scaling_rope import ScalingRope, forget_longer_texts
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceBatch:
-    """A `PackedBatch` as tensors. `ids`, `positions` `[1, T]`; `pooled` `[N]`; comparisons `[C]`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceBatch(DeviceTerms):
+    """A `PackedBatch` as tensors. `ids`, `positions` `[1, T]`; `pooled` `[N]`; the loss's terms.
 
     `attention` is None for rows to be padded: `ids` is split into them by `segment_lengths`.
     """
@@ -46,10 +47,6 @@ class DeviceBatch:
     ids: torch.Tensor
     positions: torch.Tensor
     pooled: torch.Tensor
-    better: torch.Tensor
-    worse: torch.Tensor
-    margin: torch.Tensor
-    weight: torch.Tensor
     segment_lengths: list[int]
     attention: Attention | None
 
@@ -69,10 +66,7 @@ def to_device(batch: PackedBatch, device: torch.device, path: AttentionPath | No
         ids=tensor(batch.ids)[None],
         positions=tensor(batch.positions)[None],
         pooled=pooled,
-        better=tensor(batch.better),
-        worse=tensor(batch.worse),
-        margin=tensor(batch.margin),
-        weight=tensor(batch.weight),
+        **tensors_of(batch, tensor),
         segment_lengths=batch.length.tolist(),
         attention=attention,
     )

@@ -1,31 +1,90 @@
-"""The Bradley-Terry loss of comparisons: the caller adds up, and divides once, by the step's row count."""
+"""The loss of a micro-batch's terms: the caller adds up, and divides once, by the step's row count.
+
+Shapes: N scores; C comparisons, Q stages of rankings, V scored completions (see `data/terms.py`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+
+from rayrm.data.terms import Terms
+from rayrm.model.objectives import comparison_losses, pointwise_losses, stage_losses
+from rayrm.objective import Objective
 
 
-def bradley_terry_losses(
-    scores: torch.Tensor,
-    better: torch.Tensor,
-    worse: torch.Tensor,
-    *,
-    margin: torch.Tensor,
-    weight: torch.Tensor,
-    center_rewards_coefficient: float | None = None,
-) -> torch.Tensor:
-    """The weighted loss of each comparison c, `[C]`.
+@dataclass(frozen=True, slots=True)
+class DeviceStages:
+    """`Stages` as tensors: `members` `[Q, K]`; `margin`, `weight` `[Q]`."""
 
-        w_c * [ -log sigmoid(r_better - r_worse - m_c)  +  k * (r_better + r_worse)^2 ]
+    members: torch.Tensor
+    margin: torch.Tensor
+    weight: torch.Tensor
 
-    `scores` `[N]` in float32; `better`, `worse` `[C]` index into them; `margin`, `weight` `[C]`. The first
-    term is the Bradley-Terry likelihood as InstructGPT trains it (https://arxiv.org/abs/2203.02155, section
-    3.5), with the margin of Llama 2 (https://arxiv.org/abs/2307.09288, equation 2); the second centers the
-    rewards (https://arxiv.org/abs/2312.09244, equation 2) with `center_rewards_coefficient` k.
+
+@dataclass(frozen=True, slots=True)
+class DeviceRated:
+    """`Rated` as tensors, each `[V]`."""
+
+    place: torch.Tensor
+    rating: torch.Tensor
+    weight: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceTerms:
+    """`Terms` as tensors, each `[C]`; what no row of the batch has is None."""
+
+    better: torch.Tensor
+    worse: torch.Tensor
+    margin: torch.Tensor
+    weight: torch.Tensor
+    target: torch.Tensor | None = None
+    tie: torch.Tensor | None = None
+    in_stages: torch.Tensor | None = None
+    stages: DeviceStages | None = None
+    rated: DeviceRated | None = None
+
+
+def tensors_of(terms: Terms, tensor: Callable[[object], torch.Tensor]) -> dict[str, Any]:
+    """The fields of `DeviceTerms`, each array made a tensor by `tensor`."""
+    stages, rated = terms.stages, terms.rated
+    names = ("better", "worse", "margin", "weight", "target", "tie", "in_stages")
+    arrays = {name: getattr(terms, name) for name in names}
+    found: dict[str, Any] = {name: None if array is None else tensor(array) for name, array in arrays.items()}
+    if stages is not None:
+        found["stages"] = DeviceStages(*map(tensor, (stages.members, stages.margin, stages.weight)))
+    if rated is not None:
+        found["rated"] = DeviceRated(*map(tensor, (rated.place, rated.rating, rated.weight)))
+    return found
+
+
+def row_losses(scores: torch.Tensor, terms: DeviceTerms, objective: Objective) -> torch.Tensor:
+    """The weighted loss of each term, `[C + Q + V]`: comparisons, stages, scored completions.
+
+        w_c * [ L(r_better - r_worse - m_c)  +  k * (r_better + r_worse)^2 ]
+
+    for a comparison c, where L is -log sigmoid for plain pairs: the Bradley-Terry likelihood as InstructGPT
+    trains it (https://arxiv.org/abs/2203.02155, section 3.5), with the margin m of Llama 2
+    (https://arxiv.org/abs/2307.09288, equation 2); the second term centers the rewards
+    (https://arxiv.org/abs/2312.09244, equation 2) with `objective.center` k. Soft labels, ties, stages and
+    scores: `model/objectives.py`. A comparison of a ranking that has stages keeps only its second term.
+
+    `scores` `[N]` in float32.
     """
-    r_better, r_worse = scores[better], scores[worse]
-    losses = -F.logsigmoid(r_better - r_worse - margin)
-    if center_rewards_coefficient is not None:
-        losses = losses + center_rewards_coefficient * (r_better + r_worse).square()
-    return losses * weight
+    r_better, r_worse = scores[terms.better], scores[terms.worse]
+    losses = comparison_losses(r_better - r_worse - terms.margin, objective, terms.target, terms.tie)
+    if terms.in_stages is not None:
+        losses = losses.masked_fill(terms.in_stages, 0.0)
+    if objective.center is not None:
+        losses = losses + objective.center * (r_better + r_worse).square()
+    parts = [losses * terms.weight]
+    if (stages := terms.stages) is not None:
+        parts.append(stage_losses(scores, stages.members, stages.margin) * stages.weight)
+    if (rated := terms.rated) is not None:
+        losses = pointwise_losses(scores[rated.place], rated.rating, objective.pointwise_loss)
+        parts.append(losses * rated.weight)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -21,8 +21,8 @@ from rayrm.train.records import replace_text
 logger = logging.getLogger("rayrm.rl")
 
 _KEYS = (
-    "prompt", "chosen", "rejected", "completions", "ranks", "margin", "tools", "chat_template_kwargs",
-    "chosen_ids", "rejected_ids", "completions_ids",
+    "prompt", "chosen", "rejected", "completions", "ranks", "margin", "target", "tools",
+    "chat_template_kwargs", "chosen_ids", "rejected_ids", "completions_ids",
 )  # fmt: skip
 
 

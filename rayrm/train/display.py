@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rayrm.train.records import read_progress, read_records
 
 _POLL_S = 0.5
-_SHOWN = ("loss", "accuracy", "margin", "grad_norm", "learning_rate", "pairs_per_second")
-_SHOWN_EVAL = ("loss", "accuracy", "margin", "mean_reward", "length_baseline_accuracy")
+_SHOWN = ("loss", "accuracy", "margin", "mse", "grad_norm", "learning_rate", "pairs_per_second")
+_SHOWN_EVAL = ("loss", "accuracy", "margin", "mse", "mean_reward", "length_baseline_accuracy")
 
 
 class Display:
@@ -82,7 +82,10 @@ def describe(record: dict[str, Any], num_steps: int | None) -> str:
     )
     if prefixes:
         parts = [
-            f"{prefix}{key} {_number(record[prefix + key])}" for prefix in prefixes for key in _SHOWN_EVAL
+            f"{prefix}{key} {_number(record[prefix + key])}"
+            for prefix in prefixes
+            for key in _SHOWN_EVAL
+            if prefix + key in record
         ]
     else:
         parts = [f"{key} {_number(record[key])}" for key in _SHOWN if key in record]

@@ -20,12 +20,14 @@ import numpy as np
 
 from rayrm.config import ClusterConfig, LoraConfig, RewardConfig, SourceConfig
 from rayrm.data.ingest import ingest
+from rayrm.data.labels import LabelRules
 from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ClusterError, DataError, MissingExtraError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import LoadedModel, load_saved
+from rayrm.objective import Objective
 from rayrm.own_ray import ensure_ray, keeping_handlers
 from rayrm.runfile import Run, dump_run, read_run
 from rayrm.train.build import ModelSource, check_source
@@ -222,6 +224,9 @@ def evaluate_model(
 ) -> dict[str, dict[str, float]]:
     """Metrics of a saved model on each source, by the source's name, and on "all" where there are several.
 
+    Equal ranks are not compared; completions that have scores are measured against them, as `pointwise_loss`
+    "mse" trains.
+
     Args:
         max_pairs: read only the first rows of each source, this many. A pair beyond the model's position
             limit is left out and counted, as in training.
@@ -264,6 +269,7 @@ def _ingest_for(
         max_rows=max_pairs,
         max_bad_row_fraction=max_bad_row_fraction,
         name=name,
+        labels=LabelRules(pointwise="mse"),
     )
     form = rows.report.text_form
     if form not in (loaded.text_form, "tokenized"):
@@ -289,4 +295,5 @@ def _score(
 
 def _metrics(parts: Sequence[_ScoredSet]) -> dict[str, float]:
     scores = np.concatenate([part.scores for part in parts])
-    return evaluate_scores(scores, RowIndex.joined([part.index for part in parts]))
+    index = RowIndex.joined([part.index for part in parts])
+    return evaluate_scores(scores, index, Objective(pointwise_loss="mse"))

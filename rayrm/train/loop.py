@@ -20,6 +20,7 @@ from rayrm.config import RewardConfig
 from rayrm.data.order import Cursor
 from rayrm.data.packing import PackedBatch
 from rayrm.metrics.step import IntervalMean, StepMetrics
+from rayrm.objective import Objective
 from rayrm.train.checkpoint import TrainState
 from rayrm.train.engine import Engine
 from rayrm.train.soundness import SeenStep, Soundness
@@ -47,17 +48,17 @@ class RankStep:
     epoch: float = 0.0
 
     @property
-    def comparison_names(self) -> list[str]:
-        """Whose each comparison of this rank is."""
-        return [self.row_names[place][row] for place, row in self._comparison_rows()]
+    def term_names(self) -> list[str]:
+        """Whose each term of this rank's loss is."""
+        return [self.row_names[place][row] for place, row in self._term_rows()]
 
-    def alone(self, comparison: int) -> PackedBatch:
-        """The row of this rank's i-th comparison by itself."""
-        return self.pack_alone(*self._comparison_rows()[comparison])
+    def alone(self, term: int) -> PackedBatch:
+        """The row of this rank's i-th term by itself."""
+        return self.pack_alone(*self._term_rows()[term])
 
-    def _comparison_rows(self) -> list[tuple[int, int]]:
+    def _term_rows(self) -> list[tuple[int, int]]:
         batches = enumerate(self.microbatches)
-        return [(place, row) for place, batch in batches for row in batch.row.tolist()]
+        return [(place, row) for place, batch in batches for row in batch.term_rows]
 
     @property
     def num_tokens_computed(self) -> int:
@@ -181,7 +182,7 @@ class Interval:
         self.local_tokens.append(num_tokens_computed)
 
     def reduce(self) -> list[list[float]]:
-        """Add up over ranks what is still local: one row of 9 numbers per step. The only host sync."""
+        """Add up over ranks what is still local: one row of 12 numbers per step. The only host sync."""
         if self.local:
             sums = torch.stack([totals.sums for totals in self.local])
             tokens = torch.tensor(self.local_tokens, dtype=sums.dtype, device=sums.device)
@@ -206,7 +207,8 @@ class Interval:
         mean = IntervalMean()
         # A step that was left out has the weight of no row.
         rows = [row for row in self.reduce() if row[5] > 0]
-        for _, loss, won, margin, reward, weight, low, minus_high, _ in rows:
+        for row in rows:
+            _, loss, won, margin, reward, weight, decided, error, rated, low, minus_high, _ = row
             step = StepMetrics(
                 pairs=weight,
                 loss=loss * weight,
@@ -215,6 +217,9 @@ class Interval:
                 reward=2 * reward,
                 min_reward=low,
                 max_reward=-minus_high,
+                decided=decided,
+                squared_error=error,
+                rated=rated,
             )
             mean.add(step.means())
         self.reduced = []
@@ -228,12 +233,13 @@ def run_loop(
     state: TrainState,
     events: Events,
     *,
-    center_rewards_coefficient: float | None,
+    objective: Objective | None = None,
     soundness: Soundness | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> TrainState:
     """Train from where `state` stands to the schedule's end, or to where the run is to leave.
 
+    `objective`: what is minimized (None: the usual one), as the steps were packed for it.
     `now` tells the time in seconds.
     """
     interval = Interval(reduced=list(state.interval))
@@ -253,11 +259,11 @@ def run_loop(
             engine,
             step.microbatches,
             step.num_rows,
-            center_rewards_coefficient=center_rewards_coefficient,
+            objective=objective,
             spoils=soundness.skips,
         )
         state.step += 1
-        seen = SeenStep(state.step, totals.nonfinite, step.comparison_names, step.num_rows)
+        seen = SeenStep(state.step, totals.nonfinite, step.term_names, step.num_rows)
         if skipped := soundness.was_skipped(seen, totals, step.alone):
             state.skipped_steps += 1
             totals = StepTotals.none(engine.device)

@@ -10,6 +10,7 @@ from rayrm.data.packing import PackedBatch, pack_rows
 from rayrm.data.planning import plan_step
 from rayrm.data.steps import Step
 from rayrm.data.tokenize import TokenizedRow
+from rayrm.objective import Objective
 from rayrm.train.loop import RankStep
 
 _STEPS_AHEAD = 2
@@ -17,7 +18,8 @@ _STEPS_AHEAD = 2
 
 @dataclass(frozen=True, slots=True)
 class Packer:
-    """How a rank packs its share of a step. `name_of`: what the row log calls a row."""
+    """How a rank packs its share of a step. `name_of`: what the row log calls a row. `objective`: for which
+    loss."""
 
     layout: str
     rank: int
@@ -26,6 +28,7 @@ class Packer:
     attention_weight: float
     pad_token_id: int
     name_of: Callable[[TokenizedRow], str]
+    objective: Objective | None = None
 
     def rank_step(self, step: Step) -> RankStep:
         """Plan the step over all ranks, fetch and pack this rank's share."""
@@ -43,7 +46,7 @@ class Packer:
         fetched = [step.fetch(microbatch.rows) for microbatch in mine]
 
         def pack(rows: list[TokenizedRow], weights: Sequence[float] | None = None) -> PackedBatch:
-            return pack_rows(rows, self.pad_token_id, share=shares, weights=weights)
+            return pack_rows(rows, self.pad_token_id, share=shares, weights=weights, objective=self.objective)
 
         def names(rows: list[TokenizedRow], weights: Sequence[float]) -> list[str]:
             weighed = zip(rows, weights, strict=True)

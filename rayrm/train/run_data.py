@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rayrm.config import DataConfig, RewardConfig
 from rayrm.data.ingest import ingest
+from rayrm.data.labels import LabelRules
 from rayrm.data.selection import EVERY_ROW, Selection
 from rayrm.data.streaming import StreamSource, open_stream
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import DataError
 from rayrm.model.reward_model import TextForm
+from rayrm.objective import Objective
 
 logger = logging.getLogger("rayrm.train")
 
@@ -42,7 +46,12 @@ class RunData:
             shuffle=self.args.shuffle is not False,
             selection=selection,
             token_cache=self.settings.token_cache,
+            labels=self._labels,
         )
+
+    @property
+    def _labels(self) -> LabelRules:
+        return LabelRules.of(Objective.of(self.args))
 
     def evaluation(self, source: Any) -> dict[str, TokenizedSet]:
         """The evaluation sets by name; one without a name is called ""."""
@@ -58,6 +67,7 @@ class RunData:
     ) -> TokenizedSet:
         """A source, read whole; a set that was read already is itself."""
         if isinstance(source, TokenizedSet):
+            _check_usable(source, self._labels)
             return source
         return ingest(
             source,
@@ -71,6 +81,7 @@ class RunData:
             name=name,
             selection=selection,
             columns=self.settings.columns,
+            labels=self._labels,
         )
 
     def text_form(
@@ -91,6 +102,25 @@ class RunData:
         form: TextForm = "conversational" if self.tokenizer.chat_template else "standard"
         logger.info("the data is tokenized already: the model is saved as %s, by its tokenizer", form)
         return form
+
+
+def _check_usable(rows: TokenizedSet, labels: LabelRules) -> None:
+    """Raise DataError for a set, read under other settings, with rows that this run can't learn from."""
+    index = rows.index
+    rated = np.flatnonzero(~np.isnan(index.ratings))
+    has_term = np.bincount(index.comparisons(ties=labels.ties).row, minlength=index.num_rows) > 0
+    if labels.pointwise != "none":
+        has_term[index.row_of[rated]] = True
+    if not has_term.all():
+        raise DataError(
+            f"`{rows.report.name}` has {int((~has_term).sum())} rows without better and worse: set "
+            "`tie_model` to learn from ties and `pointwise_loss` from scores, or read the set without them."
+        )
+    if labels.pointwise == "bce" and ((index.ratings[rated] < 0) | (index.ratings[rated] > 1)).any():
+        raise DataError(
+            f"`{rows.report.name}` has scores outside 0 to 1, which `pointwise_loss` (bce) takes. Set "
+            "`pointwise_loss=mse`, or scale them."
+        )
 
 
 def check_form(pairs: TokenizedSet, text_form: TextForm) -> None:

@@ -8,6 +8,28 @@ from typing import Any
 
 from rayrm.data.tokenized_set import TokenizedSet
 
+_INSTEAD = {
+    "compute_loss": "the loss is Bradley-Terry's on packed rows (`rayrm.model.loss`)",
+    "training_step": "a step is `rayrm.train.step.train_step`",
+    "get_train_dataloader": "the rows are `train_dataset`; Ray Data reads them, and ranks pack them",
+    "get_eval_dataloader": "the rows are `eval_dataset`",
+    "hyperparameter_search": "type `rayrm sweep`, or use Ray Tune",
+    "create_optimizer": "pass `optimizers` or `optimizer_cls_and_kwargs`",
+    "create_scheduler": "set `lr_scheduler_type`, or pass `optimizers`",
+    "create_model_card": "every saved model has its README.md",
+    "callback_handler": "use `add_callback`, `pop_callback` and `remove_callback`",
+    "optimizer": "callbacks are given it (`on_train_begin` and later)",
+    "lr_scheduler": "callbacks are given it (`on_train_begin` and later)",
+    "is_in_train": "callbacks are told of `on_train_begin` and `on_train_end`",
+    "log": "metrics are in `state.log_history` and in metrics.jsonl of `output_dir`",
+}
+
+
+def missing(name: str) -> str:
+    """What stands here in place of an attribute that transformers' trainer has."""
+    instead = _INSTEAD.get(name)
+    return f"RewardTrainer has no `{name}`" + (f": {instead}." if instead else ".")
+
 
 class MainProcess:
     """`trainer.accelerator` as scripts use it: this process is the only one, wherever the ranks are."""
@@ -34,7 +56,8 @@ class MainProcess:
 class Rows(Sequence[dict[str, Any]]):
     """`trainer.train_dataset` and `eval_dataset`: rows as TRL's trainer tokenizes them, read when asked for.
 
-    A pair has `chosen_ids` and `rejected_ids`, a ranking `completion_ids` and `ranks`; either a `margin`.
+    A pair has `chosen_ids` and `rejected_ids`, a ranking `completion_ids` and `ranks`, either a `margin` and
+    a `target` where they say one; a scored row `completion_ids` and `scores`.
     """
 
     of: TokenizedSet
@@ -56,9 +79,12 @@ class Rows(Sequence[dict[str, Any]]):
         texts = [ids.tolist() for ids in row.sequences]
         if row.ranks == (0, 1):
             found: dict[str, Any] = dict(zip(("chosen_ids", "rejected_ids"), texts, strict=True))
+        elif row.ratings:
+            found = {"completion_ids": texts, "scores": list(row.ratings)}
         else:
             found = {"completion_ids": texts, "ranks": list(row.ranks)}
-        return {**found, "margin": row.margin} if row.margin else found
+        found |= {"margin": row.margin} if row.margin else {}
+        return found | ({"target": row.target} if row.target != 1 else {})
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[place] for place in range(len(self)))

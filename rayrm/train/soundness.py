@@ -1,7 +1,7 @@
 """Steps whose loss or gradient norm is infinite or NaN: which rows made it so, and what follows.
 
-"stop" costs nothing inside a step: a flag for each comparison stays on the device until the loop reads it
-anyway, at a log, or before weights are evaluated or saved. The first unsound step is the cause; later ones
+"stop" costs nothing inside a step: a flag for each term of the loss stays on the device until the loop reads
+it anyway, at a log, or before weights are evaluated or saved. The first unsound step is the cause; later ones
 are its consequences. "skip" reads the gradient norm, and so waits for the device, in each step: an engine
 made to skip leaves out an update whose norm is not finite, and a loss that is not makes all gradients NaN.
 """
@@ -55,7 +55,7 @@ class Soundness:
     def was_skipped(self, step: SeenStep, totals: StepTotals, alone: Callable[[int], PackedBatch]) -> bool:
         """Whether the engine left the step out; if not, it is read with the interval's.
 
-        `alone`: the row of this rank's i-th comparison, packed by itself.
+        `alone`: the row of this rank's i-th term, packed by itself.
         """
         if self.skips and not math.isfinite(float(totals.grad_norm)):
             rows = self._at_fault(_flagged(step), alone)
@@ -96,7 +96,7 @@ class Soundness:
 
 
 def _flagged(step: SeenStep) -> dict[str, int]:
-    """This rank's rows whose loss is not finite, each with the first comparison in which it is not."""
+    """This rank's rows whose loss is not finite, each with the first term in which it is not."""
     found: dict[str, int] = {}
     for place, (name, bad) in enumerate(zip(step.names, step.nonfinite.tolist(), strict=True)):
         if bad and name:

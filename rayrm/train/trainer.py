@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from rayrm.errors import ConfigError, DataError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, save_model
+from rayrm.objective import Objective
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.callbacks import CallbackArgs, call_all, check_callbacks
 from rayrm.train.display import Display
@@ -40,7 +41,7 @@ from rayrm.train.rank import Rank
 from rayrm.train.records import read_progress, read_records
 from rayrm.train.run_data import RunData, check_form
 from rayrm.train.rundir import RunStart, check_resume, check_writable, claim, examine, identity_of, only_run
-from rayrm.train.script_words import MainProcess, Rows
+from rayrm.train.script_words import MainProcess, Rows, missing
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
 from rayrm.train.user_metrics import prefixed, user_metrics
 from rayrm.train.workers import check_cluster, check_pickles, check_run_config, fit_here, fit_on_workers
@@ -162,11 +163,19 @@ class RewardTrainer:
             self._model = load_saved(self.output_dir).model
         return self._model
 
-    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: None = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train to the end of the schedule; the model is saved in `output_dir`.
 
         `resume_from_checkpoint`: True for the newest checkpoint of `output_dir`, or a checkpoint's path.
+        `ignore_keys_for_eval`: outputs of the model to leave out; of all only the scores are kept anyway.
         """
+        if trial is not None:
+            raise ConfigError("`trial` is not supported: for a search type `rayrm sweep`, or use Ray Tune.")
         with only_run(self.output_dir):
             start = self._claim(resume_from_checkpoint)
             steps = steps_for(
@@ -195,8 +204,15 @@ class RewardTrainer:
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metrics of the evaluation set(s), exact over all pairs, with TRL's names under the prefix."""
-        sets = self.eval_sets if eval_dataset is None else self._sets.evaluation(eval_dataset)
+        """Metrics of the evaluation set(s), exact over all pairs, with TRL's names under the prefix.
+
+        `eval_dataset`: as the constructor's, or the name of one of its sets. `ignore_keys`: outputs of the
+        model to leave out; of all only the scores are kept anyway.
+        """
+        if isinstance(eval_dataset, str) and eval_dataset in self.eval_sets:
+            sets = {eval_dataset: self.eval_sets[eval_dataset]}
+        else:
+            sets = self.eval_sets if eval_dataset is None else self._sets.evaluation(eval_dataset)
         if not sets:
             raise DataError("`eval_dataset` is required: pass it here or to the trainer.")
         metrics: dict[str, float] = {}
@@ -272,6 +288,11 @@ class RewardTrainer:
         """Remove a callback, or the first of a class."""
         self.pop_callback(callback)
 
+    if not TYPE_CHECKING:  # hidden from mypy, which would take every misspelt attribute for one
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(missing(name))
+
     def _call(self, event: str, **given: Any) -> None:
         args = CallbackArgs(self.args, Rank.here(use_cpu=self.args.use_cpu))
         given |= {"model": self._model, "processing_class": self.processing_class}
@@ -282,7 +303,7 @@ class RewardTrainer:
         check_form(rows, self.text_form)
         began = time.time()
         scores = score_model(self.model, rows, self.args)
-        found = evaluate_scores(scores, rows.index, center=self.args.center_rewards_coefficient)
+        found = evaluate_scores(scores, rows.index, Objective.of(self.args))
         if self._metrics is not None:
             found |= self._metrics.of(scores, rows.index)
         speed = speed_of(prefix, began, rows.num_rows, self.args.per_device_eval_batch_size)

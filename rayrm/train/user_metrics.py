@@ -14,6 +14,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import denumpify_detensorize
 
 from rayrm.config import RewardConfig
+from rayrm.data.labels import UNRANKED
 from rayrm.data.row_index import RowIndex
 from rayrm.errors import ConfigError
 from rayrm.train.evaluation import Scores
@@ -39,10 +40,10 @@ class UserMetrics:
 
     def of(self, scores: Scores, index: RowIndex) -> dict[str, float]:
         """Raises ConfigError for rows that are no pairs, and for what is no table of numbers."""
-        if (index.num_completions != 2).any():
+        if (index.num_completions != 2).any() or (index.ranks == UNRANKED).any():
             raise ConfigError(
                 "`compute_metrics` is given a chosen and a rejected score of each row, as in TRL, and the "
-                "evaluation set has rankings. Leave them out, or use `predict` instead."
+                "evaluation set has rankings or scored completions. Leave them out, or use `predict` instead."
             )
         found = self.compute(EvalPrediction(predictions=self.predictions(scores), label_ids=()))
         plain = denumpify_detensorize(dict(found)) if isinstance(found, Mapping) else {"": found}

@@ -16,6 +16,7 @@ from transformers import set_seed
 from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
 from rayrm.errors import CheckpointError, RayrmError
 from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.objective import Objective
 from rayrm.train.allocator import keep_freed_memory
 from rayrm.train.callbacks import UserCallbacks
 from rayrm.train.checkpoint import (
@@ -76,7 +77,7 @@ class _RankRun:
     ) -> None:
         """`around` gives the model back as it was when it ends, also where the run raises."""
         self.job, self.rank, self.hosts, self._report = job, rank, hosts, report
-        self.config = job.config
+        self.config, self.objective = job.config, Objective.of(job.config)
         self.begins_from, self.state = self._standing()
         self.source = train_steps(job.train_set, self.config, rank.count)
         if rank.index == 0:
@@ -118,6 +119,7 @@ class _RankRun:
             self.model.attention_weight,
             self.model.pad_token_id,
             name_of=self.job.train_set.name_of,
+            objective=self.objective,
         )
         steps = packer.ahead(self.source.steps(state.cursor))
         told = self.callbacks
@@ -142,7 +144,7 @@ class _RankRun:
                 self.schedule,
                 state,
                 events,
-                center_rewards_coefficient=self.config.center_rewards_coefficient,
+                objective=self.objective,
                 soundness=Soundness(
                     self.engine,
                     skips=self.config.nonfinite_loss == "skip",
@@ -237,7 +239,7 @@ class _RankRun:
                     f"{state.step}: `{name or 'eval'}` has rows that the model cannot score. Look for rows "
                     "unlike the others, or train in fp32 (`bf16=false`); the last checkpoint is intact."
                 )
-            metrics = evaluate_scores(scores, rows.index, center=self.config.center_rewards_coefficient)
+            metrics = evaluate_scores(scores, rows.index, self.objective)
             prefix = f"eval_{name}_" if name else "eval_"
             if self.job.metrics is not None:
                 metrics |= self.job.metrics.of(scores, rows.index)

@@ -12,6 +12,7 @@ import trl
 from datasets import Dataset
 
 from rayrm import RewardConfig, RewardTrainer
+from rayrm.errors import ConfigError
 from tests.integration.test_trl_scripts import OfThisMachine
 from tests.tiny import tiny_model, tiny_rankings, tiny_rows, tiny_tokenizer
 
@@ -115,3 +116,21 @@ def test_rankings_show_their_ranks(ray_cluster: None, tmp_path: Path) -> None:
     assert sorted(row) == ["completion_ids", "ranks"]
     assert len(row["completion_ids"]) == len(row["ranks"])
     assert trainer.eval_dataset is None
+
+
+def test_one_of_the_sets_is_evaluated_by_its_name(both: tuple[Any, RewardTrainer]) -> None:
+    theirs, ours = both
+    for found in (ours.evaluate("a"), ours.evaluate()):
+        assert found["eval_a_loss"] == pytest.approx(theirs.state.log_history[-3]["eval_a_loss"], abs=1e-4)
+    assert "eval_b_loss" not in ours.evaluate("a")
+
+
+def test_what_only_transformers_trainer_has_is_named_with_what_stands_for_it(
+    both: tuple[Any, RewardTrainer],
+) -> None:
+    with pytest.raises(AttributeError, match="no `compute_loss`: the loss is Bradley-Terry's"):
+        _ = both[1].compute_loss
+    with pytest.raises(AttributeError, match=r"no `surprise`[.]"):
+        _ = both[1].surprise
+    with pytest.raises(ConfigError, match=r"`trial` is not supported.*rayrm sweep"):
+        both[1].train(trial=object())  # type: ignore[arg-type]

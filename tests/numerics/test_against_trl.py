@@ -22,7 +22,8 @@ from rayrm.data.preference import parse_row
 from rayrm.data.tokenize import TokenizedRow, tokenize_rows
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import Layout
-from rayrm.model.loss import bradley_terry_losses
+from rayrm.model.loss import row_losses
+from rayrm.objective import Objective
 from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 pytestmark = pytest.mark.ray
@@ -174,14 +175,7 @@ def test_every_parameter_s_first_gradient_is_trl_s(runs: Runs) -> None:
     kept = [pair for pair in pairs if isinstance(pair, TokenizedRow)]
     assert len(kept) == PAIRS_PER_STEP
     batch = to_device(pack_rows(kept, tokenizer.pad_token_id), torch.device("cpu"), "loop")
-    loss = bradley_terry_losses(
-        PackedScorer(model, Layout("shared"))(batch),
-        batch.better,
-        batch.worse,
-        margin=batch.margin,
-        weight=batch.weight,
-        center_rewards_coefficient=CENTER,
-    ).sum()
+    loss = row_losses(PackedScorer(model, Layout("shared"))(batch), batch, Objective(CENTER)).sum()
     (loss / PAIRS_PER_STEP).backward()
     ours = {name: p.grad for name, p in model.named_parameters()}
     assert ours.keys() == runs.gradients.keys()

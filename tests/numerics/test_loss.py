@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from rayrm.model.loss import bradley_terry_losses
+from rayrm.model.loss import DeviceTerms, row_losses
+from rayrm.objective import Objective
 
 BETTER = torch.tensor([0, 2, 0])
 WORSE = torch.tensor([1, 3, 3])
@@ -40,14 +41,13 @@ def test_value_and_gradient_are_the_formula_s(
 ) -> None:
     raw = [0.7, -0.4, 1.9, 2.2]
     scores = torch.tensor(raw, dtype=torch.float64, requires_grad=True)
-    loss = bradley_terry_losses(
-        scores,
-        BETTER,
-        WORSE,
+    terms = DeviceTerms(
+        better=BETTER,
+        worse=WORSE,
         margin=torch.tensor(margin, dtype=torch.float64),
         weight=torch.tensor(weight, dtype=torch.float64),
-        center_rewards_coefficient=center,
-    ).sum()
+    )
+    loss = row_losses(scores, terms, Objective(center)).sum()
     loss.backward()
     value, gradient = by_formula(raw, margin, weight, center)
     assert loss.item() == pytest.approx(value, rel=1e-12)
@@ -55,16 +55,19 @@ def test_value_and_gradient_are_the_formula_s(
     assert scores.grad.tolist() == pytest.approx(gradient, rel=1e-12, abs=1e-12)
 
 
+def one_pair(margin: float = 0.0, weight: float = 1.0) -> DeviceTerms:
+    return DeviceTerms(
+        better=torch.tensor([0]),
+        worse=torch.tensor([1]),
+        margin=torch.tensor([margin]),
+        weight=torch.tensor([weight]),
+    )
+
+
 def loss_of(difference: float, margin: float = 0.0) -> tuple[float, float]:
     """Loss of one pair in float32, and its slope in the chosen score."""
     scores = torch.tensor([difference, 0.0], requires_grad=True)
-    loss = bradley_terry_losses(
-        scores,
-        torch.tensor([0]),
-        torch.tensor([1]),
-        margin=torch.tensor([margin]),
-        weight=torch.ones(1),
-    ).sum()
+    loss = row_losses(scores, one_pair(margin=margin), Objective()).sum()
     loss.backward()
     assert scores.grad is not None
     return loss.item(), float(scores.grad[0])
@@ -86,14 +89,7 @@ def test_huge_differences_neither_overflow_nor_lose_their_slope(
 
 def test_a_dummy_of_weight_zero_adds_nothing() -> None:
     scores = torch.tensor([1.0, 5.0], requires_grad=True)
-    loss = bradley_terry_losses(
-        scores,
-        torch.tensor([0]),
-        torch.tensor([1]),
-        margin=torch.zeros(1),
-        weight=torch.zeros(1),
-        center_rewards_coefficient=0.1,
-    ).sum()
+    loss = row_losses(scores, one_pair(weight=0.0), Objective(center=0.1)).sum()
     loss.backward()
     assert loss.item() == 0.0
     assert scores.grad is not None

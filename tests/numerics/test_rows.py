@@ -23,6 +23,7 @@ from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import Layout
+from rayrm.objective import Objective
 from rayrm.train.evaluation import score_rows
 from tests.numerics.ranks import PLENTY, Variant, outcome_of, run_variants
 from tests.tiny import tiny_model
@@ -211,7 +212,7 @@ def test_the_logged_metrics_weigh_rows(runs: Path, form: str) -> None:
     with torch.inference_mode():
         scores = [model(input_ids=torch.tensor([ids])).logits.item() for row in ROWS for ids in row.sequences]
     index = TokenizedSet.from_rows([row.row for row in ROWS]).index
-    expected = evaluate_scores(scores, index, center=CENTER)
+    expected = evaluate_scores(scores, index, Objective(CENTER))
     record = first_record(runs / form)
     for name in ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"):
         assert record[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name

@@ -57,7 +57,6 @@ def test_speed_leaves_evaluation_and_saving_out(log_every: int) -> None:
             evaluate=lambda state: time.takes(1000),
             save=lambda state: time.takes(3000),
         ),
-        center_rewards_coefficient=None,
         now=time.now,
     )
     assert len(records) == 6 // log_every

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rayrm.data.row_index import RowIndex
 from rayrm.metrics.evaluation import evaluate_scores, wilson_interval
 from rayrm.metrics.step import IntervalMean, StepMetrics
+from rayrm.objective import Objective
 
 SCORES = st.floats(-50, 50, width=32)
 PAIRS = st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=12)
@@ -45,7 +46,7 @@ def evaluated(
 ) -> dict[str, float]:
     """Metrics of pairs."""
     scores = np.array([chosen, rejected]).T
-    return evaluate_scores(scores, index_of([[0, 1]] * len(chosen), margins=margins), center=center)
+    return evaluate_scores(scores, index_of([[0, 1]] * len(chosen), margins=margins), Objective(center))
 
 
 def test_step_means_are_those_worked_out_by_hand() -> None:
@@ -150,7 +151,7 @@ def test_evaluation_is_what_is_worked_out_by_hand() -> None:
 def test_a_ranked_row_weighs_as_much_as_a_pair_and_its_ties_are_not_compared() -> None:
     # Ranks 1, 0, 0: the second and the third are better than the first; then a pair.
     index = index_of([[1, 0, 0], [0, 1]], lengths=[[4, 6, 4], [1, 2]], margins=[0.5, 0.0])
-    ours = evaluate_scores([1.0, 3.0, 0.0, 5.0, 2.0], index, center=0.1)
+    ours = evaluate_scores([1.0, 3.0, 0.0, 5.0, 2.0], index, Objective(center=0.1))
     first = (math.log1p(math.exp(-(2 - 0.5))) + math.log1p(math.exp(1 + 0.5)) + 0.1 * (16 + 1)) / 2
     second = math.log1p(math.exp(-3)) + 0.1 * 49
     low, high = wilson_interval(1.5, 2)

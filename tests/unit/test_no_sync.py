@@ -24,6 +24,7 @@ from rayrm.model.attention import AttentionPath
 from rayrm.model.forward import PackedScorer
 from rayrm.model.host_copy import copied
 from rayrm.model.layout import Layout
+from rayrm.objective import Objective
 from rayrm.train.build import ModelSource, build_model
 from rayrm.train.engine import TorchEngine
 from rayrm.train.loop import Interval
@@ -31,6 +32,7 @@ from rayrm.train.optimizer import make_optimizer, make_scheduler
 from rayrm.train.precision import Precision
 from rayrm.train.step import StepTotals, train_step
 from tests.numerics.ranks import tokenized
+from tests.numerics.test_objectives import OBJECTIVES, ROWS
 from tests.tiny import tiny_model, tiny_tokenizer
 
 META = torch.device("meta")
@@ -65,7 +67,7 @@ def engine_on(
 def step(engine: TorchEngine, layout: Layout) -> StepTotals:
     """A step of two micro-batches."""
     batch = pack_rows(tokenized(4), 0, share=layout.name == "shared")
-    return train_step(engine, [batch, batch], 8, center_rewards_coefficient=0.01)
+    return train_step(engine, [batch, batch], 8, objective=Objective(center=0.01))
 
 
 def two_steps(layout: Layout, path: AttentionPath = "loop", **settings: Any) -> StepTotals:
@@ -87,6 +89,15 @@ def test_a_step_reads_nothing_from_the_device(
 ) -> None:
     totals = two_steps(Layout(layout), path, optim=optim, gradient_checkpointing=checkpointing)
     assert totals.sums.device == totals.extremes.device == totals.grad_norm.device == META
+
+
+@pytest.mark.usefixtures("_no_autocast")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_of_rows_of_all_kinds_reads_nothing_from_the_device(name: str) -> None:
+    engine = engine_on(META, Layout("shared"), "loop", optim="sgd")
+    batch = pack_rows(ROWS, 0, objective=OBJECTIVES[name])
+    totals = train_step(engine, [batch, batch], 2 * len(ROWS), objective=OBJECTIVES[name])
+    assert totals.sums.device == totals.extremes.device == META
 
 
 @pytest.mark.usefixtures("_no_autocast")

@@ -1,0 +1,106 @@
+"""A source of pairs, soft labels, ties, rankings and scores: read, trained on, evaluated, refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayrm import RewardConfig, RewardTrainer
+from rayrm.config import DataConfig
+from rayrm.errors import DataError
+from rayrm.train.launch import evaluate_model
+from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def labelled(count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of each kind in turn; what is scored 2 is what pairs prefer, the rest has -2."""
+    rows: list[dict[str, Any]] = []
+    for place, row in enumerate(tiny_rows(count, seed=seed)):
+        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+        rows.append(
+            [
+                row,
+                {**row, "target": 0.9},
+                {"prompt": prompt, "chosen": chosen, "rejected": chosen + " .", "tie": True},
+                {"prompt": prompt, "completions": [rejected, chosen], "ranks": [1, 0]},
+                {"prompt": prompt, "completion": chosen, "score": 2.0},
+                {"prompt": prompt, "completions": [rejected, chosen], "scores": [-2.0, 2.0]},
+            ][place % 6]
+        )
+    return rows
+
+
+def settings(directory: Path, **changes: Any) -> RewardConfig:
+    return RewardConfig(
+        str(directory),
+        **{
+            "max_steps": 24,
+            "per_device_train_batch_size": 12,
+            "learning_rate": 3e-3,
+            "bf16": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "logging_steps": 4,
+            "save_strategy": "no",
+            "eval_strategy": "steps",
+            "eval_steps": 24,
+            "eval_on_start": True,
+            "tie_model": "davidson",
+            "pointwise_loss": "mse",
+            **changes,
+        },
+    )
+
+
+@pytest.mark.parametrize("mode", ["indexed", "streaming"])
+def test_a_set_of_all_kinds_trains_and_is_measured_by_kind(tmp_path: Path, mode: Any) -> None:
+    train, held_out = labelled(96, seed=1), labelled(36, seed=2)
+    source: Any = train
+    if mode == "streaming":
+        source = str(tmp_path / "rows.jsonl")
+        Path(source).write_text("".join(json.dumps(row) + "\n" for row in train))
+    trainer = RewardTrainer(
+        tiny_model(seed=1),
+        settings(tmp_path / "run"),
+        train_dataset=source,
+        eval_dataset=held_out,
+        processing_class=tiny_tokenizer(),
+        data_config=DataConfig(mode=mode),
+    )
+    trainer.train()
+    found = [record for record in trainer.state.log_history if "eval_loss" in record]
+    before, after = found[0], found[-1]
+    assert after["eval_loss"] < before["eval_loss"]
+    assert after["eval_mse"] < 0.8 * before["eval_mse"]
+    assert after["eval_accuracy"] > max(before["eval_accuracy"], 0.7)
+    assert after["eval_pearson"] > 0.5
+    counts = ("num_rows", "num_pairs", "num_ties", "num_rated")
+    assert [after[f"eval_{name}"] for name in counts] == [36, 24, 6, 18]
+    steps = [record for record in trainer.state.log_history if "grad_norm" in record]
+    assert steps[-1]["mse"] < steps[0]["mse"]
+    predicted = trainer.predict(held_out).predictions
+    assert predicted.shape == (36, 2)
+    assert np.isnan(predicted).sum() == 6
+    if mode == "indexed":
+        again = evaluate_model(tmp_path / "run", [[row for row in held_out if "tie" not in row]])
+        (metrics,) = again.values()
+        assert metrics["mse"] == pytest.approx(after["eval_mse"], rel=1e-3)
+        assert metrics["accuracy"] == pytest.approx(after["eval_accuracy"])
+
+
+def test_a_run_that_is_not_told_to_learn_from_them_refuses_them_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as refusal:
+        RewardTrainer(
+            tiny_model(seed=1),
+            RewardConfig(str(tmp_path / "run"), use_cpu=True),
+            train_dataset=labelled(12, seed=1),
+            processing_class=tiny_tokenizer(),
+        )
+    for words in ("not-pointwise x 4", "all-tied x 2", "`pointwise_loss=mse`", "`tie_model=davidson`"):
+        assert words in str(refusal.value)
