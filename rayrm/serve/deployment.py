@@ -39,6 +39,7 @@ from rayrm.serve.pointer import drop_pointers, key_of
 from rayrm.serve.registry import CURRENT, MANIFEST, PublishedModel, content_version, open_published
 from rayrm.serve.replica import ReplicaPlan, RewardReplica
 from rayrm.serve.request import ModelPlace
+from rayrm.serve.saved import check_base
 from rayrm.serve_settings import ServeConfig
 from rayrm.settings import nearest, readable
 
@@ -293,8 +294,11 @@ def _checked_model(model: Model) -> tuple[str | None, ModelPlace]:
     path = model.path if isinstance(model, PublishedModel) else Path(model)
     if (path / MANIFEST).is_file() or (path / CURRENT).is_file():
         published = open_published(path)
+        check_base(published.path)
         return published.name, ModelPlace(str(published.path.resolve()), published.version)
-    return None, ModelPlace(str(path.resolve()), content_version(path))
+    version = content_version(path)
+    check_base(path)
+    return None, ModelPlace(str(path.resolve()), version)
 
 
 def _http_token(settings: ServeConfig) -> str | None:

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from rayrm.errors import ScoreError
+from rayrm.errors import PublishError, ScoreError
+from rayrm.model.reward_model import ADAPTER_CONFIG
+from rayrm.serve.adapters import SharedBases, holds_adapter
 from rayrm.serve.calibration import stored_calibration
 from rayrm.serve.drift import Distribution, ScoreWindow
 from rayrm.serve.probe import check_probe
@@ -59,16 +61,35 @@ class LoadedModel:
     _num_requests: int = 0
 
     @classmethod
-    def load(cls, name: str, place: ModelPlace, max_tokens_per_batch: int | None) -> LoadedModel:
+    def load(
+        cls,
+        name: str,
+        place: ModelPlace,
+        max_tokens_per_batch: int | None,
+        bases: SharedBases | None = None,
+    ) -> LoadedModel:
         """Load it, compare its files with their checksums, and its scores with those of its publication.
 
-        Raises PublishError, ModelError or ScoreError, naming what is wrong.
+        An adapter takes its base from `bases`; None: it is merged into one of its own. Raises PublishError,
+        ModelError or ScoreError, naming what is wrong.
         """
-        model = RewardModel.from_pretrained(place.path, max_tokens_per_batch=max_tokens_per_batch)
+        if bases is not None and holds_adapter(place.path):
+            model = bases.open(place.path, max_tokens_per_batch=max_tokens_per_batch)
+        else:
+            model = RewardModel.from_pretrained(place.path, max_tokens_per_batch=max_tokens_per_batch)
         manifest: dict[str, Any] = {}
         if (Path(place.path) / MANIFEST).is_file():
             manifest = read_json(Path(place.path) / MANIFEST)
-            check_probe(model, manifest)
+            try:
+                check_probe(model, manifest)
+            except PublishError as error:
+                if not holds_adapter(place.path):
+                    raise
+                base = read_json(Path(place.path) / ADAPTER_CONFIG).get("base_model_name_or_path")
+                raise PublishError(
+                    f"{error} It is an adapter: look whether its base ({base!r}) is the model that it was "
+                    "trained on."
+                ) from error
         # Of a model without a probe too: broken weights end the loading, and not the first caller's request.
         check_finite(model.score_ids([np.zeros(1, np.int32)]))
         stored = Distribution.stored(manifest)

@@ -23,6 +23,7 @@ from ray import serve
 from ray.serve._private.constants import SERVE_LOGGER_NAME
 
 from rayrm.errors import RayrmError, RewardUnavailableError
+from rayrm.serve.adapters import SharedBases, bases_of, holds_adapter
 from rayrm.serve.batch_loop import BatchLoop
 from rayrm.serve.loaded import LoadedModel
 from rayrm.serve.pointer import first_pointer, key_of, read_pointer
@@ -59,6 +60,9 @@ class RewardReplica:
         self._plan = plan
         self._key = key_of(serve.get_replica_context().app_name, plan.deployed)
         places = {**plan.models, **first_pointer(self._key, plan.models).current}
+        # One adapter alone is merged, and scores faster.
+        several = sum(holds_adapter(place.path) for place in places.values()) > 1
+        self._bases = SharedBases() if several else None
         self._metrics = ReplicaMetrics()
         self._loop = BatchLoop(
             {name: self._load(name, place) for name, place in places.items()},
@@ -145,6 +149,8 @@ class RewardReplica:
             "node": ray.util.get_node_ip_address(),
             "models": {name: model.place.version for name, model in self._loop.models.items()},
             "ensembles": {name: list(one.members) for name, one in self._plan.ensembles.items()},
+            "bases": bases_of({name: one.model for name, one in self._loop.models.items()}),
+            "num_parameters": self._num_parameters(),
             "staged": [version for _, version in self._staged],
             "leaving": self._loop.leaving(),
             "num_waiting": self._loop.num_waiting,
@@ -157,6 +163,11 @@ class RewardReplica:
             },
             "refused": {f"{name} {version}": said for (name, version), (_, said) in self._refused.items()},
         }
+
+    def _num_parameters(self) -> int:
+        """Of all models in memory; what several share counts once."""
+        models = [*self._loop.models.values(), *self._staged.values()]
+        return sum({id(one): one.numel() for model in models for one in model.model.parameters}.values())
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this raises."""
@@ -184,7 +195,7 @@ class RewardReplica:
             logger.warning("the version that was rolled to can't be loaded here: %s", error)
 
     def _load(self, name: str, place: ModelPlace) -> LoadedModel:
-        return LoadedModel.load(name, place, self._plan.max_tokens_per_batch)
+        return LoadedModel.load(name, place, self._plan.max_tokens_per_batch, self._bases)
 
 
 def _log_with_serve() -> None:

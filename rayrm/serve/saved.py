@@ -91,6 +91,21 @@ def saved_files(directory: str | Path) -> SavedFiles:
     return SavedFiles(root, content, is_adapter, str(facts.get("text_form") or _guess_form(root)), facts)
 
 
+def check_base(directory: str | Path) -> None:
+    """Raise PublishError for an adapter whose base cannot be read here; a base by its hub name passes."""
+    file = Path(directory) / "adapter_config.json"
+    base = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    if not isinstance(base, str):
+        return
+    looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
+    if looks_local and not (Path(base) / "config.json").is_file():
+        raise PublishError(
+            f"adapter {str(directory)!r} needs its base model, and {base!r} (`base_model_name_or_path` in "
+            "its adapter_config.json) holds none here. Put the base there, on every node, or publish the "
+            "adapter merged (without `--keep-adapter`)."
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """One JSON object; PublishError naming the file when it is not one."""
     try:

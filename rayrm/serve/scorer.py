@@ -224,7 +224,7 @@ class RewardModel:
         if (self._is_offloaded and not self._is_between) or self._device.type == "cpu":
             return
         self._is_offloaded = True  # also where a move fails halfway: `restore` then moves what had left
-        self._scorer.to("cpu")
+        self._move(torch.device("cpu"))
         self._is_between = False
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
@@ -234,8 +234,16 @@ class RewardModel:
         """Move the weights back to where they came from, bit for bit; `compute` does so where needed."""
         if self._is_offloaded:
             self._is_between = True
-            self._scorer.to(self._device)
+            self._move(self._device)
             self._is_offloaded = self._is_between = False
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """Its weights, in memory."""
+        return list(self._scorer.parameters())
+
+    def _move(self, device: torch.device) -> None:
+        self._scorer.to(device)
 
     def _tokenized(self, inputs: Sequence[Scorable], places: range) -> list[Ids | ScoreError]:
         """The ids of the inputs at `places`, given or made, or why a text has none."""
