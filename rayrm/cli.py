@@ -32,10 +32,11 @@ from rayrm.serve_commands import (
     add_status,
     model_directory,
 )
+from rayrm.sweep_command import add_sweep
+from rayrm.table import print_table
 
 if TYPE_CHECKING:
     from rayrm.data.tokenize import TextInput
-    from rayrm.train.sweep import Sweep
 
 _OVERRIDES = "settings such as learning_rate=2e-6 or cluster.num_workers=8, over those of the run file"
 
@@ -118,12 +119,14 @@ def _parser() -> argparse.ArgumentParser:
     add_status(command("status", None, "What a running service serves, and how its replicas stand."))
     add_rl(command("rl", None, "Train a policy by GRPO or RLOO against the reward service."))
     add_refresh(command("refresh", None, "Train the served model on, on a judge's rankings of the samples."))
-    _add_sweep(command("sweep", _sweep, "Train a run file's run with several settings, and name the best."))
+    add_sweep(command("sweep", None, "Train a run file's run with several settings, and name the best."))
     demo = command("demo", _demo, "The whole way once: data, training, evaluation, serving, GRPO.")
     demo.add_argument("--out", default="demo-out", help="default: demo-out")
     demo.add_argument("--steps", type=int, help="cut training short")
     config = command(
-        "config", _config, "Print the run that a run file, RL run file or refresh file and overrides make."
+        "config",
+        _config,
+        "Print the run that a run file (of a run, sweep, RL run or refresh) and overrides make.",
     )
     _add_run(config)
     add_data(commands.add_parser("data", help="Look at preference data: `rayrm data inspect`."), shared)
@@ -150,20 +153,6 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rendered", action="store_true", help="strings went through the chat template")
     parser.add_argument("--truncation", choices=("left", "right"), help="cut texts that are too long")
     add_registry(parser)
-
-
-def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    parser.add_argument(
-        "--param",
-        action="append",
-        default=[],
-        help="key=a,b,c (each) or key=log:LOW:HIGH, key=uniform:LOW:HIGH (drawn); may be repeated",
-    )
-    parser.add_argument("--trials", type=int, help="draws from the ranges")
-    parser.add_argument("--metric", default="eval_accuracy", help="what decides (eval_accuracy)")
-    parser.add_argument("--mode", choices=("max", "min"), default="max")
-    parser.add_argument("--max-concurrent", type=int, help="trials at once; as many as fit")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -210,7 +199,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         for column, form in columns.items()
         if column not in ("mse", "pearson") or any(column in found for found in metrics.values())
     }
-    _print_table(
+    print_table(
         ("source", *counts, *shown),
         [
             (
@@ -270,35 +259,6 @@ def _scorer(options: argparse.Namespace, model_word: str = "") -> Any:
     return in_process
 
 
-def _sweep(options: argparse.Namespace) -> int:
-    path, overrides = split_words(options.run)
-    from rayrm.train.sweep import run_sweep
-
-    sweep = run_sweep(
-        path,
-        overrides,
-        options.param,
-        num_trials=options.trials,
-        metric=options.metric,
-        mode=options.mode,
-        max_concurrent=options.max_concurrent,
-    )
-    _print_sweep(sweep)
-    return 0
-
-
-def _print_sweep(sweep: Sweep) -> None:
-    rows = []
-    for trial in sweep.trials:
-        outcome = f"{trial.metric:.4f}" if trial.metric is not None else f"failed: {trial.failure}"
-        mark = "best" if trial == sweep.best else ""
-        rows.append((trial.directory.name, *(word.partition("=")[2] for word in trial.words), outcome, mark))
-    keys = [word.partition("=")[0] for word in sweep.trials[0].words]
-    _print_table(("trial", *keys, sweep.metric, ""), rows)
-    if sweep.best is not None:
-        print(f"\nbest: {' '.join(sweep.best.words)} in {sweep.best.directory}")
-
-
 def _demo(options: argparse.Namespace) -> int:
     from rayrm.demo.story import main as tell
 
@@ -318,6 +278,10 @@ def _config(options: argparse.Namespace) -> int:
         from rayrm.rl.refresh_settings import dump_refresh, read_refresh
 
         print(dump_refresh(read_refresh(path, words)), end="")
+    elif "sweep" in sections or any(word.startswith("sweep.") for word in words):
+        from rayrm.sweep_settings import dump_sweep, read_sweep
+
+        print(dump_sweep(*read_sweep(path, words).read()), end="")
     else:
         print(dump_run(read_run(path, words)), end="")
     return 0
@@ -340,14 +304,6 @@ def _progress_line(what: str) -> Iterator[Any]:
         print(f"{start}{what} {name}: {done:,}/{total:,} pairs", end=end, file=sys.stderr, flush=True)
 
     yield show
-
-
-def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Plain columns, so that the output can be cut, grepped and pasted."""
-    widths = [max(len(row[column]) for row in (titles, *rows)) for column in range(len(titles))]
-    for row in (titles, *rows):
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":

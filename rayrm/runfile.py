@@ -73,7 +73,7 @@ def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def sections_of(path: str | Path | None) -> set[str]:
     """The sections that a TOML file has; none of no file. Raises ConfigError for what is no TOML."""
-    return set() if path is None else set(_read_toml(Path(path)))
+    return set() if path is None else set(read_toml(Path(path)))
 
 
 def read_tables(
@@ -98,10 +98,23 @@ def read_tables(
     Raises:
         ConfigError: as `read_run`, all problems at once.
     """
-    tables = {} if path is None else _read_toml(Path(path))
+    tables = {} if path is None else read_toml(Path(path))
+    origin = "the command line" if path is None else str(path)
+    return make_tables(tables, overrides, sections, origin=origin, bare=bare, needs=needs)
+
+
+def make_tables(
+    tables: dict[str, Any],
+    overrides: Sequence[str],
+    sections: Mapping[str, type],
+    *,
+    origin: str,
+    bare: str = "reward",
+    needs: Mapping[str, Sequence[str]] = {},
+) -> dict[str, Any]:
+    """As `read_tables`, of a file that was read before; `overrides` change `tables`. `origin`: its name."""
     for word in overrides:
         _override(tables, word, sections, bare)
-    origin = "the command line" if path is None else str(path)
     return _build(tables, origin, sections, needs)
 
 
@@ -129,7 +142,8 @@ def dump_tables(configs: Mapping[str, Any]) -> str:
     return tomli_w.dumps(tables)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError where there is none."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

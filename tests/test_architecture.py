@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
         "config",
         "data_settings",
         "serve_settings",
+        "sweep_settings",
         "runfile",
         "own_ray",
         "urls",
@@ -43,11 +44,14 @@ LAYERS: list[set[str]] = [
     {"rl"},
     {"report"},
     {"demo"},
-    {"doctor", "inspect_command", "serve_commands", "rl_commands", "cli"},
+    {"table", "doctor", "inspect_command", "serve_commands", "rl_commands", "sweep_command", "cli"},
 ]
 """Bottom first. A part imports what stands below it; parts of one row do not know each other."""
 
-TOGETHER = [LAYERS[0], {"doctor", "inspect_command", "serve_commands", "rl_commands", "cli"}]
+TOGETHER = [
+    LAYERS[0],
+    {"table", "doctor", "inspect_command", "serve_commands", "rl_commands", "sweep_command", "cli"},
+]
 """Rows whose modules form one part and may import each other."""
 
 ABOVE = {"jobs", "examples", "tests"}
@@ -63,6 +67,8 @@ RAY_FILES = {
     "train/launch.py",
     "train/workers.py",
     "train/sweep.py",
+    "train/sweep_search.py",
+    "train/sweep_trial.py",
     "serve/connect.py",
     "serve/deployment.py",
     "serve/gateway.py",

@@ -31,7 +31,7 @@ INK, MUTED, GRID = "#1f2328", "#5d6673", "#dde1e6"
 COLOURS = ("#0b5fd0", "#c2410c", "#15803d", "#7c3aed", "#be185d", "#0e7490", "#946000", "#475569")
 """Blue, orange, green, violet, pink, cyan, ochre, slate."""
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {c: f"c{i}" for i, c in enumerate(COLOURS)}
-_NARROW, _WIDE = 4.6, 6.6
+NARROW, WIDE = 4.6, 6.6
 _MOST_POINTS = 400
 SMOOTHED_FROM = 40
 
@@ -112,12 +112,12 @@ def panels(
     if not rows:
         return None
     height = 2.5 if len(rows) == 1 else 0.8 + 1.15 * len(rows)
-    with _canvas(_WIDE if wide else _NARROW, height) as figure:
+    with canvas(WIDE if wide else NARROW, height) as figure:
         axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
         for axis, row in zip(axes, rows, strict=True):
             for curve in row.curves:
                 _draw(axis, curve)
-            _name_axis(axis, row.unit)
+            name_axis(axis, row.unit)
             if not any(curve.values[np.isfinite(curve.values)].any() for curve in row.curves):
                 axis.set_ylim(-0.05, 1.0)  # all zero: nothing is below
             if row.since is not None:
@@ -129,7 +129,7 @@ def panels(
                 _legend(axis, len(row.curves))
         axes[-1].set_xlabel("step")
         _whole_steps(axes[-1])
-        svg = _svg(figure, title)
+        svg = as_svg(figure, title)
     return Picture(title, svg, caption, wide)
 
 
@@ -143,7 +143,7 @@ def histogram(title: str, unit: str, groups: Mapping[str, Array], *, caption: st
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, min(40, max(8, int(np.sqrt(len(pooled)) * 1.5))) + 1)
-    with _canvas(_NARROW, 2.7) as figure:
+    with canvas(NARROW, 2.7) as figure:
         axis = figure.subplots()
         for place, (label, values) in enumerate(kept.items()):
             if not len(values):
@@ -154,10 +154,10 @@ def histogram(title: str, unit: str, groups: Mapping[str, Array], *, caption: st
             axis.stairs(shares, edges, color=colour, linewidth=1.6, label=visible(label))
             axis.axvline(float(values.mean()), color=colour, linestyle="--", linewidth=1.2)
         axis.set_xlabel(visible(unit))
-        _name_axis(axis, "share of completions")
+        name_axis(axis, "share of completions")
         axis.set_ylim(bottom=0)
         _legend(axis, len(kept))
-        svg = _svg(figure, title)
+        svg = as_svg(figure, title)
     return Picture(title, svg, f"Dashed: the means. {caption}".strip())
 
 
@@ -176,7 +176,7 @@ def paired_dots(
     first, second = before[order], after[order]
     places = np.arange(1, len(order) + 1)
     size = float(np.clip(900 / len(order), 4, 26))
-    with _canvas(_NARROW, 2.7) as figure:
+    with canvas(NARROW, 2.7) as figure:
         axis = figure.subplots()
         up = second >= first
         for sign, colour in ((up, COLOURS[0]), (~up, COLOURS[1])):
@@ -184,10 +184,10 @@ def paired_dots(
         axis.scatter(places, first, s=size, facecolors="none", edgecolors=MUTED, linewidths=1, label="before")
         axis.scatter(places, second, s=size, color=COLOURS[0], linewidths=0, label="after")
         axis.set_xlabel("prompts, by gain")
-        _name_axis(axis, unit)
+        name_axis(axis, unit)
         _whole_steps(axis)
         _legend(axis, 2)
-        svg = _svg(figure, title)
+        svg = as_svg(figure, title)
     return Picture(title, svg, f"Orange lines: prompts that lost. {caption}".strip())
 
 
@@ -199,7 +199,7 @@ def shares(
         return None
     parts_KN = np.nan_to_num(np.stack(list(of.values())))
     left, right = _spans(steps)
-    with _canvas(_WIDE, 1.35) as figure:
+    with canvas(WIDE, 1.35) as figure:
         axis = figure.subplots()
         bottom = np.zeros(len(steps))
         for place, part in enumerate(parts_KN):
@@ -221,10 +221,10 @@ def shares(
         axis.set_ylim(0, 1)
         axis.set_yticks([0, 1], ["0%", "100%"])
         axis.grid(visible=False)
-        _name_axis(axis, "share of the step's scores")
+        name_axis(axis, "share of the step's scores")
         axis.set_xlabel("step")
         _whole_steps(axis)
-        svg = _svg(figure, title)
+        svg = as_svg(figure, title)
     return Picture(title, svg, caption, wide=True)
 
 
@@ -280,7 +280,7 @@ def _thin(values: Array) -> Array:
     return thinned
 
 
-def _name_axis(axis: Axes, unit: str) -> None:
+def name_axis(axis: Axes, unit: str) -> None:
     """What the vertical axis counts stands over it: to be read without turning one's head."""
     axis.set_title(visible(unit), loc="left", fontsize=9, color=MUTED, pad=5)
 
@@ -323,7 +323,7 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def _canvas(width: float, height: float) -> Iterator[Figure]:
+def canvas(width: float, height: float) -> Iterator[Figure]:
     """A figure of so many inches, in our style whatever the user's is; nothing of pyplot's is touched."""
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -338,7 +338,7 @@ def _canvas(width: float, height: float) -> Iterator[Figure]:
         yield figure
 
 
-def _svg(figure: Figure, title: str) -> str:
+def as_svg(figure: Figure, title: str) -> str:
     """The figure as an element of a page: the page's colours and font, ids that are its own, no metadata."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 

@@ -8,6 +8,7 @@ the process at once.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -23,6 +24,12 @@ from rayrm.train.records import read_progress
 
 _WORD = ".leave"
 _LOOK_S = 0.25
+
+
+def tell_to_leave(output_dir: Path) -> None:
+    """Leave the word for the ranks that train in `output_dir`; before they begin, a start takes it away."""
+    with contextlib.suppress(FileNotFoundError):  # nobody trains there yet
+        (output_dir / _WORD).touch()
 
 
 @contextmanager

@@ -1,165 +1,224 @@
 """[RAY] A sweep: one run file, several values of some of its keys, one Ray Tune trial for each combination.
 
-The trials are planned here, before anything starts: a grid of listed values times seeded draws from ranges,
-each a list of `key=value` words and a valid `Run`. Each trial trains in a directory of its own,
-`<output_dir>/trial-<number>`, with the run's workers or, without workers, in a process of its own. A trial
-that fails ends itself only. `sweep.json` beside them holds the table. A sweep begins in an empty directory
-and does not resume; a single trial does, by `rayrm train` on its `run.toml`.
+Each trial trains in a directory of its own, `<output_dir>/trial-<number>`, with the run's workers or, without
+workers, in a process of its own. A trial that fails ends itself only. `sweep.json` beside them is the
+record: the same sweep given again goes on where it was cut off, and of a finished one it tells the outcome.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
-import math
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+import os
+import shutil
+import signal
+import threading
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rayrm.errors import ConfigError, RayrmError, RunDirectoryError
-from rayrm.runfile import Run, read_run
-from rayrm.train.launch import TrainSummary, join_cluster, train_run, with_absolute_paths
+from rayrm.errors import ConfigError, PreemptedError, RayrmError
+from rayrm.logs import show_logs
+from rayrm.own_ray import keeping_handlers
+from rayrm.runfile import Run, dump_run
+from rayrm.sweep_settings import Range, Space, SweepFile, space_of, space_of_params
+from rayrm.train.launch import join_cluster, with_absolute_paths
+from rayrm.train.rundir import only_run, read_finished
+from rayrm.train.sweep_plan import Words, check_space, corners, plan_trials
+from rayrm.train.sweep_record import Record, Sweep, value_of
 
-Mode = Literal["max", "min"]
-SUMMARY = "sweep.json"
-_RANGES: dict[str, Callable[[random.Random, float, float], float]] = {
-    "log": lambda draw, low, high: math.exp(draw.uniform(math.log(low), math.log(high))),
-    "uniform": lambda draw, low, high: draw.uniform(low, high),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What became of one combination: its metric, or why it has none."""
-
-    words: tuple[str, ...]
-    """The overrides that make it, as typed: `learning_rate=1e-5`."""
-    directory: Path
-    metric: float | None = None
-    failure: str | None = None
+logger = logging.getLogger("rayrm.train")
+_TUNE = ".tune"
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """All trials in the order of the plan, and the best (None where every trial failed)."""
+def run_sweep(file: SweepFile, params: Sequence[str] = ()) -> Sweep:
+    """Train every trial on the cluster; the best has the best `metric` of those that came to their end.
 
-    metric: str
-    trials: list[Trial]
-    best: Trial | None
-
-
-def plan_trials(params: Sequence[str], num_trials: int | None, seed: int) -> list[tuple[str, ...]]:
-    """The trials' overrides: every combination of listed values, each with `num_trials` draws of the ranges.
-
-    `params`: `key=a,b,c` lists values (as TOML values: commas inside brackets or quotes do not count);
-    `key=log:LOW:HIGH` and `key=uniform:LOW:HIGH` are ranges.
+    `file`: what `read_sweep` read. `params`: `key=values` words over its space, see `space_of_params`. The
+    same call goes on with a sweep that was cut off; trials that failed are tried again.
 
     Raises:
-        ConfigError: neither of these, a key given twice, ranges without `num_trials`, or the reverse.
-    """
-    lists: dict[str, list[str]] = {}
-    ranges: dict[str, tuple[str, float, float]] = {}
-    for param in params:
-        key, equals, text = param.partition("=")
-        if not equals or not key or not text:
-            raise ConfigError(
-                f"param `{param}` must be key=values. Type for example `learning_rate=1e-5,3e-5`."
-            )
-        if key in lists or key in ranges:
-            raise ConfigError(f"param `{key}` is given twice. Put all its values into one `--param`.")
-        if text.partition(":")[0] in _RANGES:
-            ranges[key] = _range(param, text)
-        else:
-            lists[key] = _split(text)
-    if not params:
-        raise ConfigError("a sweep needs a parameter. Type for example `--param learning_rate=1e-5,3e-5`.")
-    if ranges and num_trials is None:
-        raise ConfigError(f"param `{next(iter(ranges))}` is a range: say how many draws. Type `--trials 8`.")
-    if num_trials is not None and (not ranges or num_trials < 1):
-        raise ConfigError(
-            f"`--trials` ({num_trials}) is the number of draws from ranges, at least 1, and there is "
-            f"{'one' if ranges else 'none'}. Leave it out for lists of values, or type a range: "
-            "`learning_rate=log:1e-6:1e-4`."
-        )
-    draw = random.Random(seed)
-    plan = []
-    for values in itertools.product(*lists.values()):
-        listed = [f"{key}={value}" for key, value in zip(lists, values, strict=True)]
-        for _ in range(num_trials or 1):
-            drawn = [
-                f"{key}={_RANGES[kind](draw, low, high):.4g}" for key, (kind, low, high) in ranges.items()
-            ]
-            plan.append((*listed, *drawn))
-    return plan
-
-
-def run_sweep(
-    path: str | Path | None,
-    overrides: Sequence[str],
-    params: Sequence[str],
-    *,
-    num_trials: int | None = None,
-    metric: str = "eval_accuracy",
-    mode: Mode = "max",
-    max_concurrent: int | None = None,
-) -> Sweep:
-    """Train every trial on the cluster and name the best by the last value of `metric`.
-
-    `max_concurrent` None: as many as the cluster has CPUs (GPUs) for.
-
-    Raises:
-        ConfigError: a parameter or a trial's settings are wrong. RunDirectoryError: `output_dir` is not
-            empty. Nothing was started.
+        ConfigError: a parameter or a trial's settings are wrong. Nothing was started.
+        RunDirectoryError: `output_dir` holds something else, or another process's sweep.
+        PreemptedError, KeyboardInterrupt: SIGTERM or Ctrl-C; the trials have saved and left.
         RayrmError: every trial failed; the message has the reasons.
     """
-    base = with_absolute_paths(read_run(path, overrides))
-    home = Path(base.reward.output_dir or "")
-    words = plan_trials(params, num_trials, base.reward.seed)
-    runs = [
-        _trial_run(read_run(path, [*overrides, *trial]), home, number, metric)
-        for number, trial in enumerate(words, start=1)
-    ]
-    if home.exists() and (not home.is_dir() or any(home.iterdir())):
-        raise RunDirectoryError(
-            f"`output_dir` ({home}) is not empty, and a sweep overwrites nothing. Type another: "
-            f"`output_dir={home}-2`."
-        )
-    join_cluster(base.cluster.address)
-    home.mkdir(parents=True, exist_ok=True)
-    trials = _fit(home, words, runs, metric, max_concurrent or _fitting(base))
-    sweep = Sweep(metric, trials, best_of(trials, mode))
-    (home / SUMMARY).write_text(json.dumps(dataclasses.asdict(sweep), indent=2, default=str) + "\n")
+    show_logs()
+    planned = _Plan(file, params)
+    with only_run(planned.home):
+        record = Record(planned.home, planned.sweep.metric, planned.sweep.mode, planned.identity)
+        planned.take_in_finished(record)
+        if planned.left(record):
+            _fit(planned, record)
+        record.write()
+    sweep = record.sweep
     if sweep.best is None:
-        reasons = "\n".join(f"  {' '.join(trial.words)}: {trial.failure}" for trial in trials)
+        reasons = "\n".join(f"  {' '.join(trial.words)}: {trial.failure}" for trial in sweep.trials)
         raise RayrmError(f"every trial failed:\n{reasons}")
     return sweep
 
 
-def best_of(trials: Sequence[Trial], mode: Mode) -> Trial | None:
-    """The trial with the best metric, the first of equals; failed trials do not take part."""
-    sign = 1.0 if mode == "max" else -1.0
-    done = [
-        (sign * trial.metric, -number, trial)
-        for number, trial in enumerate(trials)
-        if trial.metric is not None
-    ]
-    return max(done)[2] if done else None
+class _Plan:
+    """What a sweep is to do, checked before anything is written or started."""
 
+    def __init__(self, file: SweepFile, params: Sequence[str]) -> None:
+        self._file = file
+        run, self.sweep = file.read()
+        self.base = with_absolute_paths(run)
+        self.home = Path(self.base.reward.output_dir or "")
+        self.space: Space = {**space_of(self.sweep.space), **space_of_params(params)}
+        check_space(self.space, self.sweep)
+        self.seed = self.base.reward.seed if self.sweep.seed is None else self.sweep.seed
+        if self.sweep.search == "optuna":
+            self.trials: list[Words] | None = None
+            self.num_trials = self.sweep.num_trials or 0
+            tried = corners(self.space)
+        else:
+            self.trials = tried = plan_trials(self.space, self.sweep, self.seed)
+            self.num_trials = len(self.trials)
+        for words in tried:
+            self.run_of(1, words)
 
-def _trial_run(run: Run, home: Path, number: int, metric: str) -> Run:
-    reward = dataclasses.replace(run.reward, output_dir=str(home / f"trial-{number:02d}"), disable_tqdm=True)
-    if metric.startswith("eval_"):
-        if run.data.eval is None:
+    def run_of(self, number: int, words: Words) -> Run:
+        """A trial's run. Raises ConfigError where its words make none."""
+        run, _ = self._file.read(words)
+        sweep = self.sweep
+        home = self.home / f"trial-{number:02d}"
+        reward = dataclasses.replace(run.reward, output_dir=str(home), disable_tqdm=True)
+        if sweep.metric.startswith("eval_"):
+            if run.data.eval is None and not run.data.eval_fraction:
+                raise ConfigError(
+                    f"`sweep.metric` ({sweep.metric}) is measured on an evaluation set, and `data.eval` is "
+                    "not set. Type `data.eval=FILE`, or `--metric train_loss --mode min`."
+                )
+            if reward.eval_strategy == "no":
+                reward = dataclasses.replace(reward, eval_strategy="epoch")
+        if sweep.scheduler == "asha" and reward.eval_strategy == "epoch" and reward.num_train_epochs <= 1:
             raise ConfigError(
-                f"`--metric` ({metric}) is measured on an evaluation set, and `data.eval` is not set. Type "
-                "`data.eval=FILE`, or `--metric train_loss --mode min`."
+                '`sweep.scheduler` "asha" stops trials by their evaluations, and each trial has one, at its '
+                'end. Type for example `eval_strategy=steps eval_steps=0.1`, or `sweep.scheduler="none"`.'
             )
-        if reward.eval_strategy == "no":
-            reward = dataclasses.replace(reward, eval_strategy="epoch")
-    return with_absolute_paths(dataclasses.replace(run, reward=reward))
+        return with_absolute_paths(dataclasses.replace(run, reward=reward))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two starts of one sweep have in common: not where it runs and what becomes of the best."""
+        sweep = dataclasses.asdict(self.sweep)
+        free = {"max_concurrent", "publish", "registry", "space", "seed"}
+        if self.sweep.search != "grid":
+            free.add("num_trials")  # more draws leave the first as they were
+        space = {
+            key: f"{values.kind}:{values.low:g}:{values.high:g}" if isinstance(values, Range) else values
+            for key, values in self.space.items()
+        }
+        told = tomllib.loads(dump_run(self.base))
+        run = {
+            f"{section}.{key}": value
+            for section in ("model", "data", "reward")
+            for key, value in told[section].items()
+            if key != "output_dir"
+        }
+        return {
+            **run,
+            **{f"sweep.{key}": value for key, value in sweep.items() if key not in free},
+            "sweep.seed": self.seed,
+            **{f"sweep.space.{key}": values for key, values in space.items()},
+        }
+
+    def take_in_finished(self, record: Record) -> None:
+        """A trial that came to its end just before a kill is not run again."""
+        for number, trial in record.trials.items():
+            if not trial.ended and read_finished(trial.directory):
+                best = self.run_of(number, trial.words).reward.load_best_model_at_end
+                metric = value_of(trial.directory, self.sweep.metric, loads_best=best)
+                record.trials[number] = dataclasses.replace(trial, metric=metric)
+
+    def left(self, record: Record) -> list[int]:
+        """Numbers of the trials that are to run, those begun before first."""
+        begun = [number for number, trial in record.trials.items() if not trial.ended]
+        return begun + [number for number in range(1, self.num_trials + 1) if number not in record.trials]
+
+
+def _fit(plan: _Plan, record: Record) -> None:
+    """Run what is left by Ray Tune, until all is done or this process is told to leave."""
+    from ray import tune
+
+    from rayrm.train.sweep_search import Ends, Halving, Optuna, Planned, Search
+    from rayrm.train.sweep_trial import STOP, SweepTrial
+
+    join_cluster(plan.base.cluster.address)
+    sweep, home, left = plan.sweep, plan.home, plan.left(record)
+    source = (
+        Optuna(plan.space, sweep, plan.seed, len(record.trials))
+        if plan.trials is None
+        else Planned(plan.trials)
+    )
+    scheduler = Halving(record, sweep) if sweep.scheduler == "asha" else None
+    for number, trial in sorted(record.trials.items()):
+        if trial.ended:
+            source.tell(number, trial, trial.stopped_at or 100.0)
+            if scheduler is not None:
+                scheduler.remember(number, sweep.metric)
+    home.mkdir(parents=True, exist_ok=True)
+    (home / STOP).unlink(missing_ok=True)
+    shutil.rmtree(home / _TUNE, ignore_errors=True)
+    record.write()
+    if record.trials:
+        logger.info("going on with the sweep in %s: %d trials are left", home, len(left))
+    ends = Ends(record, source, plan.num_trials)
+    search = Search(
+        record,
+        source,
+        again=[number for number in left if number in record.trials],
+        new=[number for number in left if number not in record.trials],
+        run_of=plan.run_of,
+        mode=sweep.mode,
+    )
+    trainable = tune.with_parameters(SweepTrial, home=str(home), metric=sweep.metric)
+    with _tune_set(), _leaving(home / STOP) as told:
+        tune.Tuner(
+            # A trial only waits: what trains reserves its own CPUs. A share of one would keep the workers of
+            # a small cluster waiting, and nothing at all is refused: so a little memory.
+            tune.with_resources(trainable, {"memory": 2**20}),
+            tune_config=tune.TuneConfig(
+                num_samples=len(left),
+                search_alg=search,
+                scheduler=scheduler,
+                # The limit keeps trials from taking the CPUs that other trials' workers wait for.
+                max_concurrent_trials=_concurrent(plan),
+                trial_dirname_creator=lambda trial: f"trial-{trial.config['number']:02d}",
+            ),
+            run_config=tune.RunConfig(
+                name=_TUNE,
+                storage_path=str(home),
+                verbose=0,
+                callbacks=[ends],
+                # The runs keep their own.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        ).fit()
+    shutil.rmtree(home / _TUNE, ignore_errors=True)
+    if not told or not plan.left(record):
+        return
+    if told[0] == signal.SIGINT:
+        raise KeyboardInterrupt
+    done = sum(trial.ended for trial in record.trials.values())
+    raise PreemptedError(
+        f"told to leave (SIGTERM), the sweep in {home} has {done} of {plan.num_trials} trials done, and the "
+        "others have saved. The same command goes on from there."
+    )
+
+
+def _concurrent(plan: _Plan) -> int:
+    """How many trials run at once: what was asked for, where the cluster has room for it."""
+    fitting, asked = _fitting(plan.base), plan.sweep.max_concurrent
+    if asked is not None and asked > fitting:
+        logger.warning(
+            "`sweep.max_concurrent` (%d): the cluster has room for %d at once, so many run", asked, fitting
+        )
+    return min(fitting, asked or fitting)
 
 
 def _fitting(run: Run) -> int:
@@ -177,105 +236,44 @@ def _fitting(run: Run) -> int:
     return max(1, int(min(fits, default=1.0)))
 
 
-def _fit(
-    home: Path, words: Sequence[tuple[str, ...]], runs: Sequence[Run], metric: str, max_concurrent: int
-) -> list[Trial]:
-    """Run the trials by Ray Tune; a trial's outcome comes back as its last report."""
-    from ray import tune
+@contextmanager
+def _leaving(word: Path) -> Iterator[list[int]]:
+    """Within the block Ctrl-C and SIGTERM make the trials leave; the second does what it did before.
 
-    trainable = tune.with_parameters(_train_trial, runs=list(runs), metric=metric)
-    tuner = tune.Tuner(
-        # A trial only waits: what trains reserves its own CPUs. A share of one would keep the workers of a
-        # small cluster waiting, and nothing at all is refused: so a little memory.
-        tune.with_resources(trainable, {"memory": 2**20}),
-        param_space={"trial": tune.grid_search(list(range(len(runs))))},
-        # The limit keeps drivers from taking the CPUs that other trials' workers wait for.
-        tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent),
-        run_config=tune.RunConfig(name=".tune", storage_path=str(home), verbose=0),
-    )
-    trials: dict[int, Trial] = {}
-    for outcome in tuner.fit():
-        number = outcome.config["trial"]
-        last = outcome.metrics or {}
-        failure = last.get("failure")
-        if outcome.error is not None:
-            failure = str(outcome.error).strip().splitlines()[-1]
-        value = None if failure else last.get("value")
-        if value is None and failure is None:
-            failure = "the trial ended without a result; its log is in the Ray session's directory"
-        trials[number] = Trial(words[number], Path(runs[number].reward.output_dir or ""), value, failure)
-    return [trials[number] for number in range(len(runs))]
+    Gives the signals that came.
+    """
+    told: list[int] = []
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def tell(number: int, frame: Any) -> None:
+        told.append(number)
+        for one, handler in kept.items():
+            signal.signal(one, handler or signal.SIG_DFL)
+        word.touch()
+        logger.warning("the trials save and leave; once more to end at once")
 
-def _train_trial(config: dict[str, Any], runs: list[Run], metric: str) -> None:
-    """What a Ray Tune trial runs. A refusal is reported as such, not as a stack trace."""
-    from ray import tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    run = runs[config["trial"]]
     try:
-        if run.cluster.num_workers:
-            summary = train_run(run, callbacks=[TuneReportCallback()])
-        else:
-            summary = _train_in_a_task(run)
-        tune.report({"value": _value(summary, metric)})
-    except RayrmError as error:
-        tune.report({"failure": str(error)})
+        with keeping_handlers(signal.SIGINT, signal.SIGTERM):
+            if threading.current_thread() is threading.main_thread():
+                for number in kept:
+                    signal.signal(number, tell)
+            yield told
+    finally:
+        word.unlink(missing_ok=True)
 
 
-def _train_in_a_task(run: Run) -> TrainSummary:
-    """`train_run` in a process of its own: in a trial's process Ray Train answers as Ray Tune."""
-    import ray
-    from ray.exceptions import RayTaskError
-
-    gpu = 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1 else 0.0
-    # DEFAULT: not within the trial's own reservation, which is too small.
-    options = {"num_cpus": 1.0, "num_gpus": gpu, "max_retries": 0, "scheduling_strategy": "DEFAULT"}
+@contextmanager
+def _tune_set() -> Iterator[None]:
+    """Within the block Tune leaves Ctrl-C to us (it would kill the trials, and their workers with them, in
+    the middle of a step), and tables and hints to `rayrm sweep`."""
+    ours = {"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     try:
-        summary: TrainSummary = ray.get(ray.remote(**options)(train_run).remote(run))
-    except RayTaskError as error:
-        raise error.cause from None
-    return summary
-
-
-def _value(summary: TrainSummary, metric: str) -> float:
-    if metric not in summary.metrics:
-        known = ", ".join(sorted(key for key in summary.metrics if key not in ("step", "epoch")))
-        raise ConfigError(f"`--metric` ({metric}) was not logged. Type one of {known}.")
-    return float(summary.metrics[metric])
-
-
-def _range(param: str, text: str) -> tuple[str, float, float]:
-    try:
-        kind, low_text, high_text = text.split(":")
-        low, high = float(low_text), float(high_text)
-    except ValueError:
-        raise ConfigError(
-            f"param `{param}` must be KIND:LOW:HIGH with two numbers. Type for example "
-            "`learning_rate=log:1e-6:1e-4`."
-        ) from None
-    if not (low < high and math.isfinite(low) and math.isfinite(high)) or (kind == "log" and low <= 0):
-        raise ConfigError(
-            f"param `{param}`: LOW ({low:g}) must be below HIGH ({high:g})"
-            f"{', and above 0 for a log range' if kind == 'log' else ''}. Type the smaller first."
-        )
-    return kind, low, high
-
-
-def _split(text: str) -> list[str]:
-    """`text` cut at its commas, but those inside brackets, braces or quotes."""
-    values, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "\"'":
-            quote = letter
-        elif letter in "[{":
-            depth += 1
-        elif letter in "]}":
-            depth -= 1
-        if letter == "," and not depth and not quote:
-            values.append("")
-        else:
-            values[-1] += letter
-    return [value.strip() for value in values]
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,88 +1,226 @@
-"""Sweeps by Ray Tune on a tiny model: each trial in its own directory, the best named, failures shown."""
+"""Sweeps by Ray Tune on a tiny model: the best published, failures shown, early stops, and real kills."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+from ray.util import placement_group_table
+from ray.util.state import list_actors
+from safetensors.torch import load_file
 
 from rayrm import cli
 from rayrm.errors import RayrmError
+from rayrm.sweep_settings import read_sweep
+from rayrm.train.checkpoint import checkpoints
+from rayrm.train.records import read_progress, read_records
 from rayrm.train.sweep import run_sweep
 from tests.integration.test_cli import write_rows
+from tests.integration.test_resume import untimed, weights
 from tests.tiny import save_tiny, tiny_rows
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def base(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The words of a tiny run, with relative paths: trials have current directories of their own."""
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "base")
     write_rows(tmp_path / "pairs.jsonl", tiny_rows(24, conversational=True))
-    write_rows(tmp_path / "heldout.jsonl", tiny_rows(16, seed=5, conversational=True))
+    for name, seed in (("near", 5), ("far", 6)):
+        write_rows(tmp_path / f"{name}.jsonl", tiny_rows(16, seed=seed, conversational=True))
     return [
         "model.name=base",
         "data.train=pairs.jsonl",
-        "data.eval=heldout.jsonl",
+        'data.eval={near="near.jsonl", far="far.jsonl"}',
         "output_dir=sweep",
         "bf16=false",
-        "max_steps=6",
+        "max_steps=8",
         "per_device_train_batch_size=4",
         "gradient_checkpointing=false",
         "save_strategy=no",
+        "sweep.mode=min",
     ]
 
 
-def eval_losses(directory: Path) -> list[float]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [record["eval_loss"] for record in map(json.loads, lines) if "eval_loss" in record]
+def values(directory: Path, key: str) -> list[float]:
+    return [record[key] for record in read_records(directory) if key in record]
 
 
-def test_trials_in_process_cover_the_grid_and_the_best_is_named(
-    base: list[str], capfd: pytest.CaptureFixture[str]
+def test_the_best_by_one_evaluation_set_is_named_published_and_drawn(
+    ray_cluster: None, base: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--param", "learning_rate=0,1e-2", "--param", "model.lora.r=2,4", "--metric", "eval_loss"]
-    assert cli.main(["sweep", *base, *words, "--mode", "min", "--max-concurrent", "2"]) == 0
+    metric = "eval_far_loss"
+    words = ["sweep.publish=best", "--metric", metric, "--param", "learning_rate=0,1e-2"]
+    assert cli.main(["sweep", *base, *words, "--param", "max_length=64,3", "--max-concurrent", "2"]) == 0
     out = capfd.readouterr().out
     table = [line.split() for line in out.splitlines() if line.startswith("trial-")]
     assert [row[:3] for row in table] == [
-        ["trial-01", "0", "2"],
-        ["trial-02", "0", "4"],
-        ["trial-03", "1e-2", "2"],
-        ["trial-04", "1e-2", "4"],
+        ["trial-01", "0", "64"],
+        ["trial-02", "0", "3"],
+        ["trial-03", "1e-2", "64"],
+        ["trial-04", "1e-2", "3"],
     ]
-    losses = [eval_losses(Path("sweep", row[0]))[-1] for row in table]
-    assert [float(row[3]) for row in table] == pytest.approx(losses, abs=5e-5)
-    # A rate of zero trains nothing: its trials stay at the fresh head's loss, and one of the others learns.
-    best = losses.index(min(losses))
-    assert best >= 2
-    assert [row[4:] == ["best"] for row in table] == [number == best for number in range(4)]
-    assert f"in {Path('sweep').resolve() / table[best][0]}" in out
-    assert json.loads(Path("sweep/sweep.json").read_text())["best"]["metric"] == losses[best]
+    # A rate of zero trains nothing: its trial stays at the fresh head's loss. Three tokens are no row.
+    losses = [values(Path("sweep", name), metric)[-1] for name in ("trial-01", "trial-03")]
+    assert losses[1] < losses[0]
+    assert [table[0][3], *table[2][3:]] == [f"{losses[0]:.4f}", f"{losses[1]:.4f}", "best"]
+    assert all(row[3] == "failed:" and "max_length" in " ".join(row) for row in (table[1], table[3]))
+    record = json.loads(Path("sweep/sweep.json").read_text())
+    assert record["best"]["directory"] == "trial-03"
+    assert record["best"]["metric"] == losses[1]
+    assert "eval_far_loss" in Path("sweep/sweep.html").read_text()
+    published = Path("registry/best") / json.loads(Path("registry/best/current.json").read_text())["version"]
+    assert load_file(published / "model.safetensors").keys() == weights(Path("sweep/trial-03")).keys()
 
 
-def test_trials_with_workers_train_and_a_failed_one_is_shown_with_its_reason(base: list[str]) -> None:
-    sweep = run_sweep(
-        None,
-        [*base, "cluster.num_workers=2", "zero_stage=2"],
-        ["learning_rate=1e-3", "max_length=64,3"],
-        metric="eval_loss",
-        mode="min",
-    )
-    trained, failed = sweep.trials
-    assert trained.metric == eval_losses(trained.directory)[-1]
-    assert sweep.best == trained
-    assert failed.metric is None
-    assert "max_length" in str(failed.failure)
-    assert not (failed.directory / "metrics.jsonl").exists()
-
-
-def test_a_sweep_whose_trials_all_fail_is_an_error_with_the_reasons(base: list[str]) -> None:
+def test_a_sweep_whose_trials_all_fail_is_an_error_with_the_reasons(
+    ray_cluster: None, base: list[str]
+) -> None:
     with pytest.raises(RayrmError) as failure:
-        run_sweep(None, base, ["model.lora.target_modules=absent_one,absent_two"])
+        run_sweep(read_sweep(None, base), ["model.lora.target_modules=absent_one,absent_two"])
     assert "absent_one" in str(failure.value)
     assert "absent_two" in str(failure.value)
     assert json.loads(Path("sweep/sweep.json").read_text())["best"] is None
+
+
+def until(done: Callable[[], Any], what: str, process: subprocess.Popen[str] | None = None) -> None:
+    began = time.monotonic()
+    while not done():
+        assert time.monotonic() - began < 1500, what
+        assert process is None or process.poll() is None, what
+        time.sleep(0.02)
+
+
+def test_a_trial_that_halving_stops_frees_its_workers_and_their_placement_group(
+    ray_cluster: None, base: list[str]
+) -> None:
+    words = ["cluster.num_workers=2", "eval_strategy=steps", "eval_steps=2", "sweep.scheduler=asha"]
+    settings = ["sweep.grace=25", "sweep.reduction=2", "sweep.metric=eval_near_loss", "max_steps=400"]
+    file = read_sweep(None, [*base, *words, *settings, "sweep.max_concurrent=4"])
+    # One after the other: four CPUs have room for one trial of two workers. The others train nothing.
+    sweep = run_sweep(file, ["learning_rate=1e-3,0", "max_length=64,65"])
+    whole, better, *stopped = sweep.trials
+    assert sweep.best in (whole, better)
+    assert [trial.stopped_at is None for trial in (whole, *stopped)] == [True, False, False]
+    for trial in stopped:
+        assert trial.stopped_at is not None
+        assert 25 <= trial.stopped_at < 100
+        assert trial.metric == values(trial.directory, "eval_near_loss")[-1]
+        # They saved after the step they were in; without a model they are not the best.
+        assert [read_progress(trial.directory)[key] for key in ("finished", "num_steps")] == [False, 400]
+        assert checkpoints(trial.directory)
+        assert not (trial.directory / "model.safetensors").exists()
+    until(lambda: ray.available_resources().get("CPU") == 4, "CPUs are not free")
+    groups = placement_group_table().values()
+    assert {group["state"] for group in groups} == {"REMOVED"}
+    alive = [actor.class_name for actor in list_actors(filters=[("state", "=", "ALIVE")])]
+    assert not {"RayTrainWorker", "TrainController", "SweepTrial"} & set(alive)
+
+
+SWEEP = """
+[model]
+name = "base"
+[data]
+train = "pairs.jsonl"
+eval = "near.jsonl"
+[reward]
+output_dir = "sweep"
+bf16 = false
+max_steps = 60
+per_device_train_batch_size = 4
+gradient_checkpointing = false
+logging_steps = 1
+save_steps = 10
+eval_strategy = "steps"
+eval_steps = 20
+zero_stage = 2
+[cluster]
+num_workers = 2
+[sweep]
+metric = "eval_loss"
+mode = "min"
+max_concurrent = 3
+publish = "best"
+[sweep.space]
+learning_rate = [1e-3, 1e-2]
+save_total_limit = [2, 3, 4] # of one rate all trials take the same steps
+"""
+
+
+def start_sweep(home: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "rayrm.cli", "sweep", "sweep.toml", *words],
+        cwd=home,
+        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.timeout(3000)
+def test_a_killed_sweep_of_trials_with_workers_goes_on_to_the_end(base: list[str], tmp_path: Path) -> None:
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    trials = [tmp_path / "sweep" / f"trial-{number:02d}" for number in range(1, 7)]
+    with start_sweep(tmp_path) as first:
+        until(lambda: checkpoints(trials[1]), "the second trial saved nothing", first)
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    assert not read_progress(trials[1])["finished"]
+    assert not trials[2].exists()
+    before = (trials[0] / "metrics.jsonl").stat().st_mtime_ns
+    with start_sweep(tmp_path) as second:
+        told, _ = second.communicate()
+    assert second.returncode == 0, told
+    assert "going on with the sweep" in told
+    assert "resuming after step" in told
+    assert "the cluster has room for 1 at once" in told
+    # The first is not run again; of the second no step is lost or doubled, and none differs.
+    assert (trials[0] / "metrics.jsonl").stat().st_mtime_ns == before
+    for trial in trials:
+        assert read_progress(trial)["finished"]
+        assert [record["step"] for record in read_records(trial) if "loss" in record] == list(range(1, 61))
+        assert [record["step"] for record in read_records(trial) if "eval_loss" in record] == [20, 40, 60]
+    assert untimed(trials[1]) == untimed(trials[0]) == untimed(trials[2])
+    assert untimed(trials[3]) == untimed(trials[4]) == untimed(trials[5])
+    record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [one["metric"] for one in record["trials"]] == [values(trial, "eval_loss")[-1] for trial in trials]
+    assert record["best"]["metric"] == min(one["metric"] for one in record["trials"])
+    best = tmp_path / "sweep" / record["best"]["directory"]
+    version = json.loads((tmp_path / "registry/best/current.json").read_text())["version"]
+    published = load_file(tmp_path / "registry/best" / version / "model.safetensors")
+    assert all((published[name] == tensor).all() for name, tensor in weights(best).items())
+
+
+@pytest.mark.timeout(2000)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_sweep_that_is_told_to_leave_saves_and_has_the_status_of_the_signal(
+    base: list[str], tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    trial = tmp_path / "sweep" / "trial-01"
+    with start_sweep(tmp_path, "cluster.num_workers=0", "max_steps=2000", "save_steps=1000") as running:
+        until(lambda: values(trial, "loss"), "the first trial made no step", running)
+        running.send_signal(number)
+        told, _ = running.communicate()
+    assert running.returncode == status, told
+    # It saved after the step that it was in, and nothing was told before.
+    standing = read_progress(trial)
+    assert [path.name for path in checkpoints(trial)] == [f"checkpoint-{standing['step']}"]
+    assert 0 < standing["step"] < 1000
+    assert not standing["finished"]
+    record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert record["trials"][0]["metric"] is None
+    assert not (tmp_path / "sweep" / ".stop").exists()

@@ -1,18 +1,29 @@
-"""Which trials a sweep has, and which of them is the best: pure, before anything starts."""
+"""Which trials a sweep has, and how they are told apart: pure, before anything starts."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rayrm import cli
 from rayrm.errors import ConfigError, RunDirectoryError
-from rayrm.train.sweep import Trial, best_of, plan_trials, run_sweep
+from rayrm.sweep_settings import Range, SweepConfig, read_sweep, space_of, space_of_params
+from rayrm.train.sweep import run_sweep
+from rayrm.train.sweep_plan import Words, check_space, corners, plan_trials
+
+
+def planned(params: list[str], seed: int = 0, **settings: Any) -> list[Words]:
+    sweep, space = SweepConfig(**settings), space_of_params(params)
+    check_space(space, sweep)
+    return plan_trials(space, sweep, seed)
 
 
 def test_lists_make_every_combination_in_order() -> None:
-    assert plan_trials(["learning_rate=1e-5,3e-5", "model.lora.r=8,16"], None, 0) == [
+    assert planned(["learning_rate=1e-5,3e-5", "model.lora.r=8,16"]) == [
         ("learning_rate=1e-5", "model.lora.r=8"),
         ("learning_rate=1e-5", "model.lora.r=16"),
         ("learning_rate=3e-5", "model.lora.r=8"),
@@ -21,80 +32,210 @@ def test_lists_make_every_combination_in_order() -> None:
 
 
 def test_commas_inside_lists_and_quotes_do_not_separate_values() -> None:
-    plan = plan_trials(['model.lora.target_modules=["q_proj","v_proj"],"all-linear"'], None, 0)
-    assert plan == [
+    assert planned(['model.lora.target_modules=["q_proj","v_proj"],"all-linear"']) == [
         ('model.lora.target_modules=["q_proj","v_proj"]',),
         ('model.lora.target_modules="all-linear"',),
     ]
 
 
 def test_draws_lie_in_their_range_repeat_with_the_seed_and_spread_by_the_logarithm() -> None:
-    params = ["learning_rate=log:1e-6:1e-2", "warmup_steps=uniform:0:0.2"]
-    plan = plan_trials(params, 400, 3)
-    assert plan == plan_trials(params, 400, 3)
-    assert plan != plan_trials(params, 400, 4)
-    rates = [float(trial[0].partition("=")[2]) for trial in plan]
-    shares = [float(trial[1].partition("=")[2]) for trial in plan]
+    params = ["learning_rate=log:1e-6:1e-2", "warmup_steps=uniform:0:0.2", "num_train_epochs=int:1:3"]
+    plan = planned(params, 3, num_trials=400)
+    assert plan == planned(params, 3, num_trials=400)
+    assert plan != planned(params, 4, num_trials=400)
+    rates, shares, epochs = ([float(trial[place].partition("=")[2]) for trial in plan] for place in (0, 1, 2))
     assert min(rates) >= 1e-6
     assert max(rates) <= 1e-2
     # The middle of a log range is 1e-4; 400 draws put the mean of log10 within 0.25 of it (4 deviations).
     assert sum(map(math.log10, rates)) / len(rates) == pytest.approx(-4, abs=0.25)
     assert sum(shares) / len(shares) == pytest.approx(0.1, abs=0.012)
+    # A third each, within 4 deviations of 400 draws.
+    assert [epochs.count(number) / 400 for number in (1, 2, 3)] == pytest.approx([1 / 3] * 3, abs=0.095)
 
 
 def test_each_listed_value_gets_as_many_draws() -> None:
-    plan = plan_trials(["seed=1,2", "learning_rate=log:1e-6:1e-4"], 3, 0)
+    plan = planned(["seed=1,2", "learning_rate=log:1e-6:1e-4"], num_trials=3)
     assert [trial[0] for trial in plan] == ["seed=1"] * 3 + ["seed=2"] * 3
     assert len({trial[1] for trial in plan}) == 6
 
 
+def test_a_random_search_draws_from_lists_too_and_more_draws_keep_the_first() -> None:
+    params = ["seed=1,2,3", "learning_rate=log:1e-6:1e-4"]
+    plan = planned(params, search="random", num_trials=60)
+    assert len(plan) == 60
+    # 20 each on average; 4 deviations are 15.
+    assert all(5 <= sum(trial[0] == f"seed={seed}" for trial in plan) <= 35 for seed in (1, 2, 3))
+    assert planned(params, search="random", num_trials=90)[:60] == plan
+
+
+def test_corners_try_each_value_and_both_ends() -> None:
+    space = space_of_params(["seed=1,2,3", "learning_rate=log:1e-6:1e-4"])
+    assert corners(space) == [
+        ("seed=1", "learning_rate=1e-06"),
+        ("seed=2", "learning_rate=0.0001"),
+        ("seed=3", "learning_rate=0.0001"),
+    ]
+
+
 @pytest.mark.parametrize(
-    ("params", "num_trials", "said"),
+    ("params", "settings", "said"),
     [
-        ([], None, "--param learning_rate=1e-5,3e-5"),
-        (["learning_rate"], None, "key=values"),
-        (["learning_rate=1,2", "learning_rate=3"], None, "given twice"),
-        (["learning_rate=log:1e-6:1e-4"], None, "--trials 8"),
-        (["learning_rate=1,2"], 3, "range"),
-        (["learning_rate=log:1e-4:1e-6"], 2, "below HIGH"),
-        (["learning_rate=log:0:1"], 2, "above 0"),
-        (["learning_rate=log:1"], 2, "KIND:LOW:HIGH"),
+        ([], {}, "--param learning_rate=1e-5,3e-5"),
+        (["learning_rate"], {}, "key=values"),
+        (["learning_rate=1,2", "learning_rate=3"], {}, "given twice"),
+        (["learning_rate=log:1e-6:1e-4"], {}, "--trials 8"),
+        (["learning_rate=1,2"], {"num_trials": 3}, "range"),
+        (["learning_rate=1,2"], {"search": "random"}, '"random" draws: say how many'),
+        (["learning_rate=log:1e-4:1e-6"], {"num_trials": 2}, "below HIGH"),
+        (["learning_rate=log:0:1"], {"num_trials": 2}, "above 0"),
+        (["learning_rate=log:1"], {"num_trials": 2}, "KIND:LOW:HIGH"),
+        (["num_train_epochs=int:1:2.5"], {"num_trials": 2}, "whole ends"),
     ],
 )
 def test_a_parameter_that_cannot_be_planned_is_refused(
-    params: list[str], num_trials: int | None, said: str
+    params: list[str], settings: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
-        plan_trials(params, num_trials, 0)
+        planned(params, **settings)
     assert said in str(refusal.value)
 
 
-def trial(metric: float | None) -> Trial:
-    return Trial(("x=1",), Path("t"), metric, None if metric is not None else "lost")
+SWEEP = """
+[model]
+name = "m"
+[data]
+train = "d.jsonl"
+eval = "e.jsonl"
+[sweep]
+metric = "eval_loss"
+mode = "min"
+num_trials = 2
+[sweep.space]
+learning_rate = { log = [1e-6, 1e-4] }
+num_train_epochs = { int = [1, 4] }
+model.lora.r = [4, 8]
+"model.lora.target_modules" = [["q_proj"], "all-linear"]
+lr_scheduler_type = ["cosine", "linear"]
+gradient_checkpointing = [true]
+"""
 
 
-def test_the_best_is_by_the_mode_and_failed_trials_do_not_take_part() -> None:
-    trials = [trial(0.5), trial(None), trial(0.7), trial(0.7), trial(0.1)]
-    assert best_of(trials, "max") is trials[2]
-    assert best_of(trials, "min") is trials[4]
-    assert best_of([trial(None)], "max") is None
+def test_the_space_of_a_file_is_that_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    file = read_sweep(tmp_path / "sweep.toml", ["sweep.num_trials=5", "seed=7"])
+    run, sweep = file.read(["model.lora.r=8"])
+    assert (sweep.metric, sweep.mode, sweep.num_trials) == ("eval_loss", "min", 5)
+    assert (run.reward.seed, run.model.lora and run.model.lora.r) == (7, 8)
+    assert file.read()[0].model.lora is None  # words of one trial are not another's
+    space = space_of(sweep.space)
+    assert space["learning_rate"] == Range("log", 1e-6, 1e-4)
+    assert space == space_of_params(
+        [
+            "learning_rate=log:1e-6:1e-4",
+            "num_train_epochs=int:1:4",
+            "model.lora.r=4,8",
+            'model.lora.target_modules=["q_proj"],all-linear',
+            "lr_scheduler_type=cosine,linear",
+            "gradient_checkpointing=true",
+        ]
+    )
+    for words in plan_trials(space, sweep, 0):
+        made, _ = file.read(words)
+        assert made.model.lora is not None
+        assert made.model.lora.target_modules in (["q_proj"], "all-linear")
+        assert made.reward.num_train_epochs in (1, 2, 3, 4)
+
+
+def test_a_value_of_a_file_that_looks_like_another_type_stays_a_string() -> None:
+    assert space_of({"run_name": ["1", "true", "a,b", "c"]}) == {"run_name": ('"1"', '"true"', '"a,b"', "c")}
+
+
+def test_config_prints_a_sweep_that_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    assert cli.main(["config", str(tmp_path / "sweep.toml"), "sweep.grace=20"]) == 0
+    (tmp_path / "again.toml").write_text(capsys.readouterr().out)
+    once, again = (read_sweep(tmp_path / name).read()[1] for name in ("sweep.toml", "again.toml"))
+    assert again.grace == 20
+    assert space_of(again.space) == space_of(once.space)
+
+
+def test_the_sweep_in_jobs_is_one(tmp_path: Path) -> None:
+    file = read_sweep(Path(__file__).parents[2] / "jobs" / "sweep.toml", [f"output_dir={tmp_path}"])
+    run, sweep = file.read()
+    plan = plan_trials(space_of(sweep.space), sweep, run.reward.seed)
+    assert len(plan) == 12
+    assert {file.read(words)[0].reward.warmup_steps for words in plan} == {0.0, 0.1}
 
 
 BASE = ["model.name=m", "data.train=d.jsonl"]
+EVAL = [*BASE, "data.eval=e.jsonl"]
 
 
-def test_a_sweep_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    out = f"output_dir={tmp_path / 'sweep'}"
-    with pytest.raises(ConfigError, match=r"data\.eval"):
-        run_sweep(None, [*BASE, out], ["learning_rate=1e-5,2e-5"])
-    with pytest.raises(ConfigError, match="learning_rate"):
-        run_sweep(None, [*BASE, "data.eval=e.jsonl", out], ["learning_rate=1e-5,fast"])
-    with pytest.raises(ConfigError, match="learning_rate"):
-        run_sweep(None, [*BASE, "data.eval=e.jsonl", out], ["learning_rat=1e-5"])
+@pytest.mark.parametrize(
+    ("words", "params", "said"),
+    [
+        (BASE, ["learning_rate=1e-5,2e-5"], r"data\.eval"),
+        (EVAL, ["learning_rate=1e-5,fast"], "learning_rate"),
+        (EVAL, ["learning_rat=1e-5"], "learning_rate"),
+        ([*EVAL, "sweep.search=optuna", "sweep.num_trials=3"], ["zero_stage=int:1:9"], "zero_stage"),
+        ([*EVAL, "sweep.scheduler=pbt"], ["learning_rate=1e-5,2e-5"], 'Type "asha"'),
+        ([*EVAL, "sweep.scheduler=asha", "num_train_epochs=1"], ["seed=1,2"], "eval_steps=0.1"),
+        ([*EVAL, "sweep.scheduler=asha", "sweep.metric=train_loss"], ["seed=1,2"], "eval_loss"),
+        ([*EVAL, "sweep.metrik=eval_loss"], ["seed=1,2"], "Did you mean `metric`"),
+        ([*EVAL, "sweep.space.seed={log=[1]}"], [], "two numbers"),
+        ([*EVAL, "sweep.space.seed=3"], [], "list of values or a range"),
+    ],
+)
+def test_a_sweep_is_refused_before_anything_starts(
+    tmp_path: Path, words: list[str], params: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run_sweep(read_sweep(None, [*words, f"output_dir={tmp_path / 'sweep'}"]), params)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_of_something_else_is_refused_and_stays(tmp_path: Path) -> None:
     kept = tmp_path / "sweep" / "precious"
     kept.parent.mkdir()
     kept.write_text("mine")
     with pytest.raises(RunDirectoryError, match="output_dir"):
-        run_sweep(None, [*BASE, "data.eval=e.jsonl", out], ["learning_rate=1e-5"])
+        run_sweep(read_sweep(None, [*EVAL, f"output_dir={tmp_path / 'sweep'}"]), ["learning_rate=1e-5"])
+    assert [path.name for path in kept.parent.iterdir()] == ["precious"]
     assert kept.read_text() == "mine"
+
+
+def test_another_sweep_s_directory_is_refused_with_what_differs(tmp_path: Path) -> None:
+    home = finished_sweep(tmp_path)
+    with pytest.raises(RunDirectoryError, match=r"reward\.seed: 42 there, 43 here"):
+        run_sweep(read_sweep(None, [*EVAL, f"output_dir={home}", "seed=43"]), ["learning_rate=1e-5,2e-5"])
+    with pytest.raises(RunDirectoryError, match=r"sweep\.space\.learning_rate"):
+        run_sweep(read_sweep(None, [*EVAL, f"output_dir={home}"]), ["learning_rate=1e-5,3e-5"])
+
+
+def test_a_finished_sweep_is_told_again_and_nothing_starts(tmp_path: Path) -> None:
+    home = finished_sweep(tmp_path)
+    sweep = run_sweep(read_sweep(None, [*EVAL, f"output_dir={home}"]), ["learning_rate=1e-5,2e-5"])
+    # By the records: of the first trial the last value, and of the second, killed before it was written down.
+    assert [trial.metric for trial in sweep.trials] == [0.5, 0.75]
+    assert sweep.best == sweep.trials[1]
+
+
+def finished_sweep(root: Path) -> Path:
+    """What a sweep leaves whose process was killed when its last trial had just ended."""
+    home = root / "sweep"
+    words = ["learning_rate=1e-5", "learning_rate=2e-5"]
+    for number, accuracies in ((1, (0.25, 0.5)), (2, (0.9, 0.75))):
+        trial = home / f"trial-{number:02d}"
+        trial.mkdir(parents=True)
+        records = [{"step": step, "eval_accuracy": value} for step, value in enumerate(accuracies, start=1)]
+        (trial / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (trial / "progress.json").write_text('{"step": 2, "num_steps": 2, "finished": true}')
+    from rayrm.train.sweep import _Plan
+
+    identity = _Plan(read_sweep(None, [*EVAL, f"output_dir={home}"]), ["learning_rate=1e-5,2e-5"]).identity
+    trials = [
+        {"words": [word], "directory": f"trial-{number:02d}", "metric": metric, "stopped_at": None}
+        for number, (word, metric) in enumerate(zip(words, (0.5, None), strict=True), start=1)
+    ]
+    (home / "sweep.json").write_text(json.dumps({"identity": identity, "trials": trials}))
+    return home

@@ -1,0 +1,86 @@
+"""`rayrm sweep`: the trials of a run file's `[sweep]`, their table and page, and the best one published."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from rayrm.errors import PreemptedError
+from rayrm.rl.ending import ON_SIGTERM
+from rayrm.runfile import split_words
+from rayrm.sweep_settings import read_sweep
+from rayrm.table import print_table
+
+if TYPE_CHECKING:
+    from rayrm.train.sweep_record import Sweep, Trial
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_sweep)
+    parser.add_argument(
+        "run",
+        nargs="*",
+        metavar="sweep.toml key=value",
+        help="a run file, with [sweep] or with --param, then settings such as learning_rate=2e-6 or "
+        "sweep.num_trials=8, over those of the file",
+    )
+    parser.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        help="key=a,b,c (each) or key=log:LOW:HIGH, key=uniform:LOW:HIGH, key=int:LOW:HIGH (drawn); may be "
+        "repeated",
+    )
+    parser.add_argument("--trials", help="sweep.num_trials: draws from the ranges")
+    parser.add_argument("--metric", help="sweep.metric: what decides (eval_accuracy)")
+    parser.add_argument("--mode", choices=("max", "min"), help="sweep.mode (max)")
+    parser.add_argument("--max-concurrent", help="sweep.max_concurrent: trials at once; as many as fit")
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    path, overrides = split_words(options.run)
+    flags = {
+        "num_trials": options.trials,
+        "metric": options.metric,
+        "mode": options.mode,
+        "max_concurrent": options.max_concurrent,
+    }
+    words = [f"sweep.{key}={value}" for key, value in flags.items() if value is not None]
+    file = read_sweep(path, [*overrides, *words])
+    _, settings = file.read()  # before the seconds that torch and ray take to import
+    from rayrm.report.sweep import write_sweep_report
+    from rayrm.train.sweep import run_sweep
+
+    try:
+        sweep = run_sweep(file, options.param)
+    except PreemptedError as left:
+        print(f"rayrm: {left}", file=sys.stderr)
+        raise SystemExit(ON_SIGTERM) from left
+    print_sweep(sweep)
+    assert sweep.best is not None
+    print(f"\nbest: {' '.join(sweep.best.words)} in {sweep.best.directory}")
+    print(f"report: {write_sweep_report(sweep)}")
+    if settings.publish is not None:
+        from rayrm.serve.registry import publish
+
+        published = publish(sweep.best.directory, settings.registry, settings.publish)
+        was = "published" if published.is_new else "was already published"
+        print(f"{published.name} {published.version} {was}: {published.path}")
+    return 0
+
+
+def print_sweep(sweep: Sweep) -> None:
+    """A line for each trial, in their order."""
+    rows = [
+        (trial.directory.name, *trial.values, _outcome(trial), "best" if trial == sweep.best else "")
+        for trial in sweep.trials
+    ]
+    print_table(("trial", *sweep.trials[0].keys, sweep.metric, ""), rows)
+
+
+def _outcome(trial: Trial) -> str:
+    if trial.metric is None:
+        return f"failed: {trial.failure}"
+    stopped = "" if trial.stopped_at is None else f" (stopped at {trial.stopped_at:.0f}%)"
+    return f"{trial.metric:.4f}{stopped}"

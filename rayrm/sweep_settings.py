@@ -1,0 +1,241 @@
+"""What a sweep is told: `[sweep]` and `[sweep.space]` of a run file. No torch, no ray.
+
+The space says which values a key of the run may take: a list of values, or a range to draw from,
+`{log = [LOW, HIGH]}`, `{uniform = [LOW, HIGH]}`, `{int = [LOW, HIGH]}` (both ends may be drawn). On the
+command line the same is typed `--param key=a,b,c` and `--param key=log:LOW:HIGH`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from rayrm.errors import ConfigError
+from rayrm.runfile import SECTIONS, Run, dump_tables, make_tables, read_toml
+from rayrm.settings import OptionalCount, OptionalSeed, json_value, none_word, settings
+
+Kind = Literal["log", "uniform", "int"]
+KINDS: tuple[Kind, ...] = ("log", "uniform", "int")
+Mode = Literal["max", "min"]
+_PBT = (
+    "population based training would change a run's settings in its middle, and a run goes on by its own "
+    'alone. Type "asha", which stops the worse trials early, or "none"'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers from `low` to `high`: even in the logarithm ("log"), even ("uniform"), or whole ("int")."""
+
+    kind: Kind
+    low: float
+    high: float
+
+    def draw(self, source: random.Random) -> str:
+        """A value as typed on the command line."""
+        if self.kind == "int":
+            return str(source.randint(int(self.low), int(self.high)))
+        if self.kind == "log":
+            drawn = math.exp(source.uniform(math.log(self.low), math.log(self.high)))
+        else:
+            drawn = source.uniform(self.low, self.high)
+        return f"{drawn:.4g}"
+
+    def ends(self) -> tuple[str, str]:
+        return (f"{self.low:.12g}", f"{self.high:.12g}")
+
+
+Space = dict[str, tuple[str, ...] | Range]
+"""By key of the run: the values to try, as they are typed, or the range to draw from."""
+
+
+def _no_pbt(value: Any) -> Any:
+    if value == "pbt":
+        raise ValueError(_PBT)
+    return value
+
+
+@settings
+class SweepConfig:
+    """Which trials a sweep has, what decides between them, and what becomes of the best."""
+
+    metric: str = "eval_accuracy"
+    """What decides: any logged metric; of an evaluation set by name `eval_<name>_accuracy`. A trial's value
+    is that of the model it leaves: the last one, or the best checkpoint's with `load_best_model_at_end`."""
+    mode: Mode = "max"
+    """Whether more of it is better ("max") or less ("min")."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """grid: every combination of the lists, each with `num_trials` draws of the ranges. random: `num_trials`
+    draws of everything. optuna: `num_trials` suggestions of Optuna's TPE, by the outcomes so far."""
+    num_trials: OptionalCount = None
+    """How many trials, or, of a grid with ranges, how many draws for each combination."""
+    scheduler: Annotated[Literal["none", "asha"], BeforeValidator(_no_pbt)] = "none"
+    """none: every trial trains to its end. asha: asynchronous successive halving (Li et al. 2020,
+    https://arxiv.org/abs/1810.05934): at certain parts of the run the worse trials are stopped."""
+    grace: Annotated[float, Field(gt=0, lt=100)] = 10.0
+    """asha: no trial is stopped before this percentage of its steps."""
+    reduction: Annotated[float, Field(gt=1)] = 3.0
+    """asha: decisions fall at `grace`, `grace * reduction`, ... percent, and of the trials that came so far
+    the best 1 / `reduction` go on."""
+    max_concurrent: OptionalCount = None
+    """Trials at once, where the cluster has room for so many. None: as many as fit."""
+    seed: OptionalSeed = None
+    """Of the draws and of Optuna. None: the run's `seed`."""
+    publish: Annotated[str | None, BeforeValidator(none_word)] = None
+    """Publish the best trial's model under this name."""
+    registry: str = "registry"
+    """The directory of published models that `publish` copies into."""
+    space: Annotated[dict[str, Any], BeforeValidator(json_value)] = field(default_factory=dict)
+    """[sweep.space]: by key of the run its values or range."""
+
+    def __post_init__(self) -> None:
+        space_of(self.space)
+        if self.scheduler == "asha" and self.metric == "train_loss":
+            raise ValueError(
+                '`metric` ("train_loss") is known at a trial\'s end only, and `scheduler` "asha" decides '
+                'before. Type an evaluation\'s, such as "eval_loss" with `mode = "min"`, or '
+                '`scheduler = "none"`.'
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFile:
+    """A run file with its `[sweep]`, read once: every trial is made of what it said at the start."""
+
+    tables: dict[str, Any]
+    overrides: tuple[str, ...]
+    origin: str
+
+    def read(self, words: Sequence[str] = ()) -> tuple[Run, SweepConfig]:
+        """The run that further `words` make, and the sweep. Raises ConfigError as `read_run` does."""
+        built = make_tables(
+            copy.deepcopy(self.tables),
+            [*self.overrides, *words],
+            {**SECTIONS, "sweep": SweepConfig},
+            origin=self.origin,
+            needs={"data": ("train",)},
+        )
+        sweep: SweepConfig = built.pop("sweep")
+        return Run(**built), sweep
+
+
+def read_sweep(path: str | Path | None, overrides: Sequence[str] = ()) -> SweepFile:
+    """A run file that may have a `[sweep]`, and words over it (`learning_rate=2e-6`,
+    `sweep.num_trials=8`)."""
+    tables = {} if path is None else read_toml(Path(path))
+    return SweepFile(tables, tuple(overrides), "the command line" if path is None else str(path))
+
+
+def dump_sweep(run: Run, sweep: SweepConfig) -> str:
+    """Both as TOML, which `read_sweep` reads back."""
+    return dump_tables({**{section: getattr(run, section) for section in SECTIONS}, "sweep": sweep})
+
+
+def space_of(table: Mapping[str, Any]) -> Space:
+    """[sweep.space] as a space; tables of tables are keys with dots (`model.lora.r`).
+
+    Raises:
+        ConfigError: neither a list of values nor a range.
+    """
+    space: Space = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in KINDS:
+            kind, ends = next(iter(value.items()))
+            space[key] = _range(key, kind, ends)
+        elif isinstance(value, Mapping) and value:
+            space |= {f"{key}.{inner}": found for inner, found in space_of(value).items()}
+        elif isinstance(value, list) and value:
+            space[key] = tuple(_word(key, one) for one in value)
+        else:
+            raise ConfigError(
+                f"`space.{key}` ({value!r}) must be a list of values or a range. Type for example "
+                "`[1e-5, 3e-5]` or `{log = [1e-6, 1e-4]}`."
+            )
+    return space
+
+
+def space_of_params(params: Sequence[str]) -> Space:
+    """`--param` words as a space: `key=a,b,c` lists values (commas inside brackets or quotes do not count),
+    `key=log:LOW:HIGH` (uniform, int) is a range.
+
+    Raises:
+        ConfigError: neither of these, or a key given twice.
+    """
+    space: Space = {}
+    for param in params:
+        key, equals, text = param.partition("=")
+        if not equals or not key or not text:
+            raise ConfigError(
+                f"param `{param}` must be key=values. Type for example `learning_rate=1e-5,3e-5`."
+            )
+        if key in space:
+            raise ConfigError(f"param `{key}` is given twice. Put all its values into one `--param`.")
+        kind, *ends = text.split(":")
+        space[key] = _range(key, kind, ends) if kind in KINDS else tuple(_split(text))
+    return space
+
+
+def _range(key: str, kind: Any, ends: Any) -> Range:
+    try:
+        low, high = (float(end) for end in ends)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"the range of `{key}` ({kind}: {ends!r}) must be KIND:LOW:HIGH with two numbers. Type for "
+            "example `learning_rate=log:1e-6:1e-4`, in a file `learning_rate = {log = [1e-6, 1e-4]}`."
+        ) from None
+    if not (low < high and math.isfinite(low) and math.isfinite(high)) or (kind == "log" and low <= 0):
+        raise ConfigError(
+            f"the range of `{key}`: LOW ({low:g}) must be below HIGH ({high:g})"
+            f"{', and above 0 for a log range' if kind == 'log' else ''}. Type the smaller first."
+        )
+    if kind == "int" and not (low.is_integer() and high.is_integer()):
+        raise ConfigError(
+            f"the range of `{key}` (int: {low:g} to {high:g}) must have whole ends. Type for example "
+            f"`{key}=int:1:4`, or `uniform` for numbers in between."
+        )
+    return Range(kind, low, high)
+
+
+def _word(key: str, value: Any) -> str:
+    """A value as an override types it, so that it is read back as it is."""
+    if isinstance(value, str):
+        bare = value and all(letter.isalnum() or letter in "_-./ " for letter in value)
+        return value if bare and not _reads_as_other(value) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, bool | int | float | list):
+        return json.dumps(value)
+    raise ConfigError(f"`space.{key}` holds {value!r}. Its values must be strings, numbers or lists.")
+
+
+def _reads_as_other(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return text in ("inf", "nan") or text[0].isdigit()
+    return True
+
+
+def _split(text: str) -> list[str]:
+    """`text` cut at its commas, but those inside brackets, braces or quotes."""
+    values, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        elif letter in "[{":
+            depth += 1
+        elif letter in "]}":
+            depth -= 1
+        if letter == "," and not depth and not quote:
+            values.append("")
+        else:
+            values[-1] += letter
+    return [value.strip() for value in values]
