@@ -10,6 +10,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from rayrm.deepspeed_sections import (
+    at,
+    check_offload,
+    check_optimizer,
+    check_scheduler,
+    check_zero_plus_plus,
+)
 from rayrm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +36,7 @@ _SAME: Final = {
 _ONLY: Final[dict[tuple[str, ...], tuple[Any, str]]] = {
     ("managed_gradient_accumulation",): (False, "the number of micro-batches varies from step to step"),
     ("zero_allow_untested_optimizer",): (True, "the optimizer is torch's own"),
+    ("zero_force_ds_cpu_optimizer",): (False, "the optimizer is torch's own"),
     ("torch_autocast", "enabled"): (False, "`bf16` and `fp16` say it"),
     ("amp", "enabled"): (False, "`bf16` and `fp16` say it"),
     ("data_types", "grad_accum_dtype"): ("fp32", "gradients are added up in float32"),
@@ -71,7 +79,7 @@ def resolved_stage(config: RewardConfig) -> int | None:
     """The ZeRO stage of a run, wherever it is said; None: plain PyTorch."""
     if config.deepspeed is None:
         return config.zero_stage
-    stage = _at(read_deepspeed(config.deepspeed), ("zero_optimization", "stage"))
+    stage = at(read_deepspeed(config.deepspeed), "zero_optimization", "stage")
     return 0 if stage is None else int(stage)
 
 
@@ -89,24 +97,21 @@ def check_deepspeed(config: RewardConfig) -> list[str]:
         table = read_deepspeed(config.deepspeed)
     except ConfigError as problem:
         return [*problems, str(problem)]
-    problems += [
-        f"`deepspeed` has a section `{section}`, which RewardConfig sets. Delete it and use `optim`, "
-        "`learning_rate` and `lr_scheduler_type`."
-        for section in ("optimizer", "scheduler")
-        if section in table
-    ]
-    stage = _at(table, ("zero_optimization", "stage"))
+    problems += [*check_optimizer(table, config), *check_scheduler(table, config)]
+    stage = at(table, "zero_optimization", "stage")
     if stage not in (None, 0, 1, 2, 3):
         problems.append(f"`deepspeed.zero_optimization.stage` ({stage!r}) must be 0, 1, 2 or 3.")
+    else:
+        problems += [*check_offload(table), *check_zero_plus_plus(table, config)]
     for path, field in _SAME.items():
-        said, ours = _at(table, path), getattr(config, field)
+        said, ours = at(table, *path), getattr(config, field)
         if said is not None and said != ours:
             problems.append(
                 f"`deepspeed.{'.'.join(path)}` ({said}) and `{field}` ({ours}) are one setting. Type "
                 f'`{field}={str(said).lower()}`, or write "auto" in `deepspeed`.'
             )
     for path, (only, why) in _ONLY.items():
-        said = _at(table, path)
+        said = at(table, *path)
         if said is not None and said != only:
             problems.append(
                 f"`deepspeed.{'.'.join(path)}` ({said}) can only be {json.dumps(only)}: {why}. Delete it."
@@ -137,25 +142,45 @@ def _check_rows(table: Table, rows_per_worker: int) -> list[str]:
     ]
 
 
-def without_effect(table: Table) -> list[str]:
+def check_one_optimizer(config: RewardConfig) -> None:
+    """Raise ConfigError where the file names an optimizer beside the class that the trainer was given."""
+    if config.deepspeed is not None and "optimizer" in read_deepspeed(config.deepspeed):
+        raise ConfigError(
+            "`optimizer_cls_and_kwargs` and the section `optimizer` of `deepspeed` both choose the "
+            "optimizer. Delete the section."
+        )
+
+
+def check_partition(table: Table, num_workers: int) -> None:
+    """Raise ConfigError where ZeRO++'s partition is not a part of the workers."""
+    size = at(table, "zero_optimization", "zero_hpz_partition_size") or 1
+    if num_workers % size:
+        raise ConfigError(
+            f"`deepspeed.zero_optimization.zero_hpz_partition_size` ({size}) must divide the number of "
+            f"workers ({num_workers}). Set it to the workers of a node, or train with another number."
+        )
+
+
+def without_effect(table: Table, config: RewardConfig) -> list[str]:
     """What the file says and a run cannot heed, each with the reason."""
     found = []
-    if _at(table, ("zero_optimization", "overlap_comm")):
+    if at(table, "zero_optimization", "overlap_comm"):
         found.append(
             "`deepspeed.zero_optimization.overlap_comm` (true) is off: DeepSpeed overlaps only where it "
             "manages accumulation itself"
         )
     scaling = sorted({*table.get("fp16", {})} - {"enabled"})
-    if scaling and _at(table, ("fp16", "enabled")) is not False:
+    if scaling and at(table, "fp16", "enabled") is not False:
         found.append(
             f"`deepspeed.fp16` ({', '.join(scaling)}) is not used: fp16 is autocast, and torch's loss scale"
         )
-    return found
-
-
-def _at(table: Table, path: tuple[str, ...]) -> Any:
-    """What stands at the path; None where nothing does."""
-    found: Any = table
-    for key in path:
-        found = found.get(key) if isinstance(found, dict) else None
+    if (
+        "scheduler" in table
+        and config.warmup_steps
+        and at(table, "scheduler", "params", "warmup_type") is None
+    ):
+        found.append(
+            "`deepspeed.scheduler` warms up in a straight line, as `lr_scheduler_type` does, and not by the "
+            'logarithm that DeepSpeed takes where `warmup_type` is not "linear"'
+        )
     return found

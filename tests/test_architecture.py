@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
         "unsupported",
         "deepspeed_rules",
         "objective",
+        "deepspeed_sections",
         "rules",
         "config",
         "data_settings",

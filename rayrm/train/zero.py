@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from rayrm.config import RewardConfig
-from rayrm.deepspeed_rules import check_batch_size, read_deepspeed, resolved_stage, without_effect
+from rayrm.deepspeed_rules import (
+    check_batch_size,
+    check_partition,
+    read_deepspeed,
+    resolved_stage,
+    without_effect,
+)
+from rayrm.deepspeed_sections import offloads_optimizer, quantized_on_cpu, uses_nvme
+from rayrm.errors import ConfigError
 from rayrm.model.forward import DeviceBatch, PackedScorer
 from rayrm.train.build import on_first_rank
 from rayrm.train.engine_state import (
@@ -38,8 +48,8 @@ from rayrm.train.zero_state import inner_optimizer, loss_scaler, partition_holdi
 logger = logging.getLogger("rayrm.train")
 # What DeepSpeed's own profiler and monitor count by.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-# Rows per step are counted by the caller; mixed precision is autocast.
-_OURS = ("train_batch_size", "bf16", "bfloat16", "fp16")
+# Rows per step are counted by the caller; mixed precision is autocast; optimizer and schedule are torch's.
+_OURS = ("train_batch_size", "bf16", "bfloat16", "fp16", "optimizer", "scheduler")
 
 
 def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: int) -> dict[str, Any]:
@@ -49,7 +59,8 @@ def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: in
     """
     chosen: dict[str, Any] = {} if config.deepspeed is None else read_deepspeed(config.deepspeed)
     check_batch_size(chosen, config, num_workers)
-    for ignored in without_effect(chosen):
+    check_partition(chosen, num_workers)
+    for ignored in without_effect(chosen, config):
         if on_first_rank():
             logger.warning("%s", ignored)
     stage = resolved_stage(config) or 0
@@ -61,6 +72,8 @@ def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: in
         gradient_accumulation_steps=1,
         managed_gradient_accumulation=False,
         zero_allow_untested_optimizer=True,
+        # Offloaded or not, the optimizer is torch's, whose AdamW has a fused kernel for CPUs too.
+        zero_force_ds_cpu_optimizer=False,
         # Stage 0 clips in an optimizer hook, where the norm before clipping can be had.
         gradient_clipping=config.max_grad_norm if stage > 0 else 0.0,
     )
@@ -68,11 +81,60 @@ def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: in
     if stage > 0:
         # Overlapped communication is for managed accumulation.
         chosen["zero_optimization"]["overlap_comm"] = False
+    for section in ("offload_optimizer", "offload_param"):
+        offload = chosen["zero_optimization"].get(section)
+        if offload and offload.get("nvme_path"):
+            chosen["zero_optimization"][section] = {**offload, "nvme_path": str(_own(offload["nvme_path"]))}
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
         chosen["torch_autocast"] = {"enabled": True, "dtype": dtype}
         chosen["data_types"] = {**chosen.get("data_types", {}), "grad_accum_dtype": "fp32"}
     return chosen
+
+
+def _own(nvme_path: str) -> Path:
+    """This process's own folder there: DeepSpeed names files by rank, so that two runs would share them."""
+    return Path(nvme_path) / f"rayrm-{socket.gethostname()}-{os.getpid()}"
+
+
+def nvme_folders(settings: dict[str, Any]) -> list[Path]:
+    """Where a run of these settings keeps what it offloads to a disk."""
+    zero = settings["zero_optimization"]
+    paths = [(zero.get(section) or {}).get("nvme_path") for section in ("offload_optimizer", "offload_param")]
+    return [Path(path) for path in paths if path]
+
+
+def check_offload(settings: dict[str, Any], device: torch.device) -> None:
+    """Raise ConfigError where this machine cannot do what the settings ask for."""
+    refused = quantized_on_cpu(settings) if device.type == "cpu" else None
+    if refused is not None:
+        raise ConfigError(refused)
+    if not uses_nvme(settings):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    fix = 'Or set `device` to "cpu".'
+    if not builder.is_compatible(verbose=False):
+        raise ConfigError(
+            "offload to NVMe (`deepspeed.zero_optimization.offload_*.device`) reads and writes by libaio, "
+            f"which is not installed here. Type `apt-get install libaio-dev` on every node. {fix}"
+        )
+    try:
+        builder.load(verbose=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        raise ConfigError(
+            "offload to NVMe needs DeepSpeed's operator `async_io`, which is compiled when it is first used, "
+            f"and could not be: {error}. Install g++ and ninja. {fix}"
+        ) from error
+    for folder in nvme_folders(settings):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"`nvme_path`: `{folder}` cannot be made ({error.strerror}). Name a folder of a local disk "
+                f"that this user may write to. {fix}"
+            ) from error
 
 
 class DeepSpeedEngine:
@@ -100,6 +162,8 @@ class DeepSpeedEngine:
         # A shared-memory reduction that DeepSpeed would compile on the spot, with a compiler; gloo does.
         __compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.utils.logger.setLevel("WARNING")
+        check_offload(settings, device)
+        self._folders = nvme_folders(settings)
         self.device = device
         self.world_size = world_size
         self.module = module
@@ -113,6 +177,8 @@ class DeepSpeedEngine:
         self.scheduler = scheduler
         if self._stage == 0:
             optimizer.register_step_pre_hook(self._clip)
+        if offloads_optimizer(settings) and on_first_rank():
+            logger.info("the optimizer's state is offloaded, and torch's own steps over it on the CPU")
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -167,6 +233,8 @@ class DeepSpeedEngine:
     def release(self) -> None:
         state = self.model_state()
         self._engine.destroy()
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
         for parameter in self._trainable:
             parameter.grad = None  # of a step that raised
         if state is None:
@@ -178,7 +246,7 @@ class DeepSpeedEngine:
                 for mark in [key for key in vars(parameter) if key.startswith("ds_")]:
                     delattr(parameter, mark)
 
-    def _holdings(self) -> list[Holding]:
+    def _holdings(self) -> Iterable[Holding]:
         if self._stage == 0:
             return whole_holdings(self.module, inner_optimizer(self._engine, 0))
         return partition_holdings(self._engine.optimizer, self._stage, self._names())

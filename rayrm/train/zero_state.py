@@ -6,11 +6,12 @@ flat sub-groups (stage 3).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from rayrm.errors import CheckpointError
 from rayrm.train.engine_state import WEIGHT, Holding, Span, StateReader
 
 
@@ -24,8 +25,11 @@ def loss_scaler(engine: Any, stage: int) -> Any:
     return engine.torch_autocast_z0_gradscaler if stage == 0 else engine.optimizer.torch_autocast_gradscaler
 
 
-def partition_holdings(zero: Any, stage: int, names: dict[torch.Tensor, str]) -> list[Holding]:
-    """This rank's partitions under stage 1, 2 or 3; `zero` is DeepSpeed's optimizer."""
+def partition_holdings(zero: Any, stage: int, names: dict[torch.Tensor, str]) -> Iterable[Holding]:
+    """This rank's partitions under stage 1, 2 or 3; `zero` is DeepSpeed's optimizer.
+
+    One that lies on a disk is in memory while it is the current one, and is written back, changed or not.
+    """
     return _sub_groups(zero, names) if stage == 3 else _flat_groups(zero, names)
 
 
@@ -43,13 +47,20 @@ def _flat_groups(zero: Any, names: dict[torch.Tensor, str]) -> list[Holding]:
     return holdings
 
 
-def _sub_groups(zero: Any, names: dict[torch.Tensor, str]) -> list[Holding]:
-    if zero.swap_optimizer:
-        raise CheckpointError(
-            "optimizer state on NVMe (`offload_optimizer.device`) cannot be checkpointed. "
-            'Set it to "cpu", or `save_strategy="no"`.'
-        )
-    holdings = []
+@contextlib.contextmanager
+def _in_memory(zero: Any, index: int) -> Iterator[None]:
+    """Inside, a sub-group of stage 3 and its optimizer state are in memory, wherever they lie."""
+    if not zero._swappable_optimizer_subgroup(index):
+        yield
+        return
+    zero._optimizer_states_and_gradient_swap_in(index)
+    try:
+        yield
+    finally:
+        zero._optimizer_states_and_gradient_swap_out(index)
+
+
+def _sub_groups(zero: Any, names: dict[torch.Tensor, str]) -> Iterator[Holding]:
     for index, partition in enumerate(zero.fp32_partitioned_groups_flat):
         spans = []
         for parameter in zero.fp16_groups[index]:
@@ -59,8 +70,8 @@ def _sub_groups(zero: Any, names: dict[torch.Tensor, str]) -> list[Holding]:
             count = min(width, parameter.ds_numel - start)
             if count > 0:
                 spans.append(Span(names[parameter], tuple(parameter.ds_shape), start, at, count))
-        holdings.append(Holding(partition, spans, zero.sub_group_to_group_id[index]))
-    return holdings
+        with _in_memory(zero, index):
+            yield Holding(partition, spans, zero.sub_group_to_group_id[index])
 
 
 def spread(zero: Any, stage: int, names: dict[torch.Tensor, str], reader: StateReader) -> None:
@@ -74,5 +85,6 @@ def spread(zero: Any, stage: int, names: dict[torch.Tensor, str], reader: StateR
         return
     zero.checkpoint_event_prologue()
     for index in range(len(zero.fp32_partitioned_groups_flat)):
-        zero._reassign_or_swap_out_partitioned_parameters(index)
+        with _in_memory(zero, index):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
     zero.checkpoint_event_epilogue()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rayrm.config import RewardConfig
-from rayrm.deepspeed_rules import resolved_stage
+from rayrm.deepspeed_rules import check_one_optimizer, resolved_stage
 from rayrm.errors import ConfigError
-from rayrm.train.zero import deepspeed_config
+from rayrm.train.zero import deepspeed_config, nvme_folders
 
 
 def refusal(deepspeed: Any, **settings: Any) -> str:
@@ -69,9 +70,183 @@ def test_what_the_engine_must_have_otherwise_is_refused(table: dict[str, Any], k
     assert f"`deepspeed.{key} can only be" in refusal(table)
 
 
-@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
-def test_sections_that_the_config_sets_are_refused(section: str) -> None:
-    assert f"section `{section}`" in refusal({section: {"type": "AdamW"}})
+# As in transformers' documentation of DeepSpeed: all that its trainer fills in is "auto".
+USUAL: dict[str, Any] = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "total_num_steps": "auto",
+            "warmup_min_lr": "auto",
+            "warmup_max_lr": "auto",
+            "warmup_num_steps": "auto",
+        },
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+
+
+def test_a_usual_file_full_of_auto_passes_and_its_optimizer_and_schedule_are_ours(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(USUAL))
+    made = deepspeed_config(RewardConfig(deepspeed=str(file), gradient_accumulation_steps=4), "fp32", 2)
+    assert not {"optimizer", "scheduler", "fp16", "bf16", "train_batch_size"} & set(made)
+    # DeepSpeed else refuses torch's optimizer.
+    assert made["zero_force_ds_cpu_optimizer"] is False
+    zero = made["zero_optimization"]
+    assert zero["offload_optimizer"] == USUAL["zero_optimization"]["offload_optimizer"]
+    assert "reduce_bucket_size" not in zero
+    assert zero["stage3_max_live_parameters"] == 1e9
+
+
+def test_numbers_in_the_sections_that_are_the_config_s_pass() -> None:
+    optimizer = {
+        "type": "Adam",
+        "params": {"lr": 2e-5, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True},
+    }
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": 2e-5}}
+    RewardConfig(
+        deepspeed={"optimizer": optimizer, "scheduler": scheduler},
+        learning_rate=2e-5,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        weight_decay=0.1,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=10,
+    )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (
+            {"type": "Lamb"},
+            "`deepspeed.optimizer.type` (Lamb) and `optim` (adamw_torch_fused) are one setting",
+        ),
+        (
+            {"params": {"lr": 5e-5}},
+            "optimizer.params.lr` (5e-05) and `learning_rate` (0.0001) are one setting",
+        ),
+        ({"params": {"lr": 5e-5}}, "Type `learning_rate=5e-05`"),
+        ({"params": {"betas": [0.8, 0.99]}}, "Type `adam_beta1=0.8 adam_beta2=0.99`"),
+        ({"params": {"betas": 0.8}}, "and `adam_beta1`, `adam_beta2` ([0.9, 0.999]) are one setting"),
+        ({"params": {"eps": 1e-6}}, "Type `adam_epsilon=1e-06`"),
+        ({"params": {"weight_decay": 0.1}}, "Type `weight_decay=0.1`"),
+        ({"params": {"adam_w_mode": False}}, "optimizer.params.adam_w_mode` (False) can only be true"),
+        ({"params": {"momentum": 0.9}}, "optimizer.params.momentum` (0.9) is no setting of AdamW"),
+    ],
+    ids=str,
+)
+def test_an_optimizer_section_that_contradicts_is_refused_with_both(
+    optimizer: dict[str, Any], said: str
+) -> None:
+    assert said in refusal({"optimizer": optimizer})
+
+
+def test_an_adam_section_contradicts_another_optimizer() -> None:
+    assert "`deepspeed.optimizer.type` (AdamW) and `optim` (sgd)" in refusal(
+        {"optimizer": {"type": "AdamW"}}, optim="sgd"
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (
+            {"type": "WarmupLR"},
+            "`lr_scheduler_type` (linear) are one setting. Type `lr_scheduler_type=constant",
+        ),
+        ({"type": "OneCycle"}, "`deepspeed.scheduler.type` (OneCycle) and `lr_scheduler_type` (linear)"),
+        ({"params": {"warmup_num_steps": 5}}, "Type `warmup_steps=5`"),
+        ({"params": {"total_num_steps": 50}}, "Type `max_steps=50`"),
+        ({"params": {"warmup_max_lr": 1.0}}, "Type `learning_rate=1.0`"),
+        ({"params": {"warmup_min_lr": 1e-6}}, "warmup_min_lr` (1e-06) can only be 0"),
+        ({"params": {"warmup_type": "log"}}, "warmup_type` (log) can only be linear"),
+        ({"params": {"cycle": 1}}, "cycle` (1) is no setting of this schedule"),
+    ],
+    ids=str,
+)
+def test_a_scheduler_section_that_contradicts_is_refused_with_both(
+    scheduler: dict[str, Any], said: str
+) -> None:
+    assert said in refusal({"scheduler": scheduler})
+
+
+def test_a_warm_up_that_deepspeed_would_make_by_its_logarithm_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "rayrm.train"):
+        deepspeed_config(RewardConfig(deepspeed=USUAL), "fp32", 1)
+    assert "straight line" not in caplog.text
+    with caplog.at_level(logging.WARNING, "rayrm.train"):
+        deepspeed_config(RewardConfig(deepspeed=USUAL, warmup_steps=3), "fp32", 1)
+    assert "`deepspeed.scheduler` warms up in a straight line" in caplog.text
+
+
+def test_a_section_beside_an_optimizer_class_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`optimizer_cls_and_kwargs` and the section `optimizer`"):
+        check_one_optimizer(RewardConfig(deepspeed={"optimizer": {"type": "AdamW"}}))
+    check_one_optimizer(RewardConfig(deepspeed={"zero_optimization": {"stage": 1}}))
+
+
+DISK = {"device": "nvme", "nvme_path": "/local"}
+
+
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"offload_optimizer": {"device": "cpu"}}, "is for ZeRO stage 1, 2 or 3, and the stage is 0"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "is for ZeRO stage 3, and the stage is 2"),
+        ({"stage": 2, "offload_optimizer": DISK}, "('nvme') is for ZeRO stage 3, and the stage is 2"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "nvme_path` (None) must be an absolute path"),
+        ({"stage": 3, "offload_param": {**DISK, "nvme_path": "x"}}, "nvme_path` ('x') must be an absolute"),
+        ({"stage": 3, "offload_param": {"device": "gpu"}}, 'must be "none", "cpu" or "nvme"'),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio` (0.5) can only be 1"),
+        ({"stage": 2, "cpu_offload": True}, 'cpu_offload` is a deprecated name. Write `"offload_optimizer"'),
+        ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, "zenflow` needs an optimizer of DeepSpeed's"),
+        ({"stage": 2, "zero_quantized_weights": True}, "(true) is for ZeRO stage 3, and the stage is 2"),
+        ({"stage": 1, "zero_hpz_partition_size": 2}, "(2) is for ZeRO stage 3, and the stage is 1"),
+        ({"stage": 3, "zero_hpz_partition_size": 0}, "(0) must be a whole number from 1 on"),
+    ],
+    ids=str,
+)
+def test_offload_and_partitions_that_a_stage_does_not_have_are_refused(
+    zero: dict[str, Any], said: str
+) -> None:
+    assert said in refusal({"zero_optimization": zero})
+
+
+def test_a_run_keeps_what_it_offloads_to_a_disk_in_a_folder_of_its_own() -> None:
+    table = {"zero_optimization": {"stage": 3, "offload_optimizer": DISK, "offload_param": {"device": "cpu"}}}
+    made = deepspeed_config(RewardConfig(deepspeed=table), "fp32", 2)
+    (folder,) = nvme_folders(made)
+    assert folder.parent == Path("/local")
+    assert str(os.getpid()) in folder.name
+    assert table["zero_optimization"]["offload_optimizer"] == DISK
 
 
 def test_all_contradictions_are_told_at_once() -> None:
