@@ -227,6 +227,9 @@ class RewardConfig:
     pointwise_loss: PointwiseLoss = "none"
     """What a completion's own `score` teaches. "none": such rows are refused. "mse": the reward is the score.
     "bce": the score, from 0 to 1, is the probability that it is good, and the reward its logit."""
+    zero_init: Annotated[bool | None, BeforeValidator(none_word)] = None
+    """Under ZeRO stage 3, load the model in parts, so that no worker ever holds all of it. None: where whole
+    copies would take more than half of a host's free memory."""
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     """What an infinite or NaN loss does. "stop": ends the run and names the rows. "skip": leaves the step's
     update out and keeps those rows in `quarantine.jsonl`; it waits for the device in each step."""

@@ -119,6 +119,28 @@ def check_deepspeed(config: RewardConfig) -> list[str]:
     return problems + _check_rows(table, config.train_batch_rows(1))
 
 
+def gathers_model(config: RewardConfig) -> bool:
+    """Whether the user's file asks that one rank writes the whole model (DeepSpeed's own words for it)."""
+    if config.deepspeed is None:
+        return False
+    path = ("zero_optimization", "stage3_gather_16bit_weights_on_model_save")
+    return at(read_deepspeed(config.deepspeed), *path) is True
+
+
+def check_zero_init(config: RewardConfig) -> list[str]:
+    """One line where `zero_init` asks for what only stage 3 can do."""
+    try:
+        stage = resolved_stage(config)
+    except (ConfigError, TypeError, ValueError):
+        return []  # `check_deepspeed` says it
+    if config.zero_init is not True or stage == 3:
+        return []
+    return [
+        f"`zero_init` (True) is for ZeRO stage 3, whose workers hold parts of the model, and the stage is "
+        f"{stage}. Type `zero_stage=3`, or leave `zero_init` out."
+    ]
+
+
 def check_batch_size(table: Table, config: RewardConfig, num_workers: int) -> None:
     """Raise ConfigError where the file's `train_batch_size` is not the run's rows per step."""
     said, ours = table.get("train_batch_size"), config.train_batch_rows(num_workers)

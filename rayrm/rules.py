@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from rayrm.deepspeed_rules import check_deepspeed
+from rayrm.deepspeed_rules import check_deepspeed, check_zero_init
 from rayrm.objective import check_objective
 from rayrm.settings import nearest
 from rayrm.unsupported import INSTEAD, NOT_HONOURED, RENAMED
@@ -118,6 +118,7 @@ def check_reward_config(config: RewardConfig) -> None:
         *_check_precision(config),
         *check_deepspeed(config),
         *check_objective(config),
+        *check_zero_init(config),
     ]
     for reporter in config.report_to:
         if reporter not in REPORTERS:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -137,6 +138,15 @@ def tiny_model(seed: int = 0, **overrides: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(tiny_llama_config(**overrides))
     return model.float()
+
+
+def saved_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """A saved model's weights (PEFT: the adapter's), from however many files."""
+    files = [directory / "adapter_model.safetensors"]
+    if not files[0].exists():
+        files = sorted(directory.glob("model*.safetensors"))
+    assert files
+    return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def save_tiny(

@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from rayrm.data.planning import attention_weight
 from rayrm.model.layout import unwrapped
+from rayrm.model.sharded import is_sharded, whole_shape
 
 
 def attention_weight_of(model: torch.nn.Module) -> float:
-    """The cost of one (query, key) pair in tokens; 0 where the config does not say how wide attention is.
-
-    Read before an engine takes the model: a sharded parameter does not tell its size.
-    """
+    """The cost of one (query, key) pair in tokens; 0 where the config does not say how wide attention is."""
     inner = unwrapped(model)
     config = inner.config.get_text_config()
     sizes, layers = head_sizes(config), getattr(config, "num_hidden_layers", None)
@@ -22,7 +21,15 @@ def attention_weight_of(model: torch.nn.Module) -> float:
         return 0.0
     # A dot product with the key, and a part of the weighted sum of values.
     width = config.num_attention_heads * sum(sizes) // 2
-    return attention_weight(width, layers, inner.num_parameters(exclude_embeddings=True))
+    return attention_weight(width, layers, _num_weights(inner))
+
+
+def _num_weights(model: PreTrainedModel) -> int:
+    """Those outside of embeddings."""
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        return int(model.num_parameters(exclude_embeddings=True))
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    return sum(whole_shape(p).numel() for p in model.parameters() if id(p) not in tables)
 
 
 def head_sizes(config: Any) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rayrm.model.replaced_forward import replace_forward
+from rayrm.model.sharded import whole_shape
 
 _BLOCK_ELEMENTS = 2**17
 """Half a megabyte: what one operation works on fits a core's second-level cache."""
@@ -40,7 +41,7 @@ def _replace(module: Any) -> Callable[[], None] | None:
     if not isinstance(epsilon, float) or list(parameters) != ["weight"] or not is_cpu_float32(module.weight):
         return None
     original = module.forward
-    example = torch.randn(4, module.weight.shape[-1], generator=torch.Generator().manual_seed(0))
+    example = torch.randn(4, whole_shape(module.weight)[-1], generator=torch.Generator().manual_seed(0))
     weight = example[0] + 2.0
     try:
         with torch.no_grad():

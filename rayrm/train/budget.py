@@ -1,26 +1,20 @@
 """The token budget of a micro-batch, where none is given: as many tokens as memory has room for, measured.
 
-Each rank runs the run's longest row, and the row cut to half, forward and backward through the model as it
-will train (precision, layout, adapter, gradient checkpointing) with gradients in place, as in every
-micro-batch of a step but the first. The difference of the two peaks is what a token takes. The budget is the
-largest power of two that a share of the free memory holds beside gradients and optimizer state, coarse so
-that the same run chooses the same twice, and at least the longest row.
+Each rank measures what a token takes on the run's longest row (`footprint.py`). The budget is the largest
+power of two that a share of the free memory holds beside gradients and optimizer state, coarse so that the
+same run chooses the same twice, and at least the longest row. The last layer's attention, of N scores to T
+tokens, is counted at the most scores that a step's shortest rows can put into T tokens.
 
-The probe leaves no gradient, weight or random state changed, and costs about a step. It runs before an engine
-takes the model: later every rank would have to take part in each forward, and gradients were the engine's.
-
-The last layer's attention, of N scores to T tokens, is the one part that does not grow evenly with tokens: it
-is measured by itself, and counted at the most scores that a step's shortest rows can put into T tokens.
+Measuring costs about a step. It comes before an engine takes the model: later every rank would have to take
+part in each forward, and gradients were the engine's. So a model that is built in parts is not measured.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +23,14 @@ import torch
 import torch.distributed as dist
 
 from rayrm.config import RewardConfig
-from rayrm.data.packing import PackedBatch, pack_texts
 from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.deepspeed_rules import resolved_stage
 from rayrm.errors import ConfigError
-from rayrm.model.attention import Dense
-from rayrm.model.attention_probe import softcap_of
-from rayrm.model.cost import head_sizes
-from rayrm.model.forward import PackedScorer, to_device
-from rayrm.model.layout import unwrapped
 from rayrm.train.evaluation import RowSet
-from rayrm.train.peak_memory import free_bytes, peak_bytes
-from rayrm.train.precision import Precision, autocast_dtype, in_precision
+from rayrm.train.footprint import Footprint, Probe, checkpointed_layers, without_checkpointing
+from rayrm.train.peak_memory import free_bytes
 from rayrm.train.rundir import record_budget, recorded_budget
-from rayrm.train.step import computed_tokens
 
 logger = logging.getLogger("rayrm.train")
 
@@ -52,24 +39,8 @@ _SHARE = 0.6
 """Of the free memory. The rest is for other programs, fragmentation, and rows unlike the longest."""
 _MOST_TOKENS = {"cpu": 8192, "cuda": 65536}
 """From here on a larger micro-batch is no faster."""
-_PROBE_LENGTH = 512
-"""Without padding memory grows evenly with tokens, so that the beginnings of long texts tell enough."""
-_MASK = 512
-"""Scores, and tokens, of the last layer's attention as measured: many, to hide what grows with one alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """What a micro-batch holds at its peak: `fixed` bytes, `per_token` more for each of its tokens, and
-    `per_mask_entry` for each of its scores x tokens."""
-
-    fixed: float
-    per_token: float
-    per_mask_entry: float = 0.0
-
-    def of(self, num_tokens: int, num_scores: float = 0) -> float:
-        """Bytes of a micro-batch of `num_tokens`, of which `num_scores` are read."""
-        return self.fixed + (self.per_token + self.per_mask_entry * num_scores) * num_tokens
+_UNMEASURED_TOKENS = 4096
+"""A budget that leaves most memory to a large model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,70 +79,6 @@ class Demand:
         return float(np.interp(num_tokens, self.tokens, self.scores))
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """The model as it will train, and what it is tried on; `pad_token_id` is the model's."""
-
-    module: PackedScorer
-    precision: Precision
-    device: torch.device
-    pad_token_id: int | None
-
-    def num_tokens(self, row: TokenizedRow) -> int:
-        """What of the row `footprint` runs at most."""
-        padded = self.module.layout.name == "padded"
-        return computed_tokens(self._batch(row, self._length(row)), padded=padded)
-
-    def footprint(self, row: TokenizedRow) -> Footprint:
-        """Measured on the row's texts and on their first halves."""
-        padded = self.module.layout.name == "padded"
-        most = self._length(row)
-        whole, half = self._batch(row, most), self._batch(row, most // 2)
-        self.module.train()
-        with _untouched(self.module, self.device):
-            if self.device.type == "cuda":
-                self._run(half)  # The libraries' workspaces, taken once, are no token's.
-            peaks = [peak_bytes(partial(self._run, batch), self.device) for batch in (half, whole)]
-            per_mask_entry = 0.0 if padded else self._per_mask_entry()
-        tokens = [computed_tokens(batch, padded=padded) for batch in (half, whole)]
-        per_token = (peaks[1] - peaks[0]) / max(1, tokens[1] - tokens[0])
-        return Footprint(max(0.0, peaks[1] - per_token * tokens[1]), per_token, per_mask_entry)
-
-    def _length(self, row: TokenizedRow) -> int:
-        padded = self.module.layout.name == "padded"
-        return max(row.lengths) if padded else min(_PROBE_LENGTH, max(row.lengths))
-
-    def _per_mask_entry(self) -> float:
-        """What the last layer's attention holds for each score and token, its mask included."""
-        config = unwrapped(self.module.model).config.get_text_config()
-        heads = config.num_attention_heads
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        if not isinstance(heads, int):  # models whose layers differ
-            heads = groups = max(heads)
-        size = (head_sizes(config) or (64, 64))[0]
-        dtype = autocast_dtype(self.precision) or unwrapped(self.module.model).dtype
-
-        def run() -> None:
-            query, key, value = (
-                torch.zeros(1, n, _MASK, size, dtype=dtype, device=self.device, requires_grad=True)
-                for n in (heads, groups, groups)
-            )
-            mask = torch.ones(_MASK, _MASK, dtype=torch.bool, device=self.device)
-            attended = Dense(mask).attend(query, key, value, None, softcap_of(config))
-            torch.autograd.backward(attended.sum())
-
-        return peak_bytes(run, self.device) / _MASK**2
-
-    def _batch(self, row: TokenizedRow, length: int) -> PackedBatch:
-        """The row's texts, each cut to `length` tokens."""
-        texts = [ids[: max(1, length)] for ids in row.sequences]
-        return pack_texts(texts, self.pad_token_id, share=self.module.layout.name == "shared")
-
-    def _run(self, batch: PackedBatch) -> None:
-        on_device = to_device(batch, self.device, self.module.path)
-        torch.autograd.backward(in_precision(self.module, on_device, self.precision).sum())
-
-
 def decide_budget(
     probe: Probe,
     rows: RowSet,
@@ -181,10 +88,12 @@ def decide_budget(
     output_dir: Path,
     rank: int,
     num_ranks: int,
+    measures: bool = True,
 ) -> int:
     """The budget of all ranks: as given, as chosen when the run began, or the least that a rank chooses now.
 
-    What is chosen is written to the run directory. Every rank calls this.
+    What is chosen is written to the run directory. Every rank calls this. `measures=False`: the model cannot
+    run yet, since no rank holds all of it.
 
     Raises:
         ConfigError: the longest row does not fit a budget that the settings name.
@@ -203,10 +112,16 @@ def decide_budget(
             )
         budget = max(demand.longest, given)
         # Chosen before, it was said then.
-        if rank == 0 and config.max_tokens_per_microbatch is not None:
+        if rank == 0 and measures and config.max_tokens_per_microbatch is not None:
             _say_of_given(probe, rows, config, demand, budget, num_ranks, say)
         return budget
     recorded = recorded_budget(output_dir)
+    if recorded is None and not measures:
+        recorded = max(demand.longest, _UNMEASURED_TOKENS)
+        say(
+            f"max_tokens_per_microbatch: {recorded} tokens (not measured: with `zero_init` the model comes "
+            "in parts). Type another one where memory runs out, or much of it stays free"
+        )
     free = _free_share(probe.device, num_ranks)
     budget = recorded or choose_budget(probe, rows, config, free=free, num_ranks=num_ranks, say=say)
     if num_ranks > 1:
@@ -289,7 +204,7 @@ def _say_of_given(
 ) -> None:
     """Of a budget that the user gives, only whether it is to be had without checkpointing."""
     free = _free_share(probe.device, num_ranks)
-    if free is None or not _checkpointed_layers(probe.module):
+    if free is None or not checkpointed_layers(probe.module):
         return
     room = _SHARE * max(0, free - _state_bytes(probe.module, config, num_ranks))
     row = _longest_row(probe, rows)
@@ -309,12 +224,12 @@ def _say_where_storing_fits(
 
     A micro-batch holds no more than the budget, and no more than a step gives a rank.
     """
-    layers = _checkpointed_layers(probe.module)
+    layers = checkpointed_layers(probe.module)
     # Without checkpointing a layer holds no more than it holds while it is recomputed. That much, far more
     # than it takes, must be there to try it; the share of `room` is for a whole run.
     if not layers or len(layers) * found.of(probe.num_tokens(row)) > room / _SHARE:
         return
-    with _without_checkpointing(layers):
+    with without_checkpointing(layers):
         stored = probe.footprint(row)
     most = min(budget, demand.most_tokens)
     takes = stored.of(most, demand.most_scores(most))
@@ -353,43 +268,3 @@ def _state_bytes(module: torch.nn.Module, config: RewardConfig, num_ranks: int) 
     """
     trained = sum(int(p.nbytes) for p in module.parameters() if p.requires_grad)
     return float(trained) * (1 + 3 / (num_ranks if resolved_stage(config) else 1))
-
-
-@contextlib.contextmanager
-def _untouched(module: PackedScorer, device: torch.device) -> Iterator[None]:
-    """Zeros as gradients, and what gradients and random states were before, afterwards.
-
-    The input embedding gets none: its gradient, as large for one token as for thousands, would be the peak.
-    """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    before = [p.grad for p in trained]
-    embedding = {id(p) for p in unwrapped(module.model).get_input_embeddings().parameters()}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            for parameter in trained:
-                if id(parameter) in embedding:
-                    parameter.requires_grad_(False)
-                else:
-                    parameter.grad = torch.zeros_like(parameter)
-            yield
-        finally:
-            for parameter, gradient in zip(trained, before, strict=True):
-                parameter.requires_grad_(True)
-                parameter.grad = gradient
-
-
-def _checkpointed_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers that are computed again in backward."""
-    # On transformers' layers the flag stands on each; older models read it on the decoder that runs them.
-    return [part for part in module.modules() if getattr(part, "gradient_checkpointing", False)]
-
-
-@contextlib.contextmanager
-def _without_checkpointing(layers: list[torch.nn.Module]) -> Iterator[None]:
-    for layer in layers:
-        layer.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True  # type: ignore[assignment]

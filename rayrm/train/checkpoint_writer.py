@@ -67,10 +67,14 @@ _DTYPES = {
 
 @dataclass(slots=True)
 class Snapshot:
-    """What one rank writes: its engine state, and on rank 0 what `export(directory)` saves of the model."""
+    """What one rank writes: its engine state, and what `export(directory)` saves of the model.
+
+    `join`, on rank 0: writes and returns a file that tells of those which all ranks have saved.
+    """
 
     engine: EngineState
     export: Callable[[Path], None] | None = None
+    join: Callable[[Path], Path] | None = None
 
 
 class _Abandoned(Exception):
@@ -189,8 +193,7 @@ class CheckpointWriter:
             (partial / ENGINE_DIR).mkdir(parents=True, exist_ok=True)
             written: Files = {}
             if snapshot.export is not None:
-                snapshot.export(partial)
-                written |= listed(partial, _exported(partial))
+                written |= listed(partial, _exported(snapshot.export, partial, f".model-{self.rank}"))
             for name, content in files.items():
                 written[name] = self._write_file(partial / name, [content])
             if snapshot.engine.slices:
@@ -198,7 +201,7 @@ class CheckpointWriter:
                 written[name] = self._write_file(partial / name, _safetensors(snapshot.engine.slices))
             self._list_part(partial, written)
             if self.rank == 0:
-                self._complete(partial, best)
+                self._complete(partial, snapshot, best)
         except Exception as error:
             if not is_of_the_disk(error):
                 raise
@@ -220,11 +223,15 @@ class CheckpointWriter:
         self._write_file(aside, [json.dumps(written).encode()])
         aside.rename(partial / part_of(self.rank))
 
-    def _complete(self, partial: Path, best: str | None) -> None:
+    def _complete(self, partial: Path, snapshot: Snapshot, best: str | None) -> None:
         parts = [partial / part_of(rank) for rank in range(self.num_ranks)]
         while not all(part.exists() for part in parts):
             self._raise_if_abandoned()
             time.sleep(_LOOK_AGAIN_S)
+        if snapshot.join is not None:
+            joint = partial / part_of(self.num_ranks)
+            self._write_file(joint, [json.dumps(listed(partial, [snapshot.join(partial)])).encode()])
+            parts.append(joint)
         final = self.output_dir / f"checkpoint-{self._step}"
         seal(partial, parts, final)
         self.whole(final)
@@ -234,15 +241,16 @@ class CheckpointWriter:
             logger.warning("an old checkpoint could not be deleted: %s", error)
 
 
-def _exported(partial: Path) -> list[Path]:
+def _exported(export: Callable[[Path], None], partial: Path, aside: str) -> list[Path]:
     """The files of the model, which may have directories of their own; beside them the ranks write theirs."""
-    return [
-        file
-        for entry in partial.iterdir()
-        if entry.name != ENGINE_DIR and not entry.name.startswith(("part-", "rng-", ".part-"))
-        for file in (entry.rglob("*") if entry.is_dir() else [entry])
-        if file.is_file()
-    ]
+    own = partial / aside
+    own.mkdir()
+    export(own)
+    files = [file.relative_to(own) for file in own.rglob("*") if file.is_file()]
+    for entry in own.iterdir():
+        entry.rename(partial / entry.name)
+    own.rmdir()
+    return [partial / file for file in files]
 
 
 def _step_back() -> None:

@@ -10,19 +10,26 @@ import copy
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rayrm.errors import CheckpointError
 from rayrm.model.reward_model import ADAPTER_CONFIG, TextForm, save_model
+from rayrm.model.sharded import whole_shape
 from rayrm.train.checkpoint import checkpoints, is_of_the_disk, sync_directory
 from rayrm.train.engine_state import WEIGHT, key_of
 from rayrm.train.host_memory import HostMemory
 
 # `drop_partial` deletes what a kill leaves of it.
-_ASIDE = ".checkpoint-model.partial"
+ASIDE = ".checkpoint-model.partial"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 # Whoever looks for a model looks for these; so they come last.
 _LAST = ("config.json", ADAPTER_CONFIG)
 
@@ -61,17 +68,28 @@ class ModelExport:
             key = keys.setdefault(value, whole if gathered is None else f"gathered {name}")
             weights[name] = host.hold(key, value).view(value.shape)
 
-        def write(directory: Path) -> None:
-            save_model(
-                self._stand_in, self._tokenizer, directory, text_form=self._text_form, state_dict=weights
-            )
+        return partial(self.save, weights=weights)
 
-        return write
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What the model's files hold, by name: empty tensors of those shapes, one where weights are tied."""
+        named: dict[str, torch.Tensor] = self._stand_in.state_dict(keep_vars=True)
+        return named
+
+    def save(self, directory: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Write these weights, or a part of them, and what comes with a model."""
+        save_model(self._stand_in, self._tokenizer, directory, text_form=self._text_form, state_dict=weights)
+
+    def save_weights(self, file: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Write a part of the weights alone, as `save_pretrained` does, which does so on rank 0 only."""
+        model: Any = self._stand_in
+        kept = {k: v for k, v in weights.items() if k not in (model._keys_to_ignore_on_save or ())}
+        named = revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model))
+        save_file({name: value.contiguous() for name, value in named.items()}, file, {"format": "pt"})
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
     """One element, seen in the tensor's shape."""
-    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return torch.zeros((), dtype=tensor.dtype).expand(whole_shape(tensor))
 
 
 def save_trained(
@@ -87,32 +105,37 @@ def save_trained(
     Raises:
         CheckpointError: it could not be written. Nothing of it stays.
     """
-    aside = output_dir / _ASIDE
+    aside = output_dir / ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
         save_model(model, tokenizer, aside, text_form=text_form, state_dict=gathered)
-        _move(aside, output_dir)
+        move_saved(aside, output_dir)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         if not is_of_the_disk(error):
             raise
-        needed, free = _weight_bytes(model, gathered) / 2**20, shutil.disk_usage(output_dir).free / 2**20
-        found = checkpoints(output_dir)
-        on = (
-            f"the run goes on from `{found[-1].name}` and saves the model again."
-            if found
-            else "as it keeps no checkpoints (`save_strategy`), it trains again from its first step."
-        )
-        raise CheckpointError(
-            f"the trained model could not be written in `{output_dir}`: {error}. Its weights alone need "
-            f"{needed:.1f} MiB, and {free:.1f} MiB are free there. Free space, then start the same command "
-            f"again: {on}"
-        ) from error
+        raise CheckpointError(why_not_saved(error, output_dir, _weight_bytes(model, gathered))) from error
 
 
-def _move(aside: Path, target: Path) -> None:
-    """Put all files in `aside` on the disk, then into `target`."""
+def why_not_saved(error: Exception, output_dir: Path, needed: int) -> str:
+    """What to say where the model's files, of which weights are `needed` bytes, met a problem of the disk."""
+    free = shutil.disk_usage(output_dir).free
+    found = checkpoints(output_dir)
+    on = (
+        f"the run goes on from `{found[-1].name}` and saves the model again."
+        if found
+        else "as it keeps no checkpoints (`save_strategy`), it trains again from its first step."
+    )
+    return (
+        f"the trained model could not be written in `{output_dir}`: {error}. Its weights alone need "
+        f"{needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free there. Free space, then start the "
+        f"same command again: {on}"
+    )
+
+
+def move_saved(aside: Path, target: Path) -> None:
+    """Put all files in `aside` on the disk, then into `target`, instead of the weights of an earlier save."""
     files = sorted((file for file in aside.rglob("*") if file.is_file()), key=lambda file: file.name in _LAST)
     for file in files:
         with file.open("rb") as saved:
@@ -122,6 +145,10 @@ def _move(aside: Path, target: Path) -> None:
         place.mkdir(exist_ok=True)
     for file in files:
         file.replace(target / file.relative_to(aside))
+    new = {file.name for file in files}
+    for file in target.glob("model*.safetensors*"):
+        if file.name not in new and not new.isdisjoint((WEIGHTS, INDEX)):
+            file.unlink()  # weights in one file, where there are several now, or the other way round
     for place in (*places, target):
         sync_directory(place)
     shutil.rmtree(aside)

@@ -6,20 +6,25 @@ import contextlib
 import logging
 from dataclasses import dataclass
 
+import torch
+
 from rayrm.config import RewardConfig
 from rayrm.model.attention_path import choose_path
 from rayrm.model.cost import attention_weight_of
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import Layout, choose_layout, unwrapped
-from rayrm.train.budget import Probe, decide_budget
+from rayrm.train.budget import decide_budget
 from rayrm.train.build import build_model
 from rayrm.train.build_engine import build_engine
 from rayrm.train.engine import Engine
 from rayrm.train.export import ModelExport
+from rayrm.train.footprint import Probe
 from rayrm.train.job import TrainJob
 from rayrm.train.positions import check_positions, check_rope
 from rayrm.train.precision import autocast_dtype, resolve_precision
-from rayrm.train.rank import Rank
+from rayrm.train.rank import Hosts, Rank
+from rayrm.train.sharded_export import ShardExport, shards_files
+from rayrm.train.zero_init import builds_in_parts, in_parts, whole_in_turn
 
 logger = logging.getLogger("rayrm.train")
 _EVAL_ROWS = RewardConfig.per_device_eval_batch_size
@@ -27,7 +32,7 @@ _EVAL_ROWS = RewardConfig.per_device_eval_batch_size
 
 @dataclass(frozen=True, slots=True)
 class RankModel:
-    """`export`: of the rank that saves the model, None on all others."""
+    """`export`: of a rank that saves the model, or a part of it; None on others."""
 
     module: PackedScorer
     layout: Layout
@@ -35,10 +40,20 @@ class RankModel:
     attention_weight: float
     max_tokens: int
     engine: Engine
-    export: ModelExport | None
+    export: ModelExport | ShardExport | None
 
 
-def build_rank_model(job: TrainJob, rank: Rank, num_steps: int, around: contextlib.ExitStack) -> RankModel:
+def _export(model: torch.nn.Module, job: TrainJob, rank: Rank) -> ModelExport | ShardExport | None:
+    shards = shards_files(job.config, model, rank.count)
+    if not shards and rank.index > 0:
+        return None
+    export = ModelExport(model, job.tokenizer, job.text_form)
+    return ShardExport(export, rank.index, rank.count) if shards else export
+
+
+def build_rank_model(
+    job: TrainJob, rank: Rank, hosts: Hosts, num_steps: int, around: contextlib.ExitStack
+) -> RankModel:
     """Seed before calling. `around` gives a model that was given back as it was, when it ends."""
     config = job.config
 
@@ -46,12 +61,16 @@ def build_rank_model(job: TrainJob, rank: Rank, num_steps: int, around: contextl
         if rank.index == 0:
             logger.info("%s", message)
 
-    built = job.built if job.built is not None else build_model(job.source, config, job.tokenizer)
-    model = built.to(rank.device)
+    name = job.source.model if isinstance(job.source.model, str) and job.built is None else None
+    parted = builds_in_parts(name, config, rank, hosts, say)
+    with in_parts(config, rank.device) if parted else contextlib.nullcontext():
+        built = job.built if job.built is not None else build_model(job.source, config, job.tokenizer)
+        model = built.to(rank.device)
     longest = max(int(s.index.lengths.max()) for s in (job.train_set.sample, *job.eval_sets.values()))
     check_positions(unwrapped(model), longest, say)
     check_rope(unwrapped(model), longest, config, rank.count)
-    layout = choose_layout(model, share_prefix=config.share_prefix, longest=longest)
+    with whole_in_turn(model) if parted else contextlib.nullcontext():
+        layout = choose_layout(model, share_prefix=config.share_prefix, longest=longest)
     say(str(layout))
     if config.per_device_eval_batch_size != _EVAL_ROWS:
         say(
@@ -63,7 +82,7 @@ def build_rank_model(job: TrainJob, rank: Rank, num_steps: int, around: contextl
     if layout.name != "padded":
         say(str(path))
     attention_weight = attention_weight_of(model)
-    export = ModelExport(model, job.tokenizer, job.text_form) if rank.index == 0 else None
+    export = _export(model, job, rank)
     multiple = config.pad_to_multiple_of
     module = PackedScorer(
         model, layout, path=path.name, pad_to_multiple_of=multiple if isinstance(multiple, int) else None
@@ -78,6 +97,7 @@ def build_rank_model(job: TrainJob, rank: Rank, num_steps: int, around: contextl
         output_dir=job.output_dir,
         rank=rank.index,
         num_ranks=rank.count,
+        measures=not parted,
     )
     engine = build_engine(config, module, rank, precision, num_steps, job.optimizer, job.optimizers)
     if rank.count == 1:

@@ -44,6 +44,7 @@ _FREE = {
     # Until a loss is not finite, both values do the same.
     "nonfinite_loss",
     "log_rows",
+    "zero_init",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     # Named by what they make together: rows_per_step.
     "per_device_train_batch_size", "gradient_accumulation_steps",

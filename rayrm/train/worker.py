@@ -14,10 +14,12 @@ import torch
 from transformers import set_seed
 
 from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
+from rayrm.deepspeed_rules import resolved_stage
 from rayrm.errors import CheckpointError, RayrmError
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.objective import Objective
 from rayrm.train.allocator import keep_freed_memory
+from rayrm.train.build import is_adapted
 from rayrm.train.callbacks import UserCallbacks
 from rayrm.train.checkpoint import (
     TrainState,
@@ -40,6 +42,7 @@ from rayrm.train.rank_model import build_rank_model
 from rayrm.train.rank_steps import Packer
 from rayrm.train.records import RunLog, read_records
 from rayrm.train.row_log import RowLog
+from rayrm.train.sharded_export import ShardExport, trained_weights
 from rayrm.train.soundness import Soundness, shown
 from rayrm.train.train_data import train_steps
 from rayrm.train.user_metrics import prefixed
@@ -86,7 +89,7 @@ class _RankRun:
             self.source.read_ahead(self.state.cursor)  # while the model is built
         set_seed(self.config.seed)
         self.schedule = Schedule.of(self.config, self.source.steps_per_epoch)
-        self.model = build_rank_model(job, rank, self.schedule.num_steps, around)
+        self.model = build_rank_model(job, rank, hosts, self.schedule.num_steps, around)
         self.engine = self.model.engine
         self.notice = Notice(job.output_dir, hosts, looks=rank.index == 0)
         self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
@@ -260,10 +263,15 @@ class _RankRun:
 
         def take(host: HostMemory) -> Snapshot:
             engine = self.engine.state(host)
-            gathered = self.engine.model_state()
-            if self.model.export is None:
-                return Snapshot(engine)
-            return Snapshot(engine, self.model.export.take(self.model.module.model, gathered, host))
+            export, model = self.model.export, self.model.module.model
+            if isinstance(export, ShardExport):
+                return Snapshot(
+                    engine, export.take(model, host), export.join if self.rank.index == 0 else None
+                )
+            gathered = self._gathered()
+            return (
+                Snapshot(engine) if export is None else Snapshot(engine, export.take(model, gathered, host))
+            )
 
         if self.callbacks is not None:
             state.callbacks = self.callbacks.exported()
@@ -273,9 +281,20 @@ class _RankRun:
                 self.writer.wait()
             self.callbacks.saved(state)
 
+    def _gathered(self) -> dict[str, torch.Tensor] | None:
+        """On rank 0, what it saves of a model that ranks hold parts of."""
+        model = self.model.module.model
+        if is_adapted(model) and resolved_stage(self.config) == 3:
+            return trained_weights(model, self.rank.index)
+        return self.engine.model_state()
+
     def _write_model(self) -> None:
-        """Rank 0 saves the model; where it cannot, all ranks end."""
-        gathered = self.engine.model_state()
+        """Rank 0, or each its part, saves the model; where one cannot, all ranks end."""
+        export = self.model.export
+        if isinstance(export, ShardExport):
+            export.save_trained(self.model.module.model, self.job.output_dir, self.hosts)
+            return
+        gathered = self._gathered()
         problems = []
         if self.rank.index == 0:
             try:

@@ -43,7 +43,7 @@ from rayrm.train.engine_state import (
 )
 from rayrm.train.host_memory import HostMemory
 from rayrm.train.precision import Precision
-from rayrm.train.zero_state import inner_optimizer, loss_scaler, partition_holdings, spread
+from rayrm.train.zero_state import inner_optimizer, loss_scaler, partition_holdings, share_weights, spread
 
 logger = logging.getLogger("rayrm.train")
 # What DeepSpeed's own profiler and monitor count by.
@@ -137,6 +137,27 @@ def check_offload(settings: dict[str, Any], device: torch.device) -> None:
             ) from error
 
 
+def import_deepspeed(device: torch.device) -> Any:
+    """The package, told what it reads when it is imported and first used."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asserts that a launcher set it
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # A shared-memory reduction that DeepSpeed would compile on the spot, with a compiler; gloo does.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    return deepspeed
+
+
+def gathered(parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+    """Whole, inside, are these parameters of a sharded model; all ranks enter, and none changes them."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    around: contextlib.AbstractContextManager[None] = GatheredParameters(parameters)
+    return around
+
+
 class DeepSpeedEngine:
     """An `Engine` on DeepSpeed. `torch.distributed` must be initialised (also for one rank)."""
 
@@ -152,16 +173,7 @@ class DeepSpeedEngine:
         settings: dict[str, Any],
         skips_nonfinite: bool = False,
     ) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-        os.environ.setdefault(
-            "LOCAL_RANK", str(device.index or 0)
-        )  # DeepSpeed asserts that a launcher set it
-        import deepspeed
-        from deepspeed.ops import __compatible_ops__
-
-        # A shared-memory reduction that DeepSpeed would compile on the spot, with a compiler; gloo does.
-        __compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.utils.logger.setLevel("WARNING")
+        deepspeed = import_deepspeed(device)
         check_offload(settings, device)
         self._folders = nvme_folders(settings)
         self.device = device
@@ -186,6 +198,8 @@ class DeepSpeedEngine:
             config=settings,
             dist_init_required=False,
         )
+        if self._stage == 3:
+            share_weights(self._engine.optimizer)
 
     def _clip(self, *_: Any) -> None:
         self._norm = torch.nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])

@@ -25,6 +25,20 @@ def loss_scaler(engine: Any, stage: int) -> Any:
     return engine.torch_autocast_z0_gradscaler if stage == 0 else engine.optimizer.torch_autocast_gradscaler
 
 
+def share_weights(zero: Any) -> None:
+    """Let stage 3 step over the model's own float32 weights rather than over a copy of this rank's part.
+
+    DeepSpeed 0.19 means to (`_create_fp32_partitions`), but compares a device with its name.
+    """
+    for master, weights in zip(
+        zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True
+    ):
+        if weights is None or (master.dtype, master.device) != (weights.dtype, weights.device):
+            continue
+        if master.shape == weights.shape:
+            master.data = weights.data
+
+
 def partition_holdings(zero: Any, stage: int, names: dict[torch.Tensor, str]) -> Iterable[Holding]:
     """This rank's partitions under stage 1, 2 or 3; `zero` is DeepSpeed's optimizer.
 

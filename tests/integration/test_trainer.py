@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from rayrm import RewardConfig, RewardModel, RewardTrainer
 from rayrm.errors import ClusterError, ConfigError, DataError, RunDirectoryError
 from rayrm.train.records import read_records
-from tests.tiny import save_tiny, tiny_model, tiny_rankings, tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny, saved_weights, tiny_model, tiny_rankings, tiny_rows, tiny_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -106,7 +106,7 @@ def logged(trainer: RewardTrainer, key: str) -> np.ndarray:
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model.safetensors")
+    return saved_weights(directory)
 
 
 def test_two_workers_have_the_trajectory_of_one_process(fitted: Fitted, in_process: RewardTrainer) -> None:

@@ -20,7 +20,6 @@ import numpy.typing as npt
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from rayrm.config import RewardConfig
 from rayrm.data.preference import parse_row
@@ -32,7 +31,7 @@ from rayrm.train.build import ModelSource
 from rayrm.train.checkpoint import checkpoints
 from rayrm.train.job import TrainJob
 from rayrm.train.worker import train_rank
-from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tests.tiny import saved_weights, tiny_model, tiny_rows, tiny_tokenizer
 
 PAIRS_PER_STEP = 8
 NUM_STEPS = 20
@@ -58,6 +57,8 @@ class Variant:
     gradients_times: float = 1.0
     # Train an adapter and the head, with the base frozen.
     lora: bool = False
+    # Load the model of this directory, instead of the one in memory.
+    loaded: Path | None = None
     # Stop in the middle of this step, then train again in the same directory.
     stop_in: int | None = None
     # A token whose embedding is NaN: so is the loss of each row that has it.
@@ -136,7 +137,9 @@ def job_of(variant: Variant, output_dir: Path, rows: Sequence[TokenizedRow]) -> 
     }
     return TrainJob(
         config=RewardConfig(str(output_dir), **settings),
-        source=ModelSource(model, _adapter() if variant.lora else None),
+        source=ModelSource(
+            model if variant.loaded is None else str(variant.loaded), _adapter() if variant.lora else None
+        ),
         tokenizer=tiny_tokenizer(),
         text_form="standard",
         train_set=TokenizedSet.from_rows(rows),
@@ -210,9 +213,8 @@ def outcome_of(directory: Path) -> Outcome:
     """What a run left in its directory."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     records = [record for line in lines if "train_loss" not in (record := json.loads(line))]
-    whole, adapter = directory / "model.safetensors", directory / "adapter_model.safetensors"
     return Outcome(
         np.array([record["loss"] for record in records]),
         np.array([record["grad_norm"] for record in records]),
-        load_file(whole if whole.exists() else adapter),
+        saved_weights(directory),
     )

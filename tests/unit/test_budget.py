@@ -21,8 +21,9 @@ from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import choose_layout
 from rayrm.runfile import Run, dump_run, read_run
-from rayrm.train.budget import Probe, choose_budget, decide_budget
+from rayrm.train.budget import choose_budget, decide_budget
 from rayrm.train.build import ModelSource, build_model
+from rayrm.train.footprint import Probe
 from rayrm.train.peak_memory import peak_bytes
 from rayrm.train.precision import in_precision
 from rayrm.train.rundir import RunStart, claim, examine

@@ -37,6 +37,7 @@ OURS = {
     "tie_parameter",
     "ranking_loss",
     "pointwise_loss",
+    "zero_init",
     "nonfinite_loss",
     "log_rows",
     "max_bad_row_fraction",
