@@ -14,6 +14,7 @@ Message = dict[str, Any]
 Text = str | list[Message]
 
 _TOOLS = ("tool", "function", "ipython")
+_NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -33,6 +34,18 @@ def parse_text(name: str, value: Any) -> Text:
         f"`{name}` ({shown(value)}) is {type(value).__name__}; it must be a string or a list of messages "
         "[{'role': ..., 'content': ...}]; convert it",
     )
+
+
+def check_only_text(row: Mapping[str, Any]) -> None:
+    """`RowError` (not-text) if a row comes with images, videos or sound, which no reward model here reads."""
+    for name in _NOT_TEXT:
+        value = row.get(name)
+        if value is not None and not (is_list(value) and len(value) == 0):
+            raise RowError(
+                "not-text",
+                f"the row has `{name}` ({type(value).__name__}), and only text can be scored; leave the row "
+                "out, or remove the column if the answers can be judged without it",
+            )
 
 
 def check_text(name: str, text: str) -> str:

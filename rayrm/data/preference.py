@@ -4,8 +4,8 @@ A pair: implicit or explicit prompt x plain strings or message lists as `chosen`
 sides tokenized beforehand (`chosen_ids`, `rejected_ids`). A ranking: `completions` (a list of two or more
 strings or message lists), or `completions_ids`, with `ranks`. A scored row: `completion` with `score`, or
 `completions` with `scores`. With `margin`, `target`, `tie`, `tools`, `chat_template_kwargs`; other columns
-are ignored. A field that is None counts as absent, since Arrow fills absent fields with None, inside messages
-too. Pure: no tokenizer, no torch, no ray. Whether a row fits the model's limits is decided in
+are ignored, but a row with images, videos or sound is refused. A field that is None counts as absent, since
+Arrow fills absent fields with None, inside messages too. Pure: no tokenizer, no torch, no ray. Whether a row fits the model's limits is decided in
 `tokenize`; what a text or a message may be, in `messages`.
 """
 
@@ -31,7 +31,15 @@ from rayrm.data.labels import (
     parse_tie,
     scored_columns,
 )
-from rayrm.data.messages import Text, check_completion, check_one_form, is_list, parse_text, shown
+from rayrm.data.messages import (
+    Text,
+    check_completion,
+    check_one_form,
+    check_only_text,
+    is_list,
+    parse_text,
+    shown,
+)
 from rayrm.errors import RowError
 
 PairForm = Literal["standard", "conversational", "tokenized"]
@@ -92,13 +100,14 @@ def parse_row(row: Mapping[str, Any], labels: LabelRules = USUAL) -> PreferenceR
     Raises `RowError` whose `reason` is one of: not-an-object, missing-chosen, missing-rejected,
     missing-completions, missing-ranks, wrong-type, mixed-forms, empty-completion, too-few-completions,
     bad-ranks, all-tied, bad-tie, bad-target, bad-score, not-pointwise, bad-roles, bad-margin, bad-tools,
-    bad-template-kwargs, not-utf8.
+    bad-template-kwargs, not-utf8, not-text.
     """
     if not isinstance(row, (dict, Mapping)):
         raise RowError(
             "not-an-object",
             f"the row ({shown(row)}) is not an object; write {{'prompt': .., 'chosen': .., 'rejected': ..}}",
         )
+    check_only_text(row)
     margin = _margin(row.get("margin"))
     given = _scored_of(row, margin, labels) or _ranking_of(row) or _pair_of(row)
     names, ranks, values = given.names, given.ranks, given.values

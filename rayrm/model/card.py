@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 CARD = "README.md"
+TAGS = ("reward-trainer", "rayrm")
 _LOADS = {
     "transformers": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -42,7 +43,7 @@ def write_card(directory: Path, *, base_model: str | None, is_adapter: bool, tex
         base_model=base_model or None,
         library_name=library,
         pipeline_tag="text-classification",
-        tags=["reward-trainer", "rayrm"],
+        tags=list(TAGS),
     )
     code = _LOADS[library] + _SCORES[text_form] + "score = model.eval()(**inputs).logits[0, 0].item()\n"
     what = "an adapter of a reward model" if is_adapter else "a reward model"

@@ -1,4 +1,4 @@
-"""The reward head in the precision of its weights, whatever the autocast.
+"""The reward head: which modules it is made of, and its product in their weights' precision.
 
 A bf16 product would round scores to 8 bits: the two sides of a pair, whose difference is the loss, often to
 the same number.
@@ -13,6 +13,42 @@ import torch
 
 from rayrm.model.layout import unwrapped
 from rayrm.model.replaced_forward import replace_forward
+
+# `pooler`: a classifier that has one takes it; RoBERTa's does not. ModernBERT has `decoder.*`.
+_PREDICTORS = ("lm_head", "embed_out", "cls", "lm_predictions", "mask_predictions", "pooler")
+
+
+def head_parts(model: torch.nn.Module) -> list[str]:
+    """The names of all that turns the base model's result into a score, as `modules_to_save` takes them.
+
+    Usually `score` or `classifier` alone. DeBERTa has a `pooler` before it, ModernBERT a `head`, which their
+    base models lack; BERT's pooler is in its base model, and missing from what was a language model.
+    Empty for a model that has no base model inside.
+    """
+    inner = unwrapped(model)
+    body = inner.base_model
+    if body is inner:
+        return []
+    parts = [name for name, child in inner.named_children() if child is not body and _has_weights(child)]
+    pools = _has_weights(getattr(body, "pooler", None)) and "pooler" not in parts
+    return [*parts, "pooler"] if pools else parts
+
+
+def is_of_head(model: torch.nn.Module, key: str) -> bool:
+    """Whether a weight is one of `head_parts`: drawn at random where a checkpoint lacks it."""
+    parts = key.split(".")
+    if parts[0] == unwrapped(model).base_model_prefix:
+        return "pooler" in parts[1:2]
+    return parts[0] in head_parts(model)
+
+
+def is_of_language_model(key: str) -> bool:
+    """Whether a checkpoint's weight only predicts tokens, or pools for that: a reward model drops it."""
+    return key.split(".", 1)[0] in _PREDICTORS or key in ("decoder.weight", "decoder.bias")
+
+
+def _has_weights(module: torch.nn.Module | None) -> bool:
+    return module is not None and any(True for _ in module.parameters())
 
 
 def exact_head(model: torch.nn.Module) -> Callable[[], None]:

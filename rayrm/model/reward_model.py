@@ -29,8 +29,10 @@ from transformers.utils import logging as transformers_logging
 
 from rayrm.errors import ModelError
 from rayrm.model.attention import restore_attention
-from rayrm.model.card import CARD, write_card
+from rayrm.model.card import CARD, TAGS, write_card
+from rayrm.model.head import head_parts, is_of_head, is_of_language_model
 from rayrm.model.layout import unwrapped
+from rayrm.model.text_only import check_classifies, check_text_only
 
 logger = logging.getLogger("rayrm.model")
 
@@ -147,7 +149,9 @@ def check_router(name: str, config: Any, init: Mapping[str, Any]) -> None:
 
 
 def _check_config(name: str, config: Any) -> None:
-    """Refuse a classifier of several labels, and special tokens outside the vocabulary."""
+    """Refuse what is no text classifier, one of several labels, and special tokens outside the vocabulary."""
+    check_text_only(name, config)
+    check_classifies(name, config)
     classifies = any("ForSequenceClassification" in kind for kind in config.architectures or ())
     if classifies and config.num_labels != 1:
         raise ModelError(
@@ -187,7 +191,7 @@ def load_model(name: str, *, new_head: bool = True, **init: Any) -> PreTrainedMo
         raise ModelError(
             f"model `{name}` could not be loaded: {error}. If its files are damaged, copy or save them again."
         ) from error
-    missing = sorted(key for key in found["missing_keys"] if not _is_head(key))
+    missing = sorted(key for key in found["missing_keys"] if not is_of_head(model, key))
     if missing:
         raise ModelError(
             f"model `{name}` lacks weights that are not the reward head: {', '.join(missing[:5])}"
@@ -195,11 +199,7 @@ def load_model(name: str, *, new_head: bool = True, **init: Any) -> PreTrainedMo
         )
     if found["missing_keys"] and new_head:
         logger.info("the reward head of %s is new: drawn at random with the run's seed", name)
-    unexpected = sorted(
-        key
-        for key in found["unexpected_keys"]
-        if not key.startswith(("lm_head", "cls.")) and not _is_head(key)
-    )
+    unexpected = sorted(key for key in found["unexpected_keys"] if not is_of_language_model(key))
     if unexpected and "num_hidden_layers" not in init:
         logger.warning(
             "weights of %s that its classifier has no use for: %s", name, ", ".join(unexpected[:5])
@@ -213,11 +213,6 @@ def _dtype(name: str) -> torch.dtype:
         raise ModelError(f'`dtype` ({name}) is not known. Use "float32", "bfloat16", "float16" or "auto".')
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _is_head(key: str) -> bool:
-    # BERT's pooler is missing from checkpoints that were never classifiers; it is part of the head.
-    return any(part in HEADS or part == "pooler" for part in key.split("."))
 
 
 def check_num_labels(model: torch.nn.Module) -> None:
@@ -244,6 +239,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
         ) from error
 
 
+def add_tags(model: torch.nn.Module) -> None:
+    """Tag the model as what it becomes; transformers writes the tags where it writes a card."""
+    add = getattr(unwrapped(model), "add_model_tags", None)
+    if add is not None:
+        add(list(TAGS))
+
+
 def set_pad_token(model: torch.nn.Module, pad_token_id: int) -> None:
     """Pooling reads the rightmost id that is not this one; it must be in the saved config."""
     unwrapped(model).config.get_text_config().pad_token_id = pad_token_id
@@ -253,12 +255,12 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
     """Wrap the model for PEFT; the reward head is trained and saved with the adapter without being asked."""
     from peft import get_peft_model
 
-    head = head_name(model)
+    head_name(model)
     peft_config = copy.deepcopy(peft_config)  # PEFT writes the modules it finds into it
     saved = list(getattr(peft_config, "modules_to_save", None) or [])
-    if head not in saved:
-        peft_config.modules_to_save = [*saved, head]
-        logger.info("the reward head `%s` is trained and saved with the adapter", head)
+    if head := [part for part in head_parts(model) if part not in saved]:
+        peft_config.modules_to_save = [*saved, *head]
+        logger.info("the reward head `%s` is trained and saved with the adapter", "`, `".join(head))
     if getattr(peft_config, "task_type", None) is None:
         peft_config.task_type = "SEQ_CLS"
     try:
@@ -294,9 +296,7 @@ def save_model(
     restore_attention(inner)
     # Says that the logit is the result: servers such as vLLM then apply no sigmoid to it.
     inner.config.problem_type = "regression"
-    add_tags = getattr(inner, "add_model_tags", None)
-    if add_tags is not None:
-        add_tags(["reward-trainer", "rayrm"])
+    add_tags(inner)
     try:
         with _quiet_transformers():
             model.save_pretrained(str(directory), state_dict=state_dict)  # type: ignore[operator]

@@ -18,12 +18,14 @@ from rayrm.errors import ConfigError, MissingExtraError, ModelError
 from rayrm.model.layout import disable_dropout, unwrapped
 from rayrm.model.reward_model import (
     add_adapter,
+    add_tags,
     check_name,
     check_num_labels,
     check_router,
     load_model,
     set_pad_token,
 )
+from rayrm.model.text_only import check_text_only
 
 logger = logging.getLogger("rayrm.train")
 
@@ -56,6 +58,7 @@ def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> to
         logger.info("embeddings resized to the tokenizer's %d tokens", len(tokenizer))
         inner.resize_token_embeddings(len(tokenizer))
     set_pad_token(model, tokenizer.pad_token_id)
+    add_tags(model)
     if config.eos_token is not None:
         inner.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -133,6 +136,7 @@ def check_source(source: ModelSource, config: RewardConfig) -> None:
             check_router(source.model, found, init)
     else:
         check_num_labels(source.model)
+        check_text_only(source.name, source.model.config)
         check_router(source.name, source.model.config, {})
         given: Any = source.model
         names = given.active_adapters if is_adapted(given) else ()

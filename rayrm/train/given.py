@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,23 @@ def resolved_args(args: RewardConfig | None, source: ModelSource, train_dataset:
     if isinstance(args.deepspeed, str):
         args = dataclasses.replace(args, deepspeed=absolute(args.deepspeed))
     return args
+
+
+def warn_of_old_columns(sets: Iterable[Any]) -> None:
+    """Warn the caller's caller of the old names of token ids, where a set tells its columns.
+
+    Whatever reads the rows warns too, but in another process.
+    """
+    for source in sets:
+        parts = source.values() if isinstance(source, dict) else [source]
+        if any("chosen_input_ids" in (getattr(part, "column_names", None) or ()) for part in parts):
+            warnings.warn(
+                "`chosen_input_ids`/`rejected_input_ids` are the old names of `chosen_ids`/`rejected_ids`: "
+                "rename the columns, the old names will go",
+                FutureWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def tokenizer_of(processing_class: Any, source: ModelSource, args: RewardConfig) -> Any:

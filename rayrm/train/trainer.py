@@ -34,7 +34,7 @@ from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.callbacks import CallbackArgs, call_all, check_callbacks
 from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model, speed_of
-from rayrm.train.given import absolute, check_types, resolved_args, tokenizer_of
+from rayrm.train.given import absolute, check_types, resolved_args, tokenizer_of, warn_of_old_columns
 from rayrm.train.job import TrainJob
 from rayrm.train.optimizer import check_holds, check_optimizers, made_of
 from rayrm.train.rank import Rank
@@ -103,6 +103,7 @@ class RewardTrainer:
             raise DataError("`train_dataset` is required. Pass a dataset, a path, or a list of rows.")
         self._source = ModelSource(absolute(model), peft_config)
         check_types(args, scaling_config)
+        warn_of_old_columns((train_dataset, eval_dataset))
         self.args = resolved_args(args, self._source, train_dataset)
         self.output_dir = Path(self.args.output_dir or "trainer_output").expanduser().absolute()
         self._scaling, self._run_config, self._run = scaling_config, run_config, run

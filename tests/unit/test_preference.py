@@ -110,6 +110,11 @@ def test_unknown_columns_are_ignored() -> None:
     )
 
 
+@pytest.mark.parametrize("empty", [None, []])
+def test_a_row_without_an_image_may_stand_in_a_set_with_a_column_of_them(empty: Any) -> None:
+    assert parse_row({**TEXT, "images": empty, "audio": empty}) == parse_row(TEXT)
+
+
 TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
 CHAT = {"prompt": ASK, "chosen": YES, "rejected": NO}
 RANKED = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [0, 1, 2]}
@@ -173,6 +178,10 @@ RANKED = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [0, 1, 2]}
         ({**RANKED, "ranks": ["1", "2", "3"]}, "bad-ranks", "'1'"),
         ({**RANKED, "ranks": [True, False, False]}, "bad-ranks", "True"),
         ({**RANKED, "ranks": [4, 4, 4.0]}, "all-tied", "nothing is compared"),
+        ({**CHAT, "images": [b"png"]}, "not-text", "`images` (list)"),
+        ({**TEXT, "image": {"bytes": b"png", "path": None}}, "not-text", "`image` (dict)"),
+        ({**RANKED, "video": "clip.mp4"}, "not-text", "`video` (str)"),
+        ({"chosen_ids": [1], "rejected_ids": [2], "audio": [0.5]}, "not-text", "only text can be scored"),
         ({**CHAT, "chosen": [{"role": "assistant", "content": "\udfff"}]}, "not-utf8", "`chosen[0].content`"),
     ],
 )
