@@ -91,6 +91,7 @@ $(STAMP):
 # SkyRL's and AReaL's code that calls a reward, without vLLM, SGLang and CUDA builds; AReaL is for Python below 3.13.
 	@$(PIP) --no-deps skyrl skyrl-gym 'areal; python_version < "3.13"' loguru omegaconf colorlog
 	@$(PIP) --no-deps --ignore-requires-python verl tensordict pyvers orjson omegaconf codetiming
+	@$(PIP) --no-deps trackio gradio_client python-multipart brotli
 	@$(PIP) --no-deps openrlhf || echo "no openrlhf for this Python or machine: its tests are skipped"
 	@rm -f $(VENV)/installed-*
 	@touch $@

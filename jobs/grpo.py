@@ -4,7 +4,9 @@
         policy.name=/shared/models/policy reward.model=/shared/registry/helpful cluster.num_workers=2
 
 The words after the run file are settings over it; `reward.service=NAME` instead of `reward.model` trains
-against a service that runs already. Exit status: as every command's (README).
+against a service that runs already.
+
+Exit status: 0 done; 2 what you can mend (settings, files, rows); 1 what failed; 143 told to leave (SIGTERM).
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 
 The service must run. The words after the file change it: a bare key is one of [refresh]. Goes on until it is
 stopped, or `max_rounds` are done; the same command goes on where it was cut off.
+
+Exit status: 0 done, or stopped; 2 what you can mend (settings, files, the judge); 1 what failed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """Score a file of completions as a Ray job, by a model or by the running service.
 
-    ray job submit --working-dir . -- python jobs/score.py /shared/registry/reward \\
+    ray job submit --working-dir . -- python jobs/score.py /shared/registry/helpful \\
         /shared/data/answers.jsonl --output /shared/data/scored.jsonl
     ray job submit --working-dir . -- python jobs/score.py /shared/data/answers.jsonl \\
         --served reward --output /shared/data/scored.jsonl
+
+Exit status: 0 done; 2 what you can mend (a model, a file, its rows); 1 what failed, or no answer of the
+service.
 """
 
 from __future__ import annotations

@@ -161,7 +161,9 @@ class RewardConfig:
     logging_first_step: bool = False
     """Log step 1 too."""
     report_to: Names = "none"
-    """"tensorboard", "none", or a list. `metrics.jsonl` is always written."""
+    """"tensorboard", "wandb", "mlflow", "trackio", "none", or a list. `metrics.jsonl` is always written."""
+    project: str = "huggingface"
+    """The project of wandb (unless WANDB_PROJECT is set) and of trackio that the run is shown in."""
     run_name: str | None = None
     """The run's name in reports. None: the last part of `output_dir`."""
     disable_tqdm: OptionalBool = None
@@ -233,6 +235,9 @@ class RewardConfig:
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     """What an infinite or NaN loss does. "stop": ends the run and names the rows. "skip": leaves the step's
     update out and keeps those rows in `quarantine.jsonl`; it waits for the device in each step."""
+    storage_path: str | None = None
+    """An object store's directory (`s3://bucket/runs`) to which the run is copied, under the last part of
+    `output_dir`: checkpoints, records, the model. A start without them in `output_dir` goes on from there."""
     log_rows: bool = False
     """Write which rows each step was trained on: `rows-<rank>.jsonl` in `output_dir`."""
     max_bad_row_fraction: Fraction = 0.01

@@ -13,6 +13,7 @@ from rayrm.deepspeed_rules import check_deepspeed, check_zero_init
 from rayrm.objective import check_objective
 from rayrm.settings import nearest
 from rayrm.unsupported import INSTEAD, NOT_HONOURED, RENAMED
+from rayrm.urls import is_url, masked
 
 if TYPE_CHECKING:
     from rayrm.config import RewardConfig
@@ -22,7 +23,7 @@ SAME: Final[dict[str, str]] = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 """transformers' newer name for one of our fields -> the field."""
-REPORTERS: Final = ("tensorboard",)
+REPORTERS: Final = ("tensorboard", "wandb", "mlflow", "trackio")
 _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
     "adagrad": ("lr_decay", "weight_decay", "eps"),
@@ -123,9 +124,19 @@ def check_reward_config(config: RewardConfig) -> None:
     for reporter in config.report_to:
         if reporter not in REPORTERS:
             problems.append(
-                f'`report_to` ({reporter!r}) is not supported: it can be "none" or "tensorboard". Type '
-                "`report_to=tensorboard`; `metrics.jsonl` in `output_dir` holds every metric for other tools."
+                f"`report_to` ({reporter!r}) is not supported: it can be none or {', '.join(REPORTERS)}. "
+                "Type `report_to=tensorboard`; `metrics.jsonl` holds every metric for other tools."
             )
+    if config.storage_path is not None and not is_url(config.storage_path):
+        problems.append(
+            f"`storage_path` ({config.storage_path!r}) is an object store's URL. Type one such as "
+            "s3://bucket/runs; `output_dir` is the run's directory."
+        )
+    elif config.storage_path is not None and masked(config.storage_path) != config.storage_path:
+        problems.append(
+            f"`storage_path` ({masked(config.storage_path)}) holds credentials, and a run writes its "
+            "settings down. Set them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)."
+        )
     try:
         parse_optim_args(config.optim, config.optim_args)
     except ValueError as problem:

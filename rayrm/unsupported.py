@@ -60,7 +60,6 @@ NOT_HONOURED: Final[dict[str, Any]] = {
     "optim_target_modules": None,
     "parallelism_config": None,
     "prediction_loss_only": False,
-    "project": "huggingface",
     "push_to_hub": False,
     "restore_callback_states_from_checkpoint": False,
     "save_on_each_node": False,

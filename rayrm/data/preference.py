@@ -5,8 +5,8 @@ sides tokenized beforehand (`chosen_ids`, `rejected_ids`). A ranking: `completio
 strings or message lists), or `completions_ids`, with `ranks`. A scored row: `completion` with `score`, or
 `completions` with `scores`. With `margin`, `target`, `tie`, `tools`, `chat_template_kwargs`; other columns
 are ignored, but a row with images, videos or sound is refused. A field that is None counts as absent, since
-Arrow fills absent fields with None, inside messages too. Pure: no tokenizer, no torch, no ray. Whether a row fits the model's limits is decided in
-`tokenize`; what a text or a message may be, in `messages`.
+Arrow fills absent fields with None, inside messages too. Pure: no tokenizer, no torch, no ray. Whether a row
+fits the model's limits is decided in `tokenize`; what a text or a message may be, in `messages`.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ def find_remote(url: str) -> list[RemoteFile]:
             "them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and leave them out of the URL"
         )
     with readable_errors(url):
-        settings = tuple((name, os.environ[name]) for name in _S3_ENVIRONMENT if os.environ.get(name))
-        filesystem, path = _connect(url, settings)
+        settings = s3_environment()
+        filesystem, path = connect(url, settings)
         entries = _arrow_entries(filesystem, path) if _is_arrow(filesystem) else _entries(filesystem, path)
     if entries is None:
         raise DataError(f"{masked(url)} does not exist{_missing_parent(filesystem, path)}; correct the URL")
@@ -97,9 +97,14 @@ def find_remote(url: str) -> list[RemoteFile]:
     return found
 
 
+def s3_environment() -> tuple[tuple[str, str], ...]:
+    """What this process's environment says of S3, for whoever connects elsewhere."""
+    return tuple((name, os.environ[name]) for name in _S3_ENVIRONMENT if os.environ.get(name))
+
+
 def open_remote(remote: Remote, *, seek: bool) -> Any:
     """The file's bytes as they are, for pyarrow or a buffered reader; `seek`: from any place."""
-    filesystem, _ = _connect(remote.url, remote.settings)
+    filesystem, _ = connect(remote.url, remote.settings)
     if _is_arrow(filesystem):
         if seek:
             return filesystem.open_input_file(remote.path)
@@ -115,7 +120,7 @@ def open_remote(remote: Remote, *, seek: bool) -> Any:
 
 def serves_ranges(remote: Remote) -> bool:
     """Whether a part of the file can be had without the whole: of HTTP servers some cannot."""
-    filesystem, _ = _connect(remote.url, remote.settings)
+    filesystem, _ = connect(remote.url, remote.settings)
     return not _is_http(filesystem) or bool(filesystem.info(remote.path).get("partial"))
 
 
@@ -201,7 +206,7 @@ def _missing_parent(filesystem: Any, path: str) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _connect(url: str, settings: tuple[tuple[str, str], ...]) -> tuple[Any, str]:
+def connect(url: str, settings: tuple[tuple[str, str], ...]) -> tuple[Any, str]:
     """The filesystem of a URL, and the URL's path in it."""
     scheme = urlsplit(url).scheme.lower()
     if scheme in ("s3", "s3a", "s3n"):

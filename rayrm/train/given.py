@@ -15,6 +15,9 @@ from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.errors import ConfigError
 from rayrm.model.reward_model import load_tokenizer
 from rayrm.train.build import ModelSource
+from rayrm.train.rundir import check_writable
+from rayrm.train.storage import check_storage, storage_environment
+from rayrm.train.trackers import check_trackers, tracker_environment
 
 
 def absolute(name: Any) -> Any:
@@ -83,3 +86,15 @@ def tokenizer_of(processing_class: Any, source: ModelSource, args: RewardConfig)
         pad_token=args.pad_token,
         chat_template_path=args.chat_template_path,
     )
+
+
+def check_places(args: RewardConfig, output_dir: Path) -> None:
+    """Raise where the run's directory, its object store or a tracker cannot be written to."""
+    check_writable(output_dir)
+    check_storage(args, output_dir)
+    check_trackers(args.report_to)
+
+
+def environment(args: RewardConfig) -> dict[str, str]:
+    """What this process's environment says of trackers and of the object store, for the ranks."""
+    return tracker_environment(args.report_to) | storage_environment(args)

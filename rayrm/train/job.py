@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,5 @@ class TrainJob:
     optimizers: Optimizers | None = None
     metrics: UserMetrics | None = None
     callbacks: tuple[TrainerCallback, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What the driver's environment says of trackers and of the object store."""

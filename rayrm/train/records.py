@@ -1,7 +1,8 @@
-"""What a run leaves to read: `metrics.jsonl`, TensorBoard events, and where it stands (`progress.json`).
+"""What a run leaves to read: `metrics.jsonl`, and where it stands (`progress.json`).
 
-Rank 0 writes; the driver, and anyone else, reads. One JSON object per logging event, key `step` and TRL's
-names. After a restart, records beyond the checkpoint are dropped: each step stands in the file once.
+Rank 0 writes, and tells the trackers (`trackers.py`) the same; the driver, and anyone else, reads. One JSON
+object per logging event, key `step` and TRL's names. After a restart, records beyond the checkpoint are
+dropped: each step stands in the file once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rayrm.config import RewardConfig
 from rayrm.errors import writing
 from rayrm.train.checkpoint import TrainState, sync_directory
 from rayrm.train.loop import Record
+from rayrm.train.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 PROGRESS = "progress.json"
@@ -26,14 +29,19 @@ class RunLog:
     """The writer of a run directory's records; does nothing on ranks where it is not `active`."""
 
     def __init__(
-        self, output_dir: Path, config: RewardConfig, *, active: bool, rows_per_step: int = 0
+        self,
+        output_dir: Path,
+        config: RewardConfig,
+        *,
+        active: bool,
+        rows_per_step: int = 0,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        """`environment`: what that of the process that started the run says of the trackers."""
         self._dir = output_dir
         self._active = active
         self._rows_per_step = rows_per_step
-        self._board: Any = None
-        self._name = config.run_name or ""
-        self._tensorboard = active and "tensorboard" in config.report_to
+        self._trackers = Trackers(config, output_dir, environment or {})
         self._shown = 0.0
         self._began = time.time()
         self._began_at_step = 0
@@ -45,15 +53,10 @@ class RunLog:
         self._began_at_step = step
         self._dir.mkdir(parents=True, exist_ok=True)
         # A run that begins anew evaluates at step 0 again, so nothing is kept then.
-        before = read_records(self._dir) if step else []
-        kept = [record for record in before if record["step"] <= step and not _is_summary(record)]
+        before = read_records(self._dir)
+        kept = [record for record in before if step and record["step"] <= step and not _is_summary(record)]
+        self._trackers.begin(step, before)
         replace_text(self._dir / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(
-                str(self._dir / "tensorboard" / self._name), purge_step=step + 1 if step else None
-            )
 
     def write(self, record: Record) -> None:
         """Append one logging event; it must say its `step`."""
@@ -62,11 +65,7 @@ class RunLog:
         file = self._dir / METRICS
         with writing(file), file.open("a") as out:
             out.write(json.dumps(record) + "\n")
-        if self._board is not None:
-            for key, value in record.items():
-                if key not in ("step", "epoch"):
-                    place = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
-                    self._board.add_scalar(place, value, int(record["step"]))
+        self._trackers.write(record)
 
     def sync(self) -> None:
         """On disk is what was written, before a checkpoint says so."""
@@ -108,8 +107,7 @@ class RunLog:
         return summary
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
     def _write_progress(self, standing: dict[str, Any], *, durable: bool = True) -> None:
         file = self._dir / PROGRESS

@@ -23,6 +23,7 @@ from rayrm.runfile import dump_run, read_run
 from rayrm.train.checkpoint import IDENTITY, MANIFEST, RUN, checkpoints, read_state, verify_checkpoint
 from rayrm.train.holding import holding
 from rayrm.train.records import METRICS, PROGRESS, replace_text
+from rayrm.train.storage import storage_environment, storage_of
 
 RUN_TOML = "run.toml"
 logger = logging.getLogger("rayrm.train")
@@ -31,12 +32,14 @@ _ORIGIN = "origin"
 # What a run writes into its directory: a file of one of these names that is not ours would be lost.
 _WRITTEN = (
     METRICS, PROGRESS, IDENTITY, RUN_TOML, "quarantine.jsonl", "rows-*.jsonl", "tensorboard", "checkpoint-*",
+    "trackers.json", "mlflow.db",
     "README.md", "config.json", "adapter_*", "*.safetensors*", "rayrm.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
     "additional_chat_templates", "trainer_state.json",
 )  # fmt: skip
 _FREE = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "dataset_num_proc",
+    "project", "storage_path",
     "do_train", "do_eval", "do_predict", "remove_unused_columns", "max_bad_row_fraction",
     "logging_strategy", "logging_steps", "logging_first_step",
     "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size",
@@ -109,6 +112,32 @@ def check_resume(resume: bool | str | None) -> None:
         verify_checkpoint(Path(str(resume)))
 
 
+def bring(config: RewardConfig, output_dir: Path, identity: dict[str, Any], *, goes_on: bool) -> None:
+    """Fetch what the store holds of this run where the directory has no checkpoint, or raise what to type."""
+    storage = storage_of(config, output_dir, storage_environment(config))
+    if storage is None or checkpoints(output_dir):
+        return
+    try:
+        if not storage.has(IDENTITY):
+            return
+        _refuse_other(storage.url, json.loads(storage.read(IDENTITY)).get("identity", {}), identity)
+        if storage.has(PROGRESS) and json.loads(storage.read(PROGRESS)).get("finished"):
+            raise finished(storage.url)
+        if not goes_on:
+            raise RunDirectoryError(
+                f"`{storage.url}` holds a run that did not finish. Pass `resume_from_checkpoint=True` to go "
+                "on with it, or choose another `output_dir`."
+            )
+        if not (output_dir / IDENTITY).exists():
+            _refuse_foreign(output_dir)
+        storage.fetch()
+    except OSError as error:
+        raise CheckpointError(
+            f"the run's copy in {storage.url} cannot be read: {error}. Type the same again, or leave "
+            "`storage_path` out to begin anew."
+        ) from error
+
+
 def examine(
     output_dir: Path, identity: dict[str, Any], *, resume: bool | str | None, automatic: bool = False
 ) -> RunStart:
@@ -169,7 +198,7 @@ def _read(file: Path) -> dict[str, Any]:
     return dict(read)
 
 
-def finished(output_dir: Path) -> RunDirectoryError:
+def finished(output_dir: Path | str) -> RunDirectoryError:
     """The refusal to train a finished run again."""
     return RunDirectoryError(
         f"the run in `{output_dir}` is finished: its model is saved there. To train again, choose "
@@ -264,7 +293,7 @@ def _refuse_foreign(output_dir: Path) -> None:
         )
 
 
-def _refuse_other(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _refuse_other(output_dir: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
     if differing := _differing(before, now):
         raise RunDirectoryError(
             f"`output_dir` ({output_dir}) holds another run. They differ in {differing}. Choose another "

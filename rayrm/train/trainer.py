@@ -34,13 +34,21 @@ from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.callbacks import CallbackArgs, call_all, check_callbacks
 from rayrm.train.display import Display
 from rayrm.train.evaluation import Scores, score_model, speed_of
-from rayrm.train.given import absolute, check_types, resolved_args, tokenizer_of, warn_of_old_columns
+from rayrm.train.given import (
+    absolute,
+    check_places,
+    check_types,
+    environment,
+    resolved_args,
+    tokenizer_of,
+    warn_of_old_columns,
+)
 from rayrm.train.job import TrainJob
 from rayrm.train.optimizer import check_holds, check_optimizers, made_of
 from rayrm.train.rank import Rank
 from rayrm.train.records import read_progress, read_records
 from rayrm.train.run_data import RunData, check_form
-from rayrm.train.rundir import RunStart, check_resume, check_writable, claim, examine, identity_of, only_run
+from rayrm.train.rundir import RunStart, bring, check_resume, claim, examine, identity_of, only_run
 from rayrm.train.script_words import MainProcess, Rows, missing
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
 from rayrm.train.user_metrics import prefixed, user_metrics
@@ -123,7 +131,7 @@ class RewardTrainer:
         self._mode = choose_mode(self._data, train_dataset, self.args)
         check_source(self._source, self.args)
         self.processing_class = tokenizer_of(processing_class, self._source, self.args)
-        check_writable(self.output_dir)
+        check_places(self.args, self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
         self._sets = RunData(self.processing_class, self.args, self._data, quarantine_aside(self))
         check_resume(self.args.resume_from_checkpoint)
@@ -340,6 +348,7 @@ class RewardTrainer:
             optimizer=self._optimizer or made_of(self._optimizers),
         )
         wanted = resume if resume is not None else self.args.resume_from_checkpoint
+        bring(self.args, self.output_dir, identity, goes_on=bool(wanted) or self._auto_resume)
         start = examine(self.output_dir, identity, resume=wanted, automatic=self._auto_resume)
         budget = self._budget(start)
         claim(self.output_dir, identity, budget, self._run_toml(budget), start.origin)
@@ -392,4 +401,5 @@ class RewardTrainer:
             optimizers=self._optimizers,
             metrics=self._metrics,
             callbacks=tuple(self._callbacks),
+            environment=environment(self.args),
         )

@@ -44,6 +44,7 @@ from rayrm.train.records import RunLog, read_records
 from rayrm.train.row_log import RowLog
 from rayrm.train.sharded_export import ShardExport, trained_weights
 from rayrm.train.soundness import Soundness, shown
+from rayrm.train.storage import storage_of
 from rayrm.train.train_data import train_steps
 from rayrm.train.user_metrics import prefixed
 
@@ -93,12 +94,13 @@ class _RankRun:
         self.engine = self.model.engine
         self.notice = Notice(job.output_dir, hosts, looks=rank.index == 0)
         self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
+        self.storage = storage_of(self.config, job.output_dir, job.environment) if rank.index == 0 else None
         self.writer = CheckpointWriter(
             job.output_dir,
             rank.index,
             rank.count,
             self.config.save_total_limit,
-            whole=lambda path: self._say(f"saved {path}"),
+            whole=self._keep_whole,
             hosts=hosts,
         )
         told, schedule = job.callbacks, self.schedule
@@ -106,14 +108,27 @@ class _RankRun:
             UserCallbacks(told, self.config, schedule, rank, hosts, job.output_dir) if told else None
         )
         rows_per_step = self.config.train_batch_rows(rank.count)
-        self.log = RunLog(job.output_dir, self.config, active=rank.index == 0, rows_per_step=rows_per_step)
+        self.log = RunLog(
+            job.output_dir,
+            self.config,
+            active=rank.index == 0,
+            rows_per_step=rows_per_step,
+            environment=job.environment,
+        )
 
     def _say(self, message: str) -> None:
         if self.rank.index == 0:
             logger.info("%s", message)
 
+    def _keep_whole(self, checkpoint: Path) -> None:
+        self._say(f"saved {checkpoint}")
+        if self.storage is not None:
+            self.storage.keep(checkpoint, self.config.save_total_limit)
+
     def train(self) -> torch.nn.Module:
         state = self._restore()
+        name, left = self.config.run_name or self.job.output_dir.name, self.schedule.num_steps - state.step
+        self._say(f"run {name}: {left} steps on {self.rank.count} worker(s), in {self.job.output_dir}")
         packer = Packer(
             self.model.layout.name,
             self.rank.index,
@@ -171,6 +186,8 @@ class _RankRun:
         self._report({"step": state.step, "train_loss": state.train_loss})
         self.rank.barrier()
         summary = self.log.finish(state, self.schedule.num_steps)
+        if self.storage is not None:
+            self.storage.keep_result()
         if self.callbacks is not None:
             self.callbacks.logged(summary)
             self.callbacks.ended(state)

@@ -41,8 +41,9 @@ def check_run_config(run_config: Any, num_workers: int) -> None:
     usual = RunConfig()
     ours = {
         "name": "the run's directory is `output_dir`",
-        "storage_path": "the run's directory is `output_dir`: set that",
-        "storage_filesystem": "`output_dir` is a path that every worker sees, such as a mounted bucket",
+        "storage_path": "the run's directory is `output_dir`; an object store for its copy is "
+        "`RewardConfig.storage_path`",
+        "storage_filesystem": "`RewardConfig.storage_path` names an object store",
         "checkpoint_config": "`save_total_limit` says how many checkpoints are kept, "
         "`load_best_model_at_end` that the best is",
     }

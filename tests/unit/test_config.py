@@ -40,6 +40,7 @@ OURS = {
     "zero_init",
     "nonfinite_loss",
     "log_rows",
+    "storage_path",
     "max_bad_row_fraction",
 }
 HONOURED = {field.name for field in dataclasses.fields(RewardConfig)}
@@ -207,7 +208,9 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest() -> None:
             {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 0.1},
             ["`save_steps` (500)", "`eval_steps` (0.1)", "shares"],
         ),
-        ({"report_to": ["tensorboard", "wandb"]}, ["`report_to` ('wandb')", "tensorboard"]),
+        ({"report_to": ["tensorboard", "all"]}, ["`report_to` ('all')", "tensorboard"]),
+        ({"storage_path": "/shared/runs"}, ["`storage_path` ('/shared/runs')", "s3://bucket/runs"]),
+        ({"storage_path": "s3://me:secret@bucket/runs"}, ["s3://***@bucket", "AWS_ACCESS_KEY_ID"]),
         ({"gradient_checkpointing": False, "activation_checkpointing": True}, ["one setting"]),
         ({"optim_args": "momentum=0.9"}, ["`adamw_torch_fused` takes none"]),
         ({"optim": "sgd", "optim_args": "momentun=0.9"}, ["Did you mean `momentum`?"]),
@@ -239,7 +242,7 @@ def test_a_field_of_several_types_gives_one_line() -> None:
 
 
 def test_all_broken_rules_are_told_at_once() -> None:
-    assert len(refusal(bf16=True, fp16=True, max_steps=0, report_to="wandb").splitlines()) == 3
+    assert len(refusal(bf16=True, fp16=True, max_steps=0, report_to="comet_ml").splitlines()) == 3
 
 
 def test_only_output_dir_is_positional() -> None:

@@ -1,8 +1,10 @@
-"""The KubeRay manifest against the schema of its resource, Serve's own schema, and itself."""
+"""The KubeRay manifests against the schemas of their resources, Serve's own schema, and themselves."""
 
 from __future__ import annotations
 
 import copy
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from rayrm.config import ServeConfig
+from rayrm.runfile import read_run
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 
@@ -58,6 +61,24 @@ VOLUME = _object(
     ["name"], name=TEXT, persistentVolumeClaim=_object(["claimName"], claimName=TEXT, readOnly={})
 )
 TEMPLATE = _object(["spec"], spec=_object(["containers"], containers=_list(CONTAINER), volumes=_list(VOLUME)))
+RAY_CLUSTER = _object(
+    ["headGroupSpec"],
+    rayVersion=TEXT,
+    authOptions=_object([], mode={"enum": ["disabled", "token"]}, secretName=TEXT),
+    enableInTreeAutoscaling={"type": "boolean"},
+    headGroupSpec=_object(["template"], rayStartParams=TEXTS, template=TEMPLATE),
+    workerGroupSpecs=_list(
+        _object(
+            ["groupName", "minReplicas", "maxReplicas", "template"],
+            groupName=TEXT,
+            replicas=COUNT,
+            minReplicas=COUNT,
+            maxReplicas=COUNT,
+            rayStartParams=TEXTS,
+            template=TEMPLATE,
+        )
+    ),
+)
 # The part of RayService (ray.io/v1) that the manifest has: names, types and what is required are those of
 # KubeRay's CustomResourceDefinition, helm-chart/kuberay-operator/crds/ray.io_rayservices.yaml at feeaf72.
 RAY_SERVICE = _object(
@@ -68,24 +89,26 @@ RAY_SERVICE = _object(
     spec=_object(
         ["serveConfigV2", "rayClusterConfig"],
         serveConfigV2=TEXT,
-        rayClusterConfig=_object(
-            ["headGroupSpec"],
-            rayVersion=TEXT,
-            authOptions=_object([], mode={"enum": ["disabled", "token"]}, secretName=TEXT),
-            enableInTreeAutoscaling={"type": "boolean"},
-            headGroupSpec=_object(["template"], rayStartParams=TEXTS, template=TEMPLATE),
-            workerGroupSpecs=_list(
-                _object(
-                    ["groupName", "minReplicas", "maxReplicas", "template"],
-                    groupName=TEXT,
-                    replicas=COUNT,
-                    minReplicas=COUNT,
-                    maxReplicas=COUNT,
-                    rayStartParams=TEXTS,
-                    template=TEMPLATE,
-                )
-            ),
-        ),
+        rayClusterConfig=RAY_CLUSTER,
+    ),
+)
+# The same of RayJob: ray-operator/apis/ray/v1/rayjob_types.go at 0057210.
+RAY_JOB = _object(
+    ["apiVersion", "kind", "metadata", "spec"],
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata=_object(["name"], name=TEXT),
+    spec=_object(
+        ["entrypoint", "rayClusterSpec"],
+        entrypoint=TEXT,
+        runtimeEnvYAML=TEXT,
+        backoffLimit=COUNT,
+        activeDeadlineSeconds={"type": "integer", "minimum": 1},
+        shutdownAfterJobFinishes={"type": "boolean"},
+        ttlSecondsAfterFinished=COUNT,
+        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode"]},
+        suspend={"type": "boolean"},
+        rayClusterSpec=RAY_CLUSTER,
     ),
 )
 
@@ -95,8 +118,14 @@ def manifest() -> dict[str, Any]:
     return dict(yaml.safe_load((JOBS / "kuberay" / "rayservice.yaml").read_text()))
 
 
+@pytest.fixture
+def job() -> dict[str, Any]:
+    return dict(yaml.safe_load((JOBS / "kuberay" / "rayjob.yaml").read_text()))
+
+
 def containers(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    cluster = manifest["spec"]["rayClusterConfig"]
+    spec = manifest["spec"]
+    cluster = spec.get("rayClusterConfig") or spec["rayClusterSpec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     return [container for group in groups for container in group["template"]["spec"]["containers"]]
 
@@ -162,3 +191,57 @@ def test_the_pods_have_what_the_serve_config_asks_for(manifest: dict[str, Any]) 
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert any(application["args"]["model"].startswith(path + "/") for path in mounts)
         assert container["image"] == head["image"]
+
+
+def test_the_job_is_a_ray_job(job: dict[str, Any]) -> None:
+    jsonschema.validate(job, RAY_JOB)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda j: j["spec"].update(rayClusterConfig=j["spec"].pop("rayClusterSpec")),
+        lambda j: j["spec"].update(runtimeEnv={"env_vars": {}}),
+        lambda j: j["spec"].update(backoffLimit="3"),
+        lambda j: j["spec"].update(entrypoint=["rayrm", "train"]),
+        lambda j: j["spec"].update(ttlSecondsAfterFinished=-1),
+        lambda j: containers(j)[0]["env"][0].update(value=120),
+    ],
+)
+def test_the_schema_of_a_job_refuses_what_the_operator_would(job: dict[str, Any], spoil: Any) -> None:
+    spoil(job)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(job, RAY_JOB)
+
+
+def test_the_job_s_pods_have_what_its_run_asks_for(job: dict[str, Any]) -> None:
+    spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
+    command, verb, file, *words = shlex.split(spec["entrypoint"])
+    assert (command, verb) == ("rayrm", "train")
+    run = read_run(JOBS / "first.toml", words)
+    [workers] = cluster["workerGroupSpecs"]
+    [worker] = workers["template"]["spec"]["containers"]
+    each = (run.cluster.resources_per_worker or {})["CPU"]
+    cpus = int(worker["resources"]["limits"]["cpu"])
+    # All ranks have a place, none across two pods, and Ray Data has CPUs beside them to read with.
+    assert run.cluster.num_workers <= workers["replicas"] * (cpus // each)
+    assert run.cluster.num_workers * each < workers["replicas"] * cpus
+    assert workers["minReplicas"] == workers["replicas"] == workers["maxReplicas"]
+    # A retry on a new cluster finds the run where all pods see it.
+    assert spec["backoffLimit"] > 0
+    for container in containers(job):
+        mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+        assert all(any(path.startswith(f"{at}/") for at in mounts) for path in (file, run.reward.output_dir))
+        assert container["image"] == containers(job)[0]["image"]
+    assert cluster["authOptions"]["mode"] == "token"
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    environment = yaml.safe_load(spec["runtimeEnvYAML"])
+    assert set(environment) <= {"env_vars", "working_dir", "py_modules", "pip", "uv", "excludes"}
+    assert all(isinstance(value, str) for value in environment["env_vars"].values())
+    assert int(environment["env_vars"]["OMP_NUM_THREADS"]) == each
+
+
+def test_both_manifests_are_of_the_ray_that_is_tested(manifest: dict[str, Any], job: dict[str, Any]) -> None:
+    [pinned] = re.findall(r"^ray==(.*)$", (JOBS.parent / "constraints.txt").read_text(), re.MULTILINE)
+    assert manifest["spec"]["rayClusterConfig"]["rayVersion"] == pinned
+    assert job["spec"]["rayClusterSpec"]["rayVersion"] == pinned

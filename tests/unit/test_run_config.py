@@ -15,7 +15,10 @@ from rayrm.train.workers import check_run_config
     ("given", "named"),
     [
         ({"name": "mine"}, r"`run_config.name` \('mine'\) is not used: the run's directory is `output_dir`"),
-        ({"storage_path": "s3://bucket/runs"}, "`run_config.storage_path` .* `output_dir`: set that"),
+        (
+            {"storage_path": "s3://bucket/runs"},
+            "`run_config.storage_path` .* `output_dir`; .* `RewardConfig.storage_path`",
+        ),
         ({"checkpoint_config": CheckpointConfig(num_to_keep=2)}, "`save_total_limit`"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
