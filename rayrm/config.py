@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from rayrm.data_settings import DataConfig, SourceConfig
+from rayrm.model_settings import LoraConfig, ModelConfig, QuantizationConfig
 from rayrm.objective import PointwiseLoss, RankingLoss, TieModel
 from rayrm.rules import SAME, adopt_trl_names, check_reward_config, parse_optim_args, resolve_defaults
 from rayrm.serve_settings import ServeConfig
@@ -22,7 +23,6 @@ from rayrm.settings import (
     Count,
     Decay,
     Fraction,
-    ModelName,
     Names,
     NonNegativeFloat,
     NonNegativeInt,
@@ -44,6 +44,7 @@ __all__ = [
     "DataConfig",
     "LoraConfig",
     "ModelConfig",
+    "QuantizationConfig",
     "RewardConfig",
     "ServeConfig",
     "SourceConfig",
@@ -187,6 +188,8 @@ class RewardConfig:
     """Steps between checkpoints; below 1, a share of all steps."""
     save_total_limit: OptionalCount = None
     """Keep this many checkpoints, the newest (and the best, with `load_best_model_at_end`). None: all."""
+    merge_on_save: bool = False
+    """Of an adapter, save at the end the whole model with the adapter added. Checkpoints hold the adapter."""
     load_best_model_at_end: bool = False
     """End with the checkpoint that is best by `metric_for_best_model`."""
     metric_for_best_model: str | None = None
@@ -287,31 +290,6 @@ class RewardConfig:
     def optimizer_options(self) -> dict[str, float | bool]:
         """`optim_args` as keyword arguments of the torch optimizer."""
         return parse_optim_args(self.optim, self.optim_args)
-
-
-@settings
-class LoraConfig:
-    """Low-rank adapters on the base model; the score head is always trained and saved too."""
-
-    r: Count = 16
-    """The adapters' rank."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Updates are scaled by alpha / r."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapters' input, with `disable_dropout=false` only. Above 0 prefixes are then not
-    shared."""
-    target_modules: str | list[str] = "all-linear"
-    """Names of the layers that get an adapter, or "all-linear"."""
-
-
-@settings
-class ModelConfig:
-    """The model that becomes a reward model."""
-
-    name: ModelName
-    """A directory (relative to the current directory) or a hub name."""
-    lora: Annotated[LoraConfig | None, BeforeValidator(none_word)] = None
-    """Train adapters only. None: train every parameter."""
 
 
 @settings

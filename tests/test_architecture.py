@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
         "rules",
         "config",
         "data_settings",
+        "model_settings",
         "serve_settings",
         "sweep_settings",
         "runfile",

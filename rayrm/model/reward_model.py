@@ -6,7 +6,6 @@ A saved directory loads in stock transformers and gives the same scores there. B
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import shutil
@@ -28,16 +27,17 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rayrm.errors import ModelError
+from rayrm.model.adapters import ADAPTER_CONFIG, open_adapter, save_adapter, settings_of
 from rayrm.model.attention import restore_attention
 from rayrm.model.card import CARD, TAGS, write_card
-from rayrm.model.head import head_parts, is_of_head, is_of_language_model
+from rayrm.model.head import is_of_head, is_of_language_model
 from rayrm.model.layout import unwrapped
+from rayrm.model.quantization import is_quantized, quantization_from
 from rayrm.model.text_only import check_classifies, check_text_only
 
 logger = logging.getLogger("rayrm.model")
 
 FACTS = "rayrm.json"
-ADAPTER_CONFIG = "adapter_config.json"
 TextForm = Literal["standard", "conversational"]
 _SAVED = (
     "*.safetensors",
@@ -54,7 +54,6 @@ _SAVED = (
     FACTS,
     CARD,
 )
-HEADS = ("score", "classifier", "classification_head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,34 +250,6 @@ def set_pad_token(model: torch.nn.Module, pad_token_id: int) -> None:
     unwrapped(model).config.get_text_config().pad_token_id = pad_token_id
 
 
-def add_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
-    """Wrap the model for PEFT; the reward head is trained and saved with the adapter without being asked."""
-    from peft import get_peft_model
-
-    head_name(model)
-    peft_config = copy.deepcopy(peft_config)  # PEFT writes the modules it finds into it
-    saved = list(getattr(peft_config, "modules_to_save", None) or [])
-    if head := [part for part in head_parts(model) if part not in saved]:
-        peft_config.modules_to_save = [*saved, *head]
-        logger.info("the reward head `%s` is trained and saved with the adapter", "`, `".join(head))
-    if getattr(peft_config, "task_type", None) is None:
-        peft_config.task_type = "SEQ_CLS"
-    try:
-        adapted: torch.nn.Module = get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ModelError(f"`peft_config` does not fit {type(model).__name__}: {error}") from error
-    return adapted
-
-
-def head_name(model: torch.nn.Module) -> str:
-    """The attribute that holds the reward head."""
-    inner = unwrapped(model)
-    for name in HEADS:
-        if hasattr(inner, name):
-            return name
-    raise ModelError(f"{type(inner).__name__} has no head that rayrm knows ({', '.join(HEADS)}).")
-
-
 def save_model(
     model: torch.nn.Module,
     tokenizer: Any,
@@ -299,7 +270,10 @@ def save_model(
     add_tags(inner)
     try:
         with _quiet_transformers():
-            model.save_pretrained(str(directory), state_dict=state_dict)  # type: ignore[operator]
+            if hasattr(model, "get_base_model"):
+                save_adapter(model, directory, state_dict=state_dict)
+            else:
+                model.save_pretrained(str(directory), state_dict=state_dict)  # type: ignore[operator]
     finally:
         inner.config._attn_implementation = implementation
     tokenizer.save_pretrained(str(directory))
@@ -308,6 +282,8 @@ def save_model(
         "text_form": text_form,
         "pad_token_id": inner.config.get_text_config().pad_token_id,
     }
+    if is_quantized(inner):
+        facts["quantization"] = inner.config.quantization_config.to_dict()
     (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     base = inner.config._name_or_path
     write_card(
@@ -345,7 +321,7 @@ def load_saved(
     tokenizer = load_tokenizer(name)
     facts = read_facts(directory)
     if (directory / ADAPTER_CONFIG).exists():
-        model = _load_merged_adapter(directory, dtype)
+        model = load_adapted(directory, quantized=facts.get("quantization"), dtype=dtype).merge_and_unload()
     else:
         model = load_model(name, dtype=dtype)
     pad_token_id = facts.get("pad_token_id", model.config.get_text_config().pad_token_id)
@@ -385,13 +361,25 @@ def read_facts(directory: Path) -> dict[str, Any]:
     return facts
 
 
-def _load_merged_adapter(directory: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    from peft import PeftConfig, PeftModel
+def load_adapted(
+    directory: Path, *, trainable: bool = False, quantized: dict[str, Any] | None = None, **init: Any
+) -> Any:
+    """The `PeftModel` saved in `directory`, on its base, which `init` goes to the loading of.
 
-    adapter = PeftConfig.from_pretrained(str(directory))
-    base_name = adapter.base_model_name_or_path
-    if not base_name:
-        raise ModelError(f"adapter `{directory}` does not say its base model (`base_model_name_or_path`).")
-    base = load_model(base_name, dtype=dtype, new_head=False)
-    merged: PreTrainedModel = PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
-    return merged
+    `quantized`: how the base was rounded when the adapter was trained. It is rounded alike, and then held in
+    its own type, so that scores are those of training.
+    """
+    if quantized is not None:
+        init |= {"quantization_config": quantization_from(quantized), "device_map": {"": "cpu"}}
+    base = load_model(settings_of(directory).base_model_name_or_path, new_head=False, **init)
+    if quantized is not None:
+        with _quiet_transformers():
+            base = base.dequantize(dtype=base.dtype)
+    if (directory / "tokenizer_config.json").exists():
+        # Tokens may have been added; what is trained of their embeddings is the adapter's.
+        num_tokens = len(
+            load_tokenizer(str(directory), trust_remote_code=init.get("trust_remote_code", False))
+        )
+        if num_tokens > base.get_input_embeddings().num_embeddings:
+            base.resize_token_embeddings(num_tokens)
+    return open_adapter(base, directory, trainable=trainable)

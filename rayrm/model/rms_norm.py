@@ -40,6 +40,8 @@ def _replace(module: Any) -> Callable[[], None] | None:
     parameters = dict(module.named_parameters())
     if not isinstance(epsilon, float) or list(parameters) != ["weight"] or not is_cpu_float32(module.weight):
         return None
+    if module.weight.ndim != 1:
+        return None
     original = module.forward
     example = torch.randn(4, whole_shape(module.weight)[-1], generator=torch.Generator().manual_seed(0))
     weight = example[0] + 2.0

@@ -22,9 +22,9 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from rayrm.errors import ModelError
+from rayrm.model.adapters import ADAPTER_CONFIG
 from rayrm.model.layout import unwrapped
 from rayrm.model.reward_model import (
-    ADAPTER_CONFIG,
     LoadedModel,
     TextForm,
     load_model,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rayrm.errors import PublishError, ScoreError
-from rayrm.model.reward_model import ADAPTER_CONFIG
+from rayrm.model.adapters import ADAPTER_CONFIG
 from rayrm.serve.adapters import SharedBases, holds_adapter
 from rayrm.serve.calibration import stored_calibration
 from rayrm.serve.drift import Distribution, ScoreWindow

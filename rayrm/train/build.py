@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,27 +16,46 @@ import torch.distributed as dist
 from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import resolved_stage
 from rayrm.errors import ConfigError, MissingExtraError, ModelError
-from rayrm.model.layout import disable_dropout, unwrapped
-from rayrm.model.reward_model import (
+from rayrm.model.adapters import (
+    ADAPTER_CONFIG,
+    active_adapter,
     add_adapter,
+    adopt_adapter,
+    check_given,
+    check_settings,
+    is_adapted,
+    settings_of,
+)
+from rayrm.model.layout import disable_dropout, unwrapped
+from rayrm.model.precision import bf16_usable
+from rayrm.model.quantization import bitsandbytes_config, check_quantization, compute_exactly, is_quantized
+from rayrm.model.reward_model import (
     add_tags,
     check_name,
     check_num_labels,
     check_router,
+    load_adapted,
     load_model,
     set_pad_token,
 )
 from rayrm.model.text_only import check_text_only
+from rayrm.train.rank import Rank
 
 logger = logging.getLogger("rayrm.train")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """What to train: a name or directory to load, or a model in memory; and the adapter to put on it."""
+    """What to train: a name or directory to load, or a model in memory; and the adapter to put on it.
+
+    `quantization`: of a model that is loaded, transformers' or a run file's. `new_tokens`: the ids of tokens
+    that the run adds to the tokenizer.
+    """
 
     model: str | torch.nn.Module
     peft_config: Any = None
+    quantization: Any = None
+    new_tokens: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -43,20 +63,35 @@ class ModelSource:
             return self.model
         return str(getattr(unwrapped(self.model).config, "_name_or_path", "")) or type(self.model).__name__
 
+    @property
+    def adapter_directory(self) -> Path | None:
+        """The directory that `model` names, where it holds an adapter to go on with."""
+        named = Path(self.model) if isinstance(self.model, str) else None
+        return named if named is not None and (named / ADAPTER_CONFIG).exists() else None
+
+    @property
+    def adapter(self) -> Any:
+        """The configuration of the adapter that is trained; None where all of the model is."""
+        if self.peft_config is not None:
+            return self.peft_config
+        if (directory := self.adapter_directory) is not None:
+            return settings_of(directory)
+        given: Any = self.model
+        return given.peft_config[active_adapter(given)] if is_adapted(given) else None
+
 
 def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> torch.nn.Module:
     """The model ready to be wrapped by an engine, in train mode, on the CPU or where it was given."""
     model = source.model
     if isinstance(model, str):
-        init = {"trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {})}
-        model = load_model(model, **init)
+        model = _load(source, config)
     elif config.model_init_kwargs is not None:
         logger.warning("`model_init_kwargs` is ignored: the model was passed as an object")
     check_num_labels(model)
     inner = unwrapped(model)
-    if len(tokenizer) > inner.get_input_embeddings().num_embeddings:
-        logger.info("embeddings resized to the tokenizer's %d tokens", len(tokenizer))
-        inner.resize_token_embeddings(len(tokenizer))
+    if adapted := is_adapted(model):
+        adopt_adapter(model)
+    new_tokens = _grow(inner, tokenizer, source, adapted=adapted)
     set_pad_token(model, tokenizer.pad_token_id)
     add_tags(model)
     if config.eos_token is not None:
@@ -68,9 +103,8 @@ def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> to
             "Set `pad_token` to a token that texts do not hold.",
             tokenizer.pad_token,
         )
-    adapted = is_adapted(model)
     if source.peft_config is not None:
-        model = add_adapter(inner if not adapted else model, source.peft_config)
+        model = add_adapter(inner, source.peft_config, new_tokens)
         adapted = True
     if config.disable_dropout:
         _zero_dropouts(model)
@@ -79,9 +113,39 @@ def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> to
     return model.train()
 
 
-def is_adapted(model: torch.nn.Module) -> bool:
-    """Whether the model is wrapped by PEFT."""
-    return hasattr(model, "peft_config")
+def _load(source: ModelSource, config: RewardConfig) -> torch.nn.Module:
+    """The model that `source` names, or the adapter in the directory that it names, to be trained on."""
+    init = {"trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {})}
+    if (quantization := quantization_of(source, config)) is not None:
+        device = Rank.here(use_cpu=config.use_cpu).device
+        usable = config.bf16 and bf16_usable(use_cpu=device.type == "cpu")[0]
+        computes = "float16" if config.fp16 else "bfloat16" if usable else "float32"
+        init["quantization_config"] = bitsandbytes_config(quantization, compute_dtype=computes)
+        init["device_map"] = {"": device}  # weights in few bits stay where they were made
+    directory = source.adapter_directory
+    loaded: torch.nn.Module = (
+        load_model(source.name, **init)
+        if directory is None
+        else load_adapted(directory, trainable=True, **init)
+    )
+    if quantization is not None:
+        compute_exactly(loaded)
+    return loaded
+
+
+def _grow(inner: Any, tokenizer: Any, source: ModelSource, *, adapted: bool) -> list[int]:
+    """Give every token an embedding; returns the ids that the base model never saw."""
+    before = inner.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > before:
+        if adapted:
+            raise ModelError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model {before} embeddings. Resize it "
+                "(`model.resize_token_embeddings`) before the adapter is put on, with the new tokens in "
+                "`trainable_token_indices`."
+            )
+        logger.info("embeddings resized to the tokenizer's %d tokens", len(tokenizer))
+        inner.resize_token_embeddings(len(tokenizer))
+    return sorted({*source.new_tokens, *range(before, len(tokenizer))})
 
 
 def on_first_rank() -> bool:
@@ -129,25 +193,79 @@ def _checkpoint_gradients(model: torch.nn.Module, config: RewardConfig, *, adapt
 def check_source(source: ModelSource, config: RewardConfig) -> None:
     """Refuse, before anything is loaded or started, a model that cannot become a reward model."""
     check_peft(source)
+    _check_quantized(source, config)
     if isinstance(source.model, str):
         init = config.model_init_kwargs or {}
         found = check_name(source.model, init, trust_remote_code=config.trust_remote_code)
+        if (directory := source.adapter_directory) is not None:
+            adapter = settings_of(directory)
+            _check_tuner(adapter, f"adapter `{directory}`")
+            check_settings(adapter, f"adapter `{directory}`")
+            base = adapter.base_model_name_or_path
+            found = check_name(base, init, trust_remote_code=config.trust_remote_code)
         if found is not None:
             check_router(source.model, found, init)
     else:
-        check_num_labels(source.model)
         check_text_only(source.name, source.model.config)
-        check_router(source.name, source.model.config, {})
         given: Any = source.model
-        names = given.active_adapters if is_adapted(given) else ()
-        for name in names() if callable(names) else names:  # transformers' own adapters: a method
+        check_num_labels(given)
+        check_router(source.name, given.config, {})
+        if is_adapted(given):
+            name = active_adapter(given)
             _check_tuner(given.peft_config[name], f"the model's adapter `{name}`")
-        frozen = not any(parameter.requires_grad for parameter in source.model.parameters())
+            check_given(given)
+        frozen = not any(parameter.requires_grad for parameter in given.parameters())
         if frozen and source.peft_config is None:
             raise ModelError(
                 "no parameter of the model is trained: all have `requires_grad=False`. Load an adapter with "
                 "`is_trainable=True`, or unfreeze what should learn."
             )
+
+
+def quantization_of(source: ModelSource, config: RewardConfig) -> Any:
+    """How the model is to be quantized when it is loaded; None: not, or it says so itself."""
+    if not isinstance(source.model, str):
+        return None
+    return source.quantization or (config.model_init_kwargs or {}).get("quantization_config")
+
+
+def _check_quantized(source: ModelSource, config: RewardConfig) -> None:
+    """Refuse a quantization given twice or that nothing could be trained with."""
+    in_init = (config.model_init_kwargs or {}).get("quantization_config")
+    if not isinstance(source.model, str):
+        if source.quantization is not None:
+            logger.warning("`quantization_config` is ignored: the model was passed as an object")
+        quantized = is_quantized(unwrapped(source.model))
+    else:
+        if source.quantization is not None and in_init is not None:
+            raise ConfigError(
+                "`quantization_config` is given twice: as an argument and in `model_init_kwargs`. Leave one "
+                "out, preferably the latter."
+            )
+        if (quantization := quantization_of(source, config)) is not None:
+            check_quantization(quantization)
+        quantized = quantization is not None
+    if config.merge_on_save and (quantized or source.adapter is None):
+        raise ConfigError(
+            "`merge_on_save` (True) adds an adapter to the base model, and "
+            + (
+                "weights in 4 or 8 bits cannot take it. `rayrm publish` adds it to them in float32."
+                if quantized
+                else "all of this model is trained. Set it to false, or train an adapter (`model.lora.r=16`)."
+            )
+        )
+    if not quantized:
+        return
+    if source.adapter is None:
+        raise ConfigError(
+            "weights in 4 or 8 bits cannot be trained: only an adapter on them can. Pass `peft_config` (for "
+            "example `peft.LoraConfig()`; in a run file type `model.lora.r=16`)."
+        )
+    if resolved_stage(config) == 3:
+        raise ConfigError(
+            "ZeRO stage 3 cuts weights in pieces, which those in 4 or 8 bits do not allow. Type "
+            "`zero_stage=2`: every worker then holds the whole quantized model."
+        )
 
 
 def _check_tuner(config: Any, named: str) -> None:
@@ -193,7 +311,13 @@ def check_peft(source: ModelSource) -> None:
             'sequence classifier. Set `task_type="SEQ_CLS"`.'
         )
     _check_tuner(source.peft_config, "`peft_config`")
-    if not isinstance(source.model, str) and is_adapted(source.model):
+    check_settings(source.peft_config, "`peft_config`")
+    if source.adapter_directory is not None:
+        raise ModelError(
+            f"model directory `{source.model}` holds an adapter, and `peft_config` (`model.lora`) would put "
+            "another on it. Leave that out to go on training this one, or merge it first (`rayrm publish`)."
+        )
+    if is_adapted(source.model):
         raise ModelError(
             "a `PeftModel` was passed together with a `peft_config`. Merge the adapter first "
             "(`model.merge_and_unload()`), or leave `peft_config` out."

@@ -60,8 +60,11 @@ class Engine(Protocol):
 
     def learning_rate(self) -> float: ...
 
-    def model_state(self) -> dict[str, torch.Tensor] | None:
-        """The whole model's weights, on rank 0 (None elsewhere, or where the module itself holds them)."""
+    def model_state(self, *, frozen: bool = True) -> dict[str, torch.Tensor] | None:
+        """The whole model's weights, on rank 0 (None elsewhere, or where the module itself holds them).
+
+        `frozen=False` leaves out those that are not trained.
+        """
         ...
 
     def release(self) -> None:
@@ -174,7 +177,7 @@ class TorchEngine:
     def learning_rate(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
 
-    def model_state(self) -> dict[str, torch.Tensor] | None:
+    def model_state(self, *, frozen: bool = True) -> dict[str, torch.Tensor] | None:
         return None
 
     def release(self) -> None:

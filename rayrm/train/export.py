@@ -20,7 +20,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rayrm.errors import CheckpointError
-from rayrm.model.reward_model import ADAPTER_CONFIG, TextForm, save_model
+from rayrm.model.adapters import ADAPTER_CONFIG
+from rayrm.model.reward_model import TextForm, save_model
 from rayrm.model.sharded import whole_shape
 from rayrm.train.checkpoint import checkpoints, is_of_the_disk, sync_directory
 from rayrm.train.engine_state import WEIGHT, key_of
@@ -58,8 +59,13 @@ class ModelExport:
         A weight that the engine's state holds whole is not copied a second time.
         """
         weights: dict[str, torch.Tensor] = {}
+        # A layer in 4 bits adds the scales of its weight: frozen, and of no adapter's files.
+        parts = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        parts |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
         keys: dict[torch.Tensor, str] = {}
         for name, value in (gathered or model.state_dict(keep_vars=True)).items():
+            if gathered is None and name not in parts:
+                continue
             if gathered is None and isinstance(value, torch.nn.Parameter) and not value.requires_grad:
                 weights[name] = value.detach()  # frozen: what is written is what it will always be
                 continue
@@ -85,6 +91,23 @@ class ModelExport:
         kept = {k: v for k, v in weights.items() if k not in (model._keys_to_ignore_on_save or ())}
         named = revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model))
         save_file({name: value.contiguous() for name, value in named.items()}, file, {"format": "pt"})
+
+    def merged(self, model: Any, gathered: dict[str, torch.Tensor] | None) -> torch.nn.Module:
+        """The model with its adapter added to its weights, apart from the one that trains; called once.
+
+        It takes another whole model's memory, on this rank alone.
+        """
+        whole: Any = self._stand_in
+        weights = {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in (gathered or model.state_dict()).items()
+        }
+        whole.load_state_dict(weights, strict=False, assign=True)
+        for name, buffer in model.named_buffers():
+            owner, _, last = name.rpartition(".")
+            whole.get_submodule(owner)._buffers[last] = buffer.detach().to("cpu", copy=True)
+        added: torch.nn.Module = whole.merge_and_unload()
+        return added
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:

@@ -68,24 +68,31 @@ def warn_of_old_columns(sets: Iterable[Any]) -> None:
             return
 
 
-def tokenizer_of(processing_class: Any, source: ModelSource, args: RewardConfig) -> Any:
-    """The tokenizer that was passed, else the model's; with the tokens and the template that `args` names."""
+def tokenizer_of(
+    processing_class: Any, source: ModelSource, args: RewardConfig
+) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer that was passed, else the model's; with the tokens and the template that `args` names.
+
+    And the ids of the tokens that it had not before.
+    """
     if processing_class is not None and not hasattr(processing_class, "get_vocab"):
         raise ConfigError(
             f"`processing_class` is a {type(processing_class).__name__}, and text is tokenized here. Pass "
             "its tokenizer (`processor.tokenizer`)."
         )
     tokenizer = processing_class or load_tokenizer(
-        source.name,
+        _tokenizer_place(source),
         trust_remote_code=args.trust_remote_code,
         revision=(args.model_init_kwargs or {}).get("revision"),
     )
-    return prepare_tokenizer(
+    before = set(tokenizer.get_vocab().values())
+    prepared = prepare_tokenizer(
         tokenizer,
         eos_token=args.eos_token,
         pad_token=args.pad_token,
         chat_template_path=args.chat_template_path,
     )
+    return prepared, tuple(sorted(set(prepared.get_vocab().values()) - before))
 
 
 def check_places(args: RewardConfig, output_dir: Path) -> None:
@@ -98,3 +105,11 @@ def check_places(args: RewardConfig, output_dir: Path) -> None:
 def environment(args: RewardConfig) -> dict[str, str]:
     """What this process's environment says of trackers and of the object store, for the ranks."""
     return tracker_environment(args.report_to) | storage_environment(args)
+
+
+def _tokenizer_place(source: ModelSource) -> str:
+    """Where the model's tokenizer is: an adapter's directory may have none of its own."""
+    directory = source.adapter_directory
+    if directory is None or (directory / "tokenizer_config.json").exists():
+        return source.name
+    return str(source.adapter.base_model_name_or_path)

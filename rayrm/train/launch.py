@@ -64,7 +64,8 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = ()) -> TrainSummary:
     output_dir = Path(run.reward.output_dir or "")
     if read_finished(output_dir) and _is_run_of(output_dir, run):
         raise finished(output_dir)
-    check_source(ModelSource(run.model.name), run.reward)
+    adapter = None if run.model.lora is None else peft_settings(run.model.lora)
+    check_source(ModelSource(run.model.name, adapter, run.model.quantization), run.reward)
     join_cluster(run.cluster.address)
     scaling, run_config = ray_train_settings(run.cluster, callbacks)
     if scaling is not None:
@@ -72,7 +73,8 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = ()) -> TrainSummary:
     trainer = RewardTrainer(
         run.model.name,
         run.reward,
-        peft_config=None if run.model.lora is None else peft_settings(run.model.lora),
+        quantization_config=run.model.quantization,
+        peft_config=adapter,
         scaling_config=scaling,
         run_config=run_config,
         data_config=run.data,
@@ -158,12 +160,25 @@ def peft_settings(lora: LoraConfig, task_type: str = "SEQ_CLS") -> Any:
         import peft
     except ImportError as error:
         raise MissingExtraError("`model.lora` needs peft. Type: pip install peft") from error
+    if lora.kind == "ia3":
+        chosen = None if lora.target_modules == "all-linear" else lora.target_modules
+        return peft.IA3Config(
+            task_type=task_type,
+            target_modules=chosen,
+            feedforward_modules=None if chosen is None else lora.feedforward_modules,
+            modules_to_save=lora.modules_to_save or None,
+        )
     return peft.LoraConfig(
         task_type=task_type,
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save or None,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        bias=lora.bias,
+        init_lora_weights=lora.init_lora_weights,
     )
 
 

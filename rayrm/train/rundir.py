@@ -79,6 +79,7 @@ def identity_of(
     adapter: Any,
     data: str,
     rows_per_step: int,
+    quantization: Any = None,
     optimizer: tuple[type, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """What must be equal for two starts to be one run."""
@@ -86,12 +87,21 @@ def identity_of(
     return {
         "model": model,
         "adapter": None if adapter is None else _plain(adapter.to_dict()),
+        "quantization": None if quantization is None else _plain(_table(quantization)),
         "data": data,
         "rows_per_step": rows_per_step,
         "order": ORDER,
         "optimizer": None if optimizer is None else f"{optimizer[0].__qualname__} {_plain(optimizer[1])}",
         **_plain(settings),
     }
+
+
+def _table(quantization: Any) -> dict[str, Any]:
+    """Of a run file, or transformers' own."""
+    if dataclasses.is_dataclass(quantization) and not hasattr(quantization, "to_dict"):
+        return dataclasses.asdict(quantization)  # type: ignore[arg-type]
+    made: dict[str, Any] = quantization.to_dict()
+    return made
 
 
 def _plain(table: dict[str, Any]) -> dict[str, Any]:

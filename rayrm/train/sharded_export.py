@@ -154,17 +154,3 @@ def whole_one_by_one(model: torch.nn.Module, names: Any) -> Iterator[tuple[str, 
             continue
         with gathered([parameters[name]]):
             yield name, parameters[name].detach()
-
-
-def trained_weights(model: torch.nn.Module, rank: int) -> dict[str, torch.Tensor] | None:
-    """What the files of a sharded model's adapter hold, on rank 0 (None elsewhere); all ranks call it."""
-    table = unwrapped(model).get_input_embeddings().weight  # saved where it was resized
-    wanted = [
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad or parameter is table
-    ]
-    taken = {
-        name: weight.to("cpu", copy=True) for name, weight in whole_one_by_one(model, wanted) if rank == 0
-    }
-    return taken if rank == 0 else None

@@ -7,6 +7,7 @@ Everything that can be refused is refused in the constructor, before a worker st
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
@@ -28,6 +29,7 @@ from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.model.adapters import is_adapted
 from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, save_model
 from rayrm.objective import Objective
 from rayrm.train.build import ModelSource, build_model, check_source
@@ -55,10 +57,7 @@ from rayrm.train.user_metrics import prefixed, user_metrics
 from rayrm.train.workers import check_cluster, check_pickles, check_run_config, fit_here, fit_on_workers
 
 logger = logging.getLogger("rayrm.train")
-_NOT_YET = {
-    "data_collator": "rayrm packs batches itself",
-    "quantization_config": "load the model in bf16, or train a LoRA adapter",
-}
+_NOT_YET = {"data_collator": "rayrm packs batches itself"}
 
 
 class RewardTrainer:
@@ -109,7 +108,7 @@ class RewardTrainer:
         eval_dataset = self._data.eval if eval_dataset is None else eval_dataset
         if train_dataset is None:
             raise DataError("`train_dataset` is required. Pass a dataset, a path, or a list of rows.")
-        self._source = ModelSource(absolute(model), peft_config)
+        self._source = ModelSource(absolute(model), peft_config, quantization_config)
         check_types(args, scaling_config)
         warn_of_old_columns((train_dataset, eval_dataset))
         self.args = resolved_args(args, self._source, train_dataset)
@@ -130,7 +129,9 @@ class RewardTrainer:
         check_run_config(run_config, self.num_workers)
         self._mode = choose_mode(self._data, train_dataset, self.args)
         check_source(self._source, self.args)
-        self.processing_class = tokenizer_of(processing_class, self._source, self.args)
+        self.processing_class, added = tokenizer_of(processing_class, self._source, self.args)
+        self._adapter = self._source.adapter
+        self._source = dataclasses.replace(self._source, new_tokens=added)
         check_places(self.args, self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
         self._sets = RunData(self.processing_class, self.args, self._data, quarantine_aside(self))
@@ -258,7 +259,10 @@ class RewardTrainer:
         if self.num_workers and (self.output_dir / FACTS).exists():
             copy_saved(self.output_dir, directory)
             return
-        save_model(self.model, self.processing_class, directory, text_form=self.text_form)
+        model = self.model
+        if self.args.merge_on_save and is_adapted(model):
+            model = copy.deepcopy(model).merge_and_unload()
+        save_model(model, self.processing_class, directory, text_form=self.text_form)
 
     @property
     def train_dataset(self) -> Any:
@@ -342,7 +346,8 @@ class RewardTrainer:
         identity = identity_of(
             self.args,
             model=self._source.name,
-            adapter=self._source.peft_config,
+            adapter=self._adapter,
+            quantization=self._source.quantization,
             data=identity_of_data(self.train_set, self._data),
             rows_per_step=rows_per_step,
             optimizer=self._optimizer or made_of(self._optimizers),

@@ -14,12 +14,11 @@ import torch
 from transformers import set_seed
 
 from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
-from rayrm.deepspeed_rules import resolved_stage
 from rayrm.errors import CheckpointError, RayrmError
 from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.model.adapters import needs_frozen
 from rayrm.objective import Objective
 from rayrm.train.allocator import keep_freed_memory
-from rayrm.train.build import is_adapted
 from rayrm.train.callbacks import UserCallbacks
 from rayrm.train.checkpoint import (
     TrainState,
@@ -42,7 +41,7 @@ from rayrm.train.rank_model import build_rank_model
 from rayrm.train.rank_steps import Packer
 from rayrm.train.records import RunLog, read_records
 from rayrm.train.row_log import RowLog
-from rayrm.train.sharded_export import ShardExport, trained_weights
+from rayrm.train.sharded_export import ShardExport
 from rayrm.train.soundness import Soundness, shown
 from rayrm.train.storage import storage_of
 from rayrm.train.train_data import train_steps
@@ -282,13 +281,12 @@ class _RankRun:
             engine = self.engine.state(host)
             export, model = self.model.export, self.model.module.model
             if isinstance(export, ShardExport):
-                return Snapshot(
-                    engine, export.take(model, host), export.join if self.rank.index == 0 else None
-                )
-            gathered = self._gathered()
-            return (
-                Snapshot(engine) if export is None else Snapshot(engine, export.take(model, gathered, host))
-            )
+                part = export.take(model, host)
+                return Snapshot(engine, part, export.join if self.rank.index == 0 else None)
+            gathered = self.engine.model_state(frozen=needs_frozen(model))
+            if export is None:
+                return Snapshot(engine)
+            return Snapshot(engine, export.take(model, gathered, host))
 
         if self.callbacks is not None:
             state.callbacks = self.callbacks.exported()
@@ -298,25 +296,21 @@ class _RankRun:
                 self.writer.wait()
             self.callbacks.saved(state)
 
-    def _gathered(self) -> dict[str, torch.Tensor] | None:
-        """On rank 0, what it saves of a model that ranks hold parts of."""
-        model = self.model.module.model
-        if is_adapted(model) and resolved_stage(self.config) == 3:
-            return trained_weights(model, self.rank.index)
-        return self.engine.model_state()
-
     def _write_model(self) -> None:
         """Rank 0, or each its part, saves the model; where one cannot, all ranks end."""
-        export = self.model.export
+        export, model = self.model.export, self.model.module.model
         if isinstance(export, ShardExport):
-            export.save_trained(self.model.module.model, self.job.output_dir, self.hosts)
+            export.save_trained(model, self.job.output_dir, self.hosts)
             return
-        gathered = self._gathered()
+        merges = self.config.merge_on_save
+        gathered = self.engine.model_state(frozen=merges or needs_frozen(model))
         problems = []
-        if self.rank.index == 0:
+        if export is not None:
+            if merges:
+                model, gathered = export.merged(model, gathered), None
             try:
                 save_trained(
-                    self.model.module.model,
+                    model,
                     self.job.tokenizer,
                     self.job.output_dir,
                     text_form=self.job.text_form,

@@ -235,11 +235,11 @@ class DeepSpeedEngine:
     def learning_rate(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
 
-    def model_state(self) -> dict[str, torch.Tensor] | None:
+    def model_state(self, *, frozen: bool = True) -> dict[str, torch.Tensor] | None:
         if self._stage < 3:
             return None
         # Gathers on every rank's behalf; rank 0 gets the result, without the engine's "model." prefix.
-        state = self._engine._zero3_consolidated_16bit_state_dict()
+        state = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=not frozen)
         if state is None:
             return None
         return {name.removeprefix("model."): value for name, value in state.items()}

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import read_deepspeed, resolved_stage
 from rayrm.errors import ConfigError
-from rayrm.model.reward_model import ADAPTER_CONFIG
+from rayrm.model.adapters import ADAPTER_CONFIG
 from rayrm.train.rank import Hosts, Rank
 from rayrm.train.system_memory import available_memory
 

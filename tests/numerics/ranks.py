@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,19 @@ import numpy.typing as npt
 import pytest
 import torch
 import torch.distributed as dist
+from peft import (
+    FourierFTConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    RoadConfig,
+    VeraConfig,
+)
 
 from rayrm.config import RewardConfig
 from rayrm.data.preference import parse_row
@@ -42,6 +55,24 @@ PLENTY = 100_000
 GATHERED: dict[str, Any] = {
     "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 }
+# Adapters' configurations by name; PEFT writes into one when it is used, so each is made anew.
+SOME = ["q_proj", "down_proj"]
+ADAPTERS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules="all-linear"),
+    "dora": lambda: LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear", use_dora=True),
+    "rslora": lambda: LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear", use_rslora=True),
+    "pissa": lambda: LoraConfig(task_type="SEQ_CLS", r=4, target_modules=SOME, init_lora_weights="pissa"),
+    "ia3": lambda: IA3Config(task_type="SEQ_CLS"),
+    "loha": lambda: LoHaConfig(task_type="SEQ_CLS", r=4, target_modules=SOME),
+    "lokr": lambda: LoKrConfig(task_type="SEQ_CLS", r=4, target_modules=SOME),
+    "oft": lambda: OFTConfig(task_type="SEQ_CLS", oft_block_size=8, target_modules=SOME),
+    "vera": lambda: VeraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "o_proj"]),
+    "hra": lambda: HRAConfig(task_type="SEQ_CLS", r=4, target_modules=SOME),
+    "norms": lambda: LNTuningConfig(task_type="SEQ_CLS"),
+    "fourier": lambda: FourierFTConfig(task_type="SEQ_CLS", n_frequency=20, target_modules=["q_proj"]),
+    "miss": lambda: MissConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"]),
+    "road": lambda: RoadConfig(task_type="SEQ_CLS", group_size=8, target_modules=["q_proj"]),
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +90,8 @@ class Variant:
     lora: bool = False
     # Load the model of this directory, instead of the one in memory.
     loaded: Path | None = None
+    # Which of `ADAPTERS`.
+    tuner: str = "lora"
     # Stop in the middle of this step, then train again in the same directory.
     stop_in: int | None = None
     # A token whose embedding is NaN: so is the loss of each row that has it.
@@ -138,7 +171,8 @@ def job_of(variant: Variant, output_dir: Path, rows: Sequence[TokenizedRow]) -> 
     return TrainJob(
         config=RewardConfig(str(output_dir), **settings),
         source=ModelSource(
-            model if variant.loaded is None else str(variant.loaded), _adapter() if variant.lora else None
+            model if variant.loaded is None else str(variant.loaded),
+            ADAPTERS[variant.tuner]() if variant.lora else None,
         ),
         tokenizer=tiny_tokenizer(),
         text_form="standard",
@@ -147,12 +181,6 @@ def job_of(variant: Variant, output_dir: Path, rows: Sequence[TokenizedRow]) -> 
         output_dir=output_dir,
         max_tokens=variant.max_tokens,
     )
-
-
-def _adapter() -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules="all-linear")
 
 
 def run_variants(variants: Sequence[Variant], root: Path, rows: Sequence[TokenizedRow] | None = None) -> None:
@@ -212,7 +240,7 @@ def _rank_main(
 def outcome_of(directory: Path) -> Outcome:
     """What a run left in its directory."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    records = [record for line in lines if "train_loss" not in (record := json.loads(line))]
+    records = [record for line in lines if "loss" in (record := json.loads(line))]
     return Outcome(
         np.array([record["loss"] for record in records]),
         np.array([record["grad_norm"] for record in records]),

@@ -10,7 +10,8 @@ import peft
 import pytest
 from huggingface_hub import ModelCard
 
-from rayrm.model.reward_model import add_adapter, save_model
+from rayrm.model.adapters import add_adapter
+from rayrm.model.reward_model import save_model
 from rayrm.serve.scorer import RewardModel
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import rayrm.config
 import rayrm.data_settings
+import rayrm.model_settings
 import rayrm.serve_settings
 from rayrm.config import ClusterConfig, DataConfig, LoraConfig, ModelConfig, RewardConfig, ServeConfig
 from rayrm.errors import ConfigError
@@ -41,6 +42,7 @@ OURS = {
     "nonfinite_loss",
     "log_rows",
     "storage_path",
+    "merge_on_save",
     "max_bad_row_fraction",
 }
 HONOURED = {field.name for field in dataclasses.fields(RewardConfig)}
@@ -340,10 +342,10 @@ def test_the_other_sections_refuse_what_they_cannot_use(make: Any, says: str) ->
 def test_every_field_of_every_section_is_documented_once_under_the_field() -> None:
     trees = [
         ast.parse(Path(inspect.getfile(m)).read_text("utf-8"))
-        for m in (rayrm.config, rayrm.data_settings, rayrm.serve_settings)
+        for m in (rayrm.config, rayrm.data_settings, rayrm.model_settings, rayrm.serve_settings)
     ]
     sections = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
-    assert len(sections) == 8
+    assert len(sections) == 9
     for section in sections:
         for field, following in zip(section.body, [*section.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) != "_":

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rayrm.errors import CheckpointError
-from rayrm.model.reward_model import add_adapter, load_saved
+from rayrm.model.adapters import add_adapter
+from rayrm.model.reward_model import load_saved
 from rayrm.train.checkpoint import TrainState, drop_partial
 from rayrm.train.export import save_trained
 from tests.small_disk import disk_of, give_more

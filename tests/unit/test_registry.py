@@ -14,7 +14,8 @@ from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
 
 from rayrm.errors import PublishError
-from rayrm.model.reward_model import add_adapter, load_model, save_model
+from rayrm.model.adapters import add_adapter
+from rayrm.model.reward_model import load_model, save_model
 from rayrm.serve import registry as registry_module
 from rayrm.serve.registry import (
     content_version,

@@ -18,12 +18,11 @@ from transformers import (
 
 from rayrm.config import RewardConfig
 from rayrm.errors import ModelError
+from rayrm.model.adapters import add_adapter, head_name
 from rayrm.model.reward_model import (
-    add_adapter,
     check_name,
     check_num_labels,
     copy_saved,
-    head_name,
     load_model,
     load_saved,
     load_tokenizer,
