@@ -108,7 +108,7 @@ def _unwatched() -> Iterator[None]:
 
 def _has_dashboard() -> bool:
     """Of the Ray that this process is connected to; clusters have one unless `ray start` is told not to."""
-    import ray
+    from ray.experimental.internal_kv import _internal_kv_get
 
-    with keeping_handlers(signal.SIGTERM):  # Ray sets its own each time that it is asked
-        return bool(ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url)
+    # A task's process is told the default address by `ray.init`, whether anything listens there or not.
+    return bool(_internal_kv_get("webui:url", namespace="dashboard"))

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def base(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The words of a tiny run, with relative paths: trials have current directories of their own."""
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "base")
@@ -58,7 +58,7 @@ def values(directory: Path, key: str) -> list[float]:
 
 
 def test_the_best_by_one_evaluation_set_is_named_published_and_drawn(
-    ray_cluster: None, base: list[str], capfd: pytest.CaptureFixture[str]
+    base: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     metric = "eval_far_loss"
     words = ["sweep.publish=best", "--metric", metric, "--param", "learning_rate=0,1e-2"]
@@ -84,9 +84,7 @@ def test_the_best_by_one_evaluation_set_is_named_published_and_drawn(
     assert load_file(published / "model.safetensors").keys() == weights(Path("sweep/trial-03")).keys()
 
 
-def test_a_sweep_whose_trials_all_fail_is_an_error_with_the_reasons(
-    ray_cluster: None, base: list[str]
-) -> None:
+def test_a_sweep_whose_trials_all_fail_is_an_error_with_the_reasons(base: list[str]) -> None:
     with pytest.raises(RayrmError) as failure:
         run_sweep(read_sweep(None, base), ["model.lora.target_modules=absent_one,absent_two"])
     assert "absent_one" in str(failure.value)
@@ -102,9 +100,7 @@ def until(done: Callable[[], Any], what: str, process: subprocess.Popen[str] | N
         time.sleep(0.02)
 
 
-def test_a_trial_that_halving_stops_frees_its_workers_and_their_placement_group(
-    ray_cluster: None, base: list[str]
-) -> None:
+def test_a_trial_that_halving_stops_frees_its_workers_and_their_placement_group(base: list[str]) -> None:
     words = ["cluster.num_workers=2", "eval_strategy=steps", "eval_steps=2", "sweep.scheduler=asha"]
     settings = ["sweep.grace=25", "sweep.reduction=2", "sweep.metric=eval_near_loss", "max_steps=400"]
     file = read_sweep(None, [*base, *words, *settings, "sweep.max_concurrent=4"])
@@ -159,11 +155,15 @@ save_total_limit = [2, 3, 4] # of one rate all trials take the same steps
 
 
 def start_sweep(home: Path, *words: str) -> subprocess.Popen[str]:
+    """A process of its own, as a job of the tests' cluster."""
     return subprocess.Popen(
         [sys.executable, "-m", "rayrm.cli", "sweep", "sweep.toml", *words],
         cwd=home,
-        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

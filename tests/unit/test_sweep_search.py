@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from rayrm.errors import ConfigError, RunDirectoryError
 from rayrm.runfile import Run
 from rayrm.sweep_settings import Space, SweepConfig, read_sweep, space_of_params
+from rayrm.train.sweep import _leaving
 from rayrm.train.sweep_plan import Words
 from rayrm.train.sweep_record import Record, Trial, best_of, curve_of, value_of
 from rayrm.train.sweep_search import Ends, Halving, Optuna, Planned, Search
@@ -201,3 +203,23 @@ def test_optuna_goes_on_with_what_the_record_knows_and_draws_nothing_twice() -> 
     # All digits survive the words.
     assert [again._values(words) for words in asked] == [one.params for one in study.trials]
     assert again.ask(13) not in asked
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_tells_the_trials_and_the_second_does_what_it_did(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    heard: list[int] = []
+    before = signal.signal(number, lambda number, frame: heard.append(number))
+    try:
+        with _leaving(tmp_path / STOP) as told:
+            signal.raise_signal(number)
+            assert (told, heard) == ([number], [])
+            assert (tmp_path / STOP).exists()
+            signal.raise_signal(number)
+            assert heard == [number]
+        assert not (tmp_path / STOP).exists()
+        signal.raise_signal(number)
+        assert heard == [number, number]
+    finally:
+        signal.signal(number, before)
