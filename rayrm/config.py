@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 Strategy = Literal["no", "steps", "epoch"]
+SaveStrategy = Literal["no", "steps", "epoch", "best"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"]
 Scheduler = Literal[
     "linear",
@@ -97,6 +98,8 @@ class RewardConfig:
     """On the padded path, pad lengths to a multiple of this. "auto" and None: to the longest side."""
     dataloader_drop_last: bool = False
     """Leave out the last, short step of an epoch."""
+    train_sampling_strategy: Literal["random", "sequential"] = "random"
+    """"sequential": the data's own order, as `shuffle=False`."""
     remove_unused_columns: bool = True
     """Either value means the same: only the columns a pair is made of are read."""
 
@@ -148,6 +151,8 @@ class RewardConfig:
     gradient_checkpointing_kwargs: OptionalTable = None
     """Arguments of `torch.utils.checkpoint`. `use_reentrant` unset: True for an adapter under ZeRO-3, as in
     TRL, else False."""
+    activation_offloading: bool = False
+    """Keep what the backward pass needs in the host's memory until then: less of the GPU's, more time."""
     deepspeed: OptionalTableOrPath = None
     """A DeepSpeed configuration: a table, or a JSON file's path. `zero_stage` is the short form. What a field
     here says too must be equal there, absent or "auto"."""
@@ -178,12 +183,15 @@ class RewardConfig:
     """When to evaluate: every `eval_steps`, every epoch, or not."""
     eval_steps: OptionalNonNegativeFloat = None
     """Steps between evaluations; below 1, a share of all steps. None: `logging_steps`."""
+    eval_delay: NonNegativeFloat = 0.0
+    """No evaluation before this many steps, or epochs, as `eval_strategy` counts."""
     eval_on_start: bool = False
     """Evaluate before the first step too."""
 
     # Checkpoints.
-    save_strategy: Strategy = "steps"
-    """When to write a checkpoint: every `save_steps`, every epoch, or not."""
+    save_strategy: SaveStrategy = "steps"
+    """When to write a checkpoint: every `save_steps`, every epoch, after each evaluation that is the best so
+    far ("best"), or not."""
     save_steps: NonNegativeFloat = 500
     """Steps between checkpoints; below 1, a share of all steps."""
     save_total_limit: OptionalCount = None
@@ -198,6 +206,20 @@ class RewardConfig:
     """Whether more of that metric is better. None: True unless its name ends in "loss"."""
     resume_from_checkpoint: Annotated[str | None, BeforeValidator(switch_word)] = None
     """A checkpoint's directory, or "true" (or True) for the newest in `output_dir`."""
+
+    # The hub.
+    push_to_hub: bool = False
+    """Upload the model to the Hugging Face hub: at the end, and as `hub_strategy` says."""
+    hub_model_id: str | None = None
+    """The repository there. None: named as `output_dir`, of your account."""
+    hub_strategy: Literal["end", "every_save"] = "every_save"
+    """"every_save": each checkpoint's model is uploaded too, beside the training."""
+    hub_token: str | None = dataclasses.field(default=None, repr=False)
+    """A token that may write there; never written to a file. None: that of `hf auth login` or `HF_TOKEN`."""
+    hub_private_repo: OptionalBool = None
+    """Make a new repository private. None: as your organization has it."""
+    hub_revision: str | None = None
+    """The branch to upload to, created where it is not there. None: main."""
 
     # For scripts.
     do_train: bool = False

@@ -116,6 +116,7 @@ def check_reward_config(config: RewardConfig) -> None:
     problems = [
         *_check_steps(config),
         *_check_best_model(config),
+        *_check_order(config),
         *_check_precision(config),
         *check_deepspeed(config),
         *check_objective(config),
@@ -169,8 +170,24 @@ def _check_steps(config: RewardConfig) -> list[str]:
     return problems
 
 
+def _check_order(config: RewardConfig) -> list[str]:
+    if config.train_sampling_strategy == "sequential" and config.shuffle:
+        return [
+            '`train_sampling_strategy` ("sequential") and `shuffle` (True) contradict each other. Delete one.'
+        ]
+    return []
+
+
 def _check_best_model(config: RewardConfig) -> list[str]:
-    if not config.load_best_model_at_end:
+    if config.save_strategy == "best" and (
+        config.metric_for_best_model is None or config.eval_strategy == "no"
+    ):
+        return [
+            '`save_strategy` ("best") needs evaluations, and a metric by which one is the best: '
+            f'`eval_strategy` is "{config.eval_strategy}" and `metric_for_best_model` is '
+            f"{config.metric_for_best_model}. Type `eval_strategy=steps metric_for_best_model=accuracy`."
+        ]
+    if not config.load_best_model_at_end or config.save_strategy == "best":
         return []
     if config.eval_strategy == "no" or config.save_strategy != config.eval_strategy:
         return [

@@ -122,7 +122,7 @@ def dump_run(run: Run) -> str:
     """The resolved run as TOML; `read_run` of it gives an equal run, but for credentials in URLs (`***`).
 
     Settings that are None are left out, or written "none" where None is not the default; so are None values
-    inside tables. Raises ConfigError for a value that TOML cannot hold.
+    inside tables, and secrets (fields without a repr). Raises ConfigError for a value that TOML cannot hold.
     """
     return dump_tables({section: getattr(run, section) for section in SECTIONS})
 
@@ -133,6 +133,8 @@ def dump_tables(configs: Mapping[str, Any]) -> str:
     for section, config in configs.items():
         table = {}
         for field in dataclasses.fields(config):
+            if not field.repr:  # a secret
+                continue
             value = getattr(config, field.name)
             if value is None and field.default is not None:
                 value = "none"

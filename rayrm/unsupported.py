@@ -11,7 +11,6 @@ from typing import Any, Final
 
 NOT_HONOURED: Final[dict[str, Any]] = {
     "accelerator_config": None,
-    "activation_offloading": False,
     "auto_find_batch_size": False,
     "average_tokens_across_devices": True,
     "batch_eval_metrics": False,
@@ -31,7 +30,6 @@ NOT_HONOURED: Final[dict[str, Any]] = {
     "debug": "",
     "enable_jit_checkpoint": False,
     "eval_accumulation_steps": None,
-    "eval_delay": 0,
     "eval_do_concat_batches": True,
     "eval_use_gather_object": False,
     "fp16_full_eval": False,
@@ -39,11 +37,6 @@ NOT_HONOURED: Final[dict[str, Any]] = {
     "fsdp_config": None,
     "full_determinism": False,
     "hub_always_push": False,
-    "hub_model_id": None,
-    "hub_private_repo": None,
-    "hub_revision": None,
-    "hub_strategy": "every_save",
-    "hub_token": None,
     "ignore_data_skip": False,
     "include_for_metrics": [],
     "include_num_input_tokens_seen": "no",
@@ -60,7 +53,6 @@ NOT_HONOURED: Final[dict[str, Any]] = {
     "optim_target_modules": None,
     "parallelism_config": None,
     "prediction_loss_only": False,
-    "push_to_hub": False,
     "restore_callback_states_from_checkpoint": False,
     "save_on_each_node": False,
     "save_only_model": False,
@@ -73,29 +65,23 @@ NOT_HONOURED: Final[dict[str, Any]] = {
     "trackio_bucket_id": None,
     "trackio_space_id": None,
     "trackio_static_space_id": None,
-    "train_sampling_strategy": "random",
     "use_cache": False,
     "use_liger_kernel": False,
 }
 """Name -> the only value it may have: TRL's default."""
 
 INSTEAD: Final[dict[str, str]] = {
-    "activation_offloading": "Delete it: for less memory lower `max_tokens_per_microbatch`, which cannot "
-    "change the loss, keep `gradient_checkpointing`, or set `zero_stage = 3`.",
     "auto_find_batch_size": "Set `max_tokens_per_microbatch`: it bounds memory and cannot change the loss.",
     "dataloader_num_workers": "Delete it: Ray Data reads and tokenizes in parallel by itself.",
     "dataloader_pin_memory": "Delete it: Ray Data feeds the workers.",
     "ddp_backend": "Delete it: NCCL is used on GPUs and gloo on CPUs.",
     "fsdp": "Set `zero_stage = 3` to shard parameters, gradients and optimizer state.",
-    "hub_model_id": "Delete it and upload the saved directory with `hf upload`.",
     "label_smoothing_factor": "Set `label_smoothing`: TRL's trainer gives the factor no effect on this loss.",
     "liger_kernel_config": "Delete it, as `use_liger_kernel`: no kernels are replaced.",
-    "push_to_hub": "Delete it and upload the saved directory with `hf upload`.",
     "torch_compile": "Delete it: each packed batch has its own shape and attention plan, and would be "
     "compiled anew, which takes far longer than its step.",
     "torch_compile_backend": "Delete it, as `torch_compile`: each packed batch would be compiled anew.",
     "torch_compile_mode": "Delete it, as `torch_compile`: each packed batch would be compiled anew.",
-    "train_sampling_strategy": 'Set `shuffle = false` for "sequential"; within a step, lengths are balanced.',
     "use_liger_kernel": "Delete it: its kernels need a GPU and are not tested with shared prefixes; the one "
     "that saves most, the language model's loss, has no place in a reward model.",
 }

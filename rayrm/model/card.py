@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 CARD = "README.md"
 TAGS = ("reward-trainer", "rayrm")
+"""Of a model that was trained here, on the hub."""
 _LOADS = {
     "transformers": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -94,7 +94,9 @@ def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> to
     new_tokens = _grow(inner, tokenizer, source, adapted=adapted)
     set_pad_token(model, tokenizer.pad_token_id)
     add_tags(model)
-    if config.eos_token is not None:
+    template = config.chat_template_path
+    takes_eos = template is not None and not template.endswith((".jinja", ".j2"))  # of another tokenizer
+    if config.eos_token is not None or (takes_eos and tokenizer.eos_token_id is not None):
         inner.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         logger.warning(

@@ -15,7 +15,7 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,9 +108,15 @@ class CheckpointWriter:
         # A name of this attempt's own: what is left of one that was killed may still be writing.
         self._attempt = self.hosts.from_first(secrets.randbits(31))
 
-    def save(self, state: TrainState, take: Callable[[HostMemory], Snapshot]) -> None:
+    def save(
+        self,
+        state: TrainState,
+        take: Callable[[HostMemory], Snapshot],
+        beside: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Copy this rank's part and begin to write `checkpoint-<step>`; the one before is waited for.
 
+        `beside`: further files of this rank's part, by name.
         All ranks call it. A directory of that name is replaced: runs go on from their newest checkpoint, so
         it is an incomplete one.
         """
@@ -122,6 +128,7 @@ class CheckpointWriter:
         self._bytes = sum(piece.values.nbytes for piece in snapshot.engine.slices)
         # Made here: the threads see nothing that the next step changes.
         files = {f"rng-{self.rank}.pt": random_states(), **_engine_files(self.rank, snapshot.engine)}
+        files |= beside or {}
         if self.rank == 0:
             files[STATE] = state.to_json().encode()
             known = self.output_dir / IDENTITY

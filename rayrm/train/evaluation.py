@@ -130,11 +130,11 @@ def speed_of(prefix: str, began: float, num_rows: int, batch_rows: int) -> Recor
     return dict(speed_metrics(prefix.rstrip("_"), began, num_samples=num_rows, num_steps=steps))
 
 
-def note_best(state: TrainState, found: Record, config: RewardConfig) -> None:
+def note_best(state: TrainState, found: Record, config: RewardConfig) -> bool:
     """Note in `state` whether its step's checkpoint is the best so far, by `metric_for_best_model`."""
     wanted = config.metric_for_best_model
     if wanted is None:
-        return
+        return False
     name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
     value = found.get(name)
     if value is None:
@@ -146,3 +146,4 @@ def note_best(state: TrainState, found: Record, config: RewardConfig) -> None:
     if better:
         state.best_metric = value
         state.best_checkpoint = f"checkpoint-{state.step}"
+    return better

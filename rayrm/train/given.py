@@ -45,10 +45,34 @@ def resolved_args(args: RewardConfig | None, source: ModelSource, train_dataset:
     """The config (TRL's default is named after the model), with what the data decides of it."""
     args = args or RewardConfig(f"{source.name.rsplit('/', 1)[-1]}-Reward")
     if args.shuffle is None:
-        args = dataclasses.replace(args, shuffle=not isinstance(train_dataset, IterableDataset))
+        own_order = args.train_sampling_strategy == "sequential" or isinstance(train_dataset, IterableDataset)
+        args = dataclasses.replace(args, shuffle=not own_order)
     if isinstance(args.deepspeed, str):
         args = dataclasses.replace(args, deepspeed=absolute(args.deepspeed))
     return args
+
+
+def with_collator(args: RewardConfig, collator: Any, tokenizer: Any) -> RewardConfig:
+    """The config, with what TRL's own collator says of padding. Raises ConfigError for any other collator.
+
+    Rows are packed here by rules that a collator cannot change (`data/packing.py`); TRL's pads, no more.
+    """
+    if collator is None:
+        return args
+    kind = type(collator)
+    if kind.__name__ != "DataCollatorForPreference" or not kind.__module__.startswith("trl."):
+        raise ConfigError(
+            f"`data_collator` ({kind.__name__}) is not supported: rayrm packs batches itself. Leave it out, "
+            "and change the rows before."
+        )
+    if collator.pad_token_id != tokenizer.pad_token_id:
+        raise ConfigError(
+            f"`data_collator` pads with {collator.pad_token_id}, and the tokenizer's pad token is "
+            f"{tokenizer.pad_token_id}: scores are pooled by that. Leave the collator out, or set "
+            "`pad_token`."
+        )
+    multiple = collator.pad_to_multiple_of
+    return args if multiple is None else dataclasses.replace(args, pad_to_multiple_of=multiple)
 
 
 def warn_of_old_columns(sets: Iterable[Any]) -> None:

@@ -91,6 +91,8 @@ class Schedule:
     evaluate_every: int | None
     save_every: int | None
     log_first: bool = False
+    evaluates_from: float = 0
+    """Steps, or epochs where evaluations go by epochs."""
 
     @classmethod
     def of(cls, config: RewardConfig, steps_per_epoch: int | None) -> Schedule:
@@ -100,7 +102,7 @@ class Schedule:
             num_steps = math.ceil(config.num_train_epochs * steps_per_epoch)
 
         def every(strategy: str, interval: int) -> int | None:
-            return {"no": None, "epoch": 0}.get(strategy, interval)
+            return {"no": None, "best": None, "epoch": 0}.get(strategy, interval)
 
         return cls(
             num_steps,
@@ -109,12 +111,16 @@ class Schedule:
             evaluate_every=every(config.eval_strategy, config.interval("eval", num_steps)),
             save_every=every(config.save_strategy, config.interval("save", num_steps)),
             log_first=config.logging_first_step,
+            evaluates_from=config.eval_delay,
         )
 
     def logs(self, step: int) -> bool:
         return self._due(self.log_every, step) or (self.log_first and step == 1)
 
     def evaluates(self, step: int) -> bool:
+        epoch = self.evaluate_every == 0 and self.steps_per_epoch
+        if (step / epoch if epoch else step) < self.evaluates_from:
+            return False
         return self._due(self.evaluate_every, step) or self._ends(self.evaluate_every, step)
 
     def saves(self, step: int) -> bool:
@@ -155,12 +161,13 @@ class Events:
     `begins` is told where training stands before a step, and whether an epoch, or this process, begins
     with it.
     `due`: what a step asks for, in place of the schedule; it is told whether the step ends an epoch.
+    `evaluate`: whether this step's checkpoint is wanted for what it found.
     `stops`: whether training ends with the step it has done.
     """
 
     progress: Callable[[int], None]
     log: Callable[[Record], None]
-    evaluate: Callable[[TrainState], None]
+    evaluate: Callable[[TrainState], bool]
     save: Callable[[TrainState], None]
     trained: Callable[[int, RankStep, bool], None] = lambda step, share, skipped: None
     leaves: Callable[[], bool] = lambda: False
@@ -282,8 +289,9 @@ def run_loop(
             if asked.evaluate:
                 engine.train(False)
                 with clock.stopped():
-                    events.evaluate(state)
+                    wanted = events.evaluate(state)
                 engine.train(True)
+                asked.save = asked.save or wanted
             if asked.save:
                 _save(state, interval, events, clock)
                 saved = True

@@ -13,6 +13,7 @@ from rayrm.model.attention_path import choose_path
 from rayrm.model.cost import attention_weight_of
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import Layout, choose_layout, unwrapped
+from rayrm.model.offload import offload_activations
 from rayrm.train.budget import decide_budget
 from rayrm.train.build import build_model
 from rayrm.train.build_engine import build_engine
@@ -88,6 +89,10 @@ def build_rank_model(
         model, layout, path=path.name, pad_to_multiple_of=multiple if isinstance(multiple, int) else None
     )
     around.callback(module.release)
+    if config.activation_offloading and rank.device.type == "cpu":
+        say("`activation_offloading` (True) moves nothing: on a CPU activations are in the host's memory")
+    elif config.activation_offloading:
+        around.callback(offload_activations(module))
     pad_token_id: int = unwrapped(model).config.get_text_config().pad_token_id
     max_tokens = decide_budget(
         Probe(module, precision, rank.device, pad_token_id),

@@ -43,7 +43,10 @@ _FREE = {
     "do_train", "do_eval", "do_predict", "remove_unused_columns", "max_bad_row_fraction",
     "logging_strategy", "logging_steps", "logging_first_step",
     "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size",
-    "save_strategy", "save_steps", "save_total_limit",
+    "eval_delay", "save_strategy", "save_steps", "save_total_limit",
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_revision",
+    # The same numbers, kept elsewhere; and what `shuffle` says.
+    "activation_offloading", "train_sampling_strategy",
     # Until a loss is not finite, both values do the same.
     "nonfinite_loss",
     "log_rows",

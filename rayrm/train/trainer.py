@@ -12,12 +12,11 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, TrainerState, set_seed
-from transformers.trainer_pt_utils import log_metrics, save_metrics, save_state
+from transformers import TrainerState, set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
@@ -44,23 +43,25 @@ from rayrm.train.given import (
     resolved_args,
     tokenizer_of,
     warn_of_old_columns,
+    with_collator,
 )
+from rayrm.train.hub import repository_of
 from rayrm.train.job import TrainJob
 from rayrm.train.optimizer import check_holds, check_optimizers, made_of
 from rayrm.train.rank import Rank
 from rayrm.train.records import read_progress, read_records
 from rayrm.train.run_data import RunData, check_form
 from rayrm.train.rundir import RunStart, bring, check_resume, claim, examine, identity_of, only_run
-from rayrm.train.script_words import MainProcess, Rows, missing
+from rayrm.train.script_calls import ScriptCalls
+from rayrm.train.script_words import Rows
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
 from rayrm.train.user_metrics import prefixed, user_metrics
 from rayrm.train.workers import check_cluster, check_pickles, check_run_config, fit_here, fit_on_workers
 
 logger = logging.getLogger("rayrm.train")
-_NOT_YET = {"data_collator": "rayrm packs batches itself"}
 
 
-class RewardTrainer:
+class RewardTrainer(ScriptCalls):
     """Train a reward model on preference pairs with the Bradley-Terry objective.
 
     Positional arguments are TRL's, in TRL's order. Datasets: `datasets.Dataset`, `IterableDataset`, dicts of
@@ -100,9 +101,6 @@ class RewardTrainer:
         run: Any = None,
     ) -> None:
         show_logs()
-        for name, reason in _NOT_YET.items():
-            if locals()[name] is not None:
-                raise ConfigError(f"`{name}` is not supported: {reason}.")
         self._data = data_config or DataConfig()
         train_dataset = self._data.train if train_dataset is None else train_dataset
         eval_dataset = self._data.eval if eval_dataset is None else eval_dataset
@@ -132,6 +130,7 @@ class RewardTrainer:
         self.processing_class, added = tokenizer_of(processing_class, self._source, self.args)
         self._adapter = self._source.adapter
         self._source = dataclasses.replace(self._source, new_tokens=added)
+        self.args = with_collator(self.args, data_collator, self.processing_class)
         check_places(self.args, self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
         self._sets = RunData(self.processing_class, self.args, self._data, quarantine_aside(self))
@@ -149,8 +148,8 @@ class RewardTrainer:
         if self.num_workers:
             check_pickles(self._sent())
             check_cluster(scaling_config)
+        self._hub = repository_of(self.args, self.output_dir)
         self.state = TrainerState()
-        self.accelerator = MainProcess()
         self._model: torch.nn.Module | None = None
         if self.num_workers == 0:
             set_seed(self.args.seed)
@@ -209,6 +208,8 @@ class RewardTrainer:
         self.state.max_steps = standing["num_steps"]
         if best := standing.get("best_checkpoint"):
             self.state.best_model_checkpoint = str(self.output_dir / best)
+        if self.args.push_to_hub:
+            self.push_to_hub()
         return TrainOutput(self.state.global_step, summary["train_loss"], summary)
 
     def evaluate(
@@ -258,11 +259,13 @@ class RewardTrainer:
         directory.mkdir(parents=True, exist_ok=True)
         if self.num_workers and (self.output_dir / FACTS).exists():
             copy_saved(self.output_dir, directory)
-            return
-        model = self.model
-        if self.args.merge_on_save and is_adapted(model):
-            model = copy.deepcopy(model).merge_and_unload()
-        save_model(model, self.processing_class, directory, text_form=self.text_form)
+        else:
+            model = self.model
+            if self.args.merge_on_save and is_adapted(model):
+                model = copy.deepcopy(model).merge_and_unload()
+            save_model(model, self.processing_class, directory, text_form=self.text_form)
+        if self.args.push_to_hub and not _internal_call:
+            self._hub.push(directory, "Model save")
 
     @property
     def train_dataset(self) -> Any:
@@ -274,37 +277,6 @@ class RewardTrainer:
         """The evaluation rows, or by name those of several sets; None without any."""
         found = {name: Rows(rows) for name, rows in self.eval_sets.items()}
         return found.get("", found or None)
-
-    def end(self) -> None:
-        """At the end of a TRL script: nothing is left to close."""
-
-    def is_world_process_zero(self) -> bool:
-        """This process drives the run."""
-        return True
-
-    is_local_process_zero = is_world_process_zero
-    log_metrics, save_metrics, save_state = log_metrics, save_metrics, save_state
-
-    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """One more, for what follows."""
-        self._callbacks += check_callbacks([callback])
-
-    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
-        """Remove a callback, or the first of a class, and return it; None where there is none."""
-        for one in self._callbacks:
-            if one is callback or (isinstance(callback, type) and isinstance(one, callback)):
-                self._callbacks.remove(one)
-                return one
-        return None
-
-    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """Remove a callback, or the first of a class."""
-        self.pop_callback(callback)
-
-    if not TYPE_CHECKING:  # hidden from mypy, which would take every misspelt attribute for one
-
-        def __getattr__(self, name: str) -> Any:
-            raise AttributeError(missing(name))
 
     def _call(self, event: str, **given: Any) -> None:
         args = CallbackArgs(self.args, Rank.here(use_cpu=self.args.use_cpu))

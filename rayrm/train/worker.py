@@ -33,6 +33,7 @@ from rayrm.train.evaluation import note_best, score_rows, speed_of
 from rayrm.train.export import save_trained
 from rayrm.train.holding import only_writer
 from rayrm.train.host_memory import HostMemory
+from rayrm.train.hub import HubRepository
 from rayrm.train.job import TrainJob
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from rayrm.train.preemption import Notice
@@ -45,6 +46,7 @@ from rayrm.train.sharded_export import ShardExport
 from rayrm.train.soundness import Soundness, shown
 from rayrm.train.storage import storage_of
 from rayrm.train.train_data import train_steps
+from rayrm.train.trainer_state import TRAINER_STATE, trainer_state_json
 from rayrm.train.user_metrics import prefixed
 
 logger = logging.getLogger("rayrm.train")
@@ -94,6 +96,8 @@ class _RankRun:
         self.notice = Notice(job.output_dir, hosts, looks=rank.index == 0)
         self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
         self.storage = storage_of(self.config, job.output_dir, job.environment) if rank.index == 0 else None
+        pushes = self.config.push_to_hub and self.config.hub_strategy == "every_save" and rank.index == 0
+        self.hub = HubRepository(self.config, job.output_dir) if pushes else None
         self.writer = CheckpointWriter(
             job.output_dir,
             rank.index,
@@ -123,6 +127,8 @@ class _RankRun:
         self._say(f"saved {checkpoint}")
         if self.storage is not None:
             self.storage.keep(checkpoint, self.config.save_total_limit)
+        if self.hub is not None:
+            self.hub.push_beside(checkpoint)
 
     def train(self) -> torch.nn.Module:
         state = self._restore()
@@ -149,6 +155,8 @@ class _RankRun:
             told.begin(state, records, model, self.job.tokenizer, self.engine)
             events = dataclasses.replace(events, begins=told.step_begins, due=told.due, stops=told.stops)
         with contextlib.ExitStack() as closing:
+            if self.hub is not None:
+                closing.enter_context(contextlib.closing(self.hub))
             for opened in (self.log, self.row_log, steps, self.writer):
                 closing.enter_context(contextlib.closing(opened))
             if self.config.eval_on_start and state.step == 0:
@@ -236,8 +244,8 @@ class _RankRun:
         if self.callbacks is not None:
             self.callbacks.logged(record)
 
-    def _evaluate(self, state: TrainState) -> None:
-        """Evaluate every set; note which checkpoint is the best."""
+    def _evaluate(self, state: TrainState) -> bool:
+        """Evaluate every set; note which checkpoint is the best. Whether this step is to be saved for it."""
         found: Record = {}
         batch_rows = self.config.per_device_eval_batch_size * self.rank.count
         for name, rows in self.job.eval_sets.items():
@@ -270,8 +278,10 @@ class _RankRun:
             if self.callbacks is not None:
                 self.callbacks.evaluated(record)
         # A better model that no checkpoint holds must not stand in the way of one that is kept.
-        if self.schedule.saves(state.step):
-            note_best(state, found, self.config)
+        saves_best = self.config.save_strategy == "best" and state.step > 0
+        if saves_best or self.schedule.saves(state.step):
+            return note_best(state, found, self.config) and saves_best
+        return False
 
     def _save(self, state: TrainState) -> None:
         self.log.sync()
@@ -290,7 +300,12 @@ class _RankRun:
 
         if self.callbacks is not None:
             state.callbacks = self.callbacks.exported()
-        self.writer.save(state, take)
+        files = {}
+        if self.rank.index == 0:
+            records = read_records(self.job.output_dir)
+            where = (self.config, self.schedule, self.job.output_dir)
+            files[TRAINER_STATE] = trainer_state_json(state, records, *where)
+        self.writer.save(state, take, files)
         if self.callbacks is not None:
             if self.callbacks.reads_checkpoints:
                 self.writer.wait()

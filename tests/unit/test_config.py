@@ -157,7 +157,6 @@ def test_an_unsupported_setting_is_accepted_and_readable_at_its_default_only(nam
         ({"torch_compile_mode": "max-autotune"}, "as `torch_compile`"),
         ({"use_liger_kernel": True}, "need a GPU and are not tested with shared prefixes"),
         ({"liger_kernel_config": {"rope": True}}, "as `use_liger_kernel`"),
-        ({"activation_offloading": True}, "lower `max_tokens_per_microbatch`"),
     ],
     ids=str,
 )
@@ -210,6 +209,17 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest() -> None:
             {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 0.1},
             ["`save_steps` (500)", "`eval_steps` (0.1)", "shares"],
         ),
+        (
+            {"save_strategy": "best", "eval_strategy": "steps"},
+            ["`metric_for_best_model` is None", "accuracy"],
+        ),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "loss"},
+            ['`save_strategy` ("best")', '`eval_strategy` is "no"'],
+        ),
+        ({"train_sampling_strategy": "sequential", "shuffle": True}, ["contradict"]),
+        ({"train_sampling_strategy": "group_by_length"}, ["`train_sampling_strategy`", "sequential"]),
+        ({"hub_strategy": "all_checkpoints"}, ["`hub_strategy` ('all_checkpoints')", "every_save"]),
         ({"report_to": ["tensorboard", "all"]}, ["`report_to` ('all')", "tensorboard"]),
         ({"storage_path": "/shared/runs"}, ["`storage_path` ('/shared/runs')", "s3://bucket/runs"]),
         ({"storage_path": "s3://me:secret@bucket/runs"}, ["s3://***@bucket", "AWS_ACCESS_KEY_ID"]),
@@ -268,7 +278,7 @@ def test_an_assignment_is_checked_like_an_argument() -> None:
     config.activation_checkpointing = False  # type: ignore[attr-defined]
     assert config.learning_rate == 3e-5
     assert config.gradient_checkpointing is False
-    for name, value in [("lerning_rate", 1), ("push_to_hub", True), ("fp16", True), ("seed", -1)]:
+    for name, value in [("lerning_rate", 1), ("full_determinism", True), ("fp16", True), ("seed", -1)]:
         before = copy.deepcopy(config)
         with pytest.raises(ConfigError, match=name):
             setattr(config, name, value)

@@ -46,6 +46,7 @@ def transformers_events(fields: dict[str, Any], num_steps: int, steps_per_epoch:
     logging=st.tuples(STRATEGY, INTERVAL, st.booleans()),
     evaluation=st.tuples(STRATEGY, INTERVAL),
     saving=st.tuples(STRATEGY, INTERVAL),
+    delay=st.one_of(st.just(0), st.integers(1, 12), st.just(1.5)),
     num_steps=st.integers(1, 25),
     steps_per_epoch=st.integers(1, 10),
 )
@@ -53,6 +54,7 @@ def test_events_fall_on_the_steps_of_transformers(
     logging: tuple[str, float, bool],
     evaluation: tuple[str, float],
     saving: tuple[str, float],
+    delay: float,
     num_steps: int,
     steps_per_epoch: int,
 ) -> None:
@@ -63,6 +65,7 @@ def test_events_fall_on_the_steps_of_transformers(
         "logging_first_step": logging[2],
         "eval_strategy": evaluation[0],
         "eval_steps": evaluation[1],
+        "eval_delay": delay,
         "save_strategy": saving[0],
         "save_steps": saving[1],
     }

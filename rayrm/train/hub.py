@@ -1,0 +1,187 @@
+"""A run's model on the Hugging Face hub: its repository, pushes beside the training, and at its end.
+
+What transformers' trainer does under the same names (transformers 5.23, `Trainer.push_to_hub` and
+`_push_from_checkpoint`), but of `output_dir` the model's own files alone go there: a run directory also holds
+rows of the data. They are copied aside first, so that a push never reads what training writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import httpx
+from huggingface_hub import HfApi, ModelCard
+
+from rayrm.config import RewardConfig
+from rayrm.errors import ConfigError, RayrmError
+from rayrm.model.card import CARD
+from rayrm.model.reward_model import copy_saved
+
+logger = logging.getLogger("rayrm.train")
+_ASIDE = ".push-"
+_FAILURES = (httpx.HTTPError, OSError, ValueError)
+_CARD_FIELDS = {
+    "dataset_name": "datasets",
+    "language": "language",
+    "license": "license",
+    "tags": "tags",
+    "model_name": "model_name",
+}
+"""What a caller may say for the card -> its field there."""
+
+
+class HubRepository:
+    """The repository of a run, `hub_model_id` or the name of `output_dir`; created by the first push."""
+
+    def __init__(self, config: RewardConfig, output_dir: Path, hub: HfApi | None = None) -> None:
+        self.name: str | None = None
+        self._config = config
+        self._output_dir = output_dir
+        self._hub = hub or HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=config.hub_token)
+        self._running: Future[Any] | None = None
+
+    def create(self, *, token: str | None = None, private: bool | None = None) -> str:
+        """Create it where it is not there; its full name. Raises ConfigError where the hub refuses."""
+        wanted, revision = self._config.hub_model_id or self._output_dir.name, self._config.hub_revision
+        private = self._config.hub_private_repo if private is None else private
+        try:
+            made = self._hub.create_repo(wanted, token=token, private=private, exist_ok=True)
+            name = str(made.repo_id)
+            if revision not in (None, "main"):
+                self._hub.create_branch(name, branch=revision, token=token, exist_ok=True)
+        except _FAILURES as error:
+            raise ConfigError(
+                f"`hub_model_id` ({wanted!r}) cannot be pushed to: {_line(error)} Log in (`hf auth login`) "
+                "or set `HF_TOKEN`, to a token that may write there, or delete `push_to_hub`."
+            ) from error
+        self.name = name
+        return name
+
+    def push(
+        self,
+        directory: Path,
+        message: str,
+        *,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        card: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Upload the model that is saved in `directory`: the hub's answer, or a future of it.
+
+        Raises ConfigError for what the card has no field for, RayrmError where the hub did not take it.
+        """
+        said = _metadata(card or {})
+        if self.name is None:
+            self.create(token=token, private=private)
+        upload = self._prepared(directory, message, said, token=token, revision=revision)
+        return upload() if blocking else self._hub.run_as_future(upload)
+
+    def push_beside(self, checkpoint: Path) -> None:
+        """Begin to upload a whole checkpoint's model, unless one is still on its way; failures are logged.
+
+        Called by the thread that writes checkpoints: training waits for nothing.
+        """
+        if self._running is not None and not self._running.done():
+            logger.info("%s is not pushed: the one before is still on its way", checkpoint.name)
+            return
+
+        def push() -> None:
+            try:
+                if self.name is None:
+                    self.create()
+                upload()
+            except RayrmError as error:
+                logger.warning("%s", error)
+
+        try:
+            step = checkpoint.name.rpartition("-")[2]
+            upload = self._prepared(checkpoint, f"Training in progress, step {step}", {})
+        except OSError as error:
+            logger.warning("%s was not pushed: %s", checkpoint.name, error)
+            return
+        self._running = self._hub.run_as_future(push)
+
+    def _prepared(
+        self,
+        directory: Path,
+        message: str,
+        said: Mapping[str, Any],
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> Callable[[], Any]:
+        """Copies the model's files; what it returns uploads them, and removes the copy."""
+        aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=self._output_dir))
+        try:
+            copy_saved(directory, aside)
+            if said:
+                _say_in_card(aside, said)
+        except BaseException:
+            shutil.rmtree(aside)
+            raise
+
+        def upload() -> Any:
+            try:
+                return self._hub.upload_folder(
+                    repo_id=str(self.name),
+                    folder_path=str(aside),
+                    commit_message=message,
+                    token=token,
+                    revision=revision or self._config.hub_revision,
+                )
+            except _FAILURES as error:
+                raise RayrmError(
+                    f"the model in `{directory}` could not be pushed to {self.name}: {_line(error)} It is "
+                    f"saved; type `hf upload {self.name} {directory}` when the hub can be reached."
+                ) from error
+            finally:
+                shutil.rmtree(aside)
+
+        return upload
+
+    def close(self) -> None:
+        """Wait for the upload that is on its way."""
+        if self._running is not None:
+            self._running.result()
+
+
+def repository_of(config: RewardConfig, output_dir: Path) -> HubRepository:
+    """A run's repository; one that is pushed to is there, or the hub's refusal is raised before training."""
+    repository = HubRepository(config, output_dir)
+    if config.push_to_hub:
+        repository.create()
+    return repository
+
+
+def _metadata(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a caller says for the card, by its fields' names. Raises ConfigError for anything else."""
+    if unknown := sorted(set(card) - set(_CARD_FIELDS)):
+        raise ConfigError(
+            f"`{unknown[0]}` is nothing that `push_to_hub` writes into the card: it takes "
+            f"{', '.join(sorted(_CARD_FIELDS))}. Edit README.md for more."
+        )
+    return {_CARD_FIELDS[key]: value for key, value in card.items() if value is not None}
+
+
+def _say_in_card(aside: Path, said: Mapping[str, Any]) -> None:
+    """Write `said` into the metadata of the copy's card; the run's own stays as it is."""
+    card = ModelCard.load(aside / CARD)
+    for key, value in said.items():
+        values = [value] if isinstance(value, str) and key in ("datasets", "tags") else value
+        if key == "tags":
+            values = [*(card.data.tags or []), *(tag for tag in values if tag not in (card.data.tags or []))]
+        setattr(card.data, key, values)
+    (aside / CARD).write_text(str(card), encoding="utf-8")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") + "."

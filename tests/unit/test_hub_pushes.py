@@ -1,0 +1,117 @@
+"""What of a run goes to the hub, and that a token goes nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rayrm.config import DataConfig, ModelConfig, RewardConfig
+from rayrm.errors import ConfigError, RayrmError
+from rayrm.model.reward_model import save_model
+from rayrm.runfile import Run, dump_run
+from rayrm.train.hub import HubRepository
+from rayrm.train.rundir import identity_of
+from tests.hub_server import HubServer, hub_server
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TOKEN = "hf_secret_of_this_test"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with hub_server(monkeypatch) as running:
+        yield running
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's directory, as training leaves it."""
+    save_model(tiny_model(), tiny_tokenizer(), tmp_path, text_form="conversational")
+    (tmp_path / "checkpoint-3").mkdir()
+    for name in ("quarantine.jsonl", "run.toml", "metrics.jsonl", "checkpoint-3/model.safetensors"):
+        (tmp_path / name).write_text("a row of the data")
+    return tmp_path
+
+
+def of(run: Path, **fields: object) -> HubRepository:
+    return HubRepository(RewardConfig(str(run), push_to_hub=True, hub_token=TOKEN, **fields), run)
+
+
+def test_the_models_files_alone_are_pushed_where_the_settings_say(hub: HubServer, run: Path) -> None:
+    before = (run / "README.md").read_bytes()
+    repository = of(run, hub_model_id="org/reward", hub_private_repo=True, hub_revision="second")
+    told = repository.push(run, "End of training", card={"dataset_name": "org/pairs", "tags": "mine"})
+    assert told.oid == "abc"
+    assert repository.name == "org/reward"
+    assert (hub.created[0]["organization"], hub.created[0]["name"]) == ("org", "reward")
+    assert hub.created[0]["visibility"] == "private"
+    assert hub.branches == ["second"]
+    (commit,) = hub.commits
+    assert (commit.repo, commit.revision, commit.message) == ("org/reward", "second", "End of training")
+    assert {"model.safetensors", "config.json", "rayrm.json", "tokenizer.json", "README.md"} <= set(
+        commit.files
+    )
+    assert commit.files["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    assert not [name for name, content in commit.files.items() if b"a row of the data" in content]
+    card = commit.files["README.md"].decode()
+    assert "datasets:\n- org/pairs\n" in card
+    assert "tags:\n- reward-trainer\n- rayrm\n- mine\n" in card
+    assert (run / "README.md").read_bytes() == before
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert not list(run.glob(".push-*"))
+
+
+def test_without_a_name_it_is_called_as_the_directory(hub: HubServer, run: Path) -> None:
+    assert of(run).create() == f"me/{run.name}"
+    assert "visibility" not in hub.created[0]
+    assert hub.branches == []
+
+
+def test_what_the_hub_refuses_says_what_to_type(hub: HubServer, run: Path) -> None:
+    repository = of(run)
+    hub.refuses = 403
+    with pytest.raises(
+        RayrmError, match=rf"could not be pushed to me/{run.name}.*`hf upload me/{run.name} "
+    ) as error:
+        repository.push(run, "End of training")
+    assert TOKEN not in str(error.value)
+    with pytest.raises(RayrmError, match="`hf upload"):
+        repository.push(run, "End of training", blocking=False).result()
+    with pytest.raises(ConfigError, match=r"`dataset` is nothing .*dataset_name"):
+        repository.push(run, "End of training", card={"dataset": "x"})
+    assert not list(run.glob(".push-*"))
+    with pytest.raises(ConfigError, match=r"`hub_model_id` \('a/b/c'\) cannot be pushed to: .*hf auth login"):
+        of(run, hub_model_id="a/b/c").create()
+
+
+def test_a_checkpoint_is_pushed_beside_unless_one_is_on_its_way(
+    hub: HubServer, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = run / "checkpoint-3"
+    save_model(tiny_model(seed=3), tiny_tokenizer(), checkpoint, text_form="conversational")
+    repository = of(run)
+    hub.holds = threading.Event()
+    with caplog.at_level(logging.INFO, "rayrm.train"):
+        repository.push_beside(checkpoint)
+        repository.push_beside(checkpoint)
+        assert "checkpoint-3 is not pushed: the one before is still on its way" in caplog.text
+        hub.holds.set()
+        repository.close()
+        assert [commit.message for commit in hub.commits] == ["Training in progress, step 3"]
+        assert hub.commits[0].files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
+        hub.refuses = 403
+        repository.push_beside(checkpoint)
+        repository.close()
+    assert "could not be pushed" in caplog.text
+    assert TOKEN not in caplog.text
+
+
+def test_a_token_is_in_no_file_and_no_words() -> None:
+    config = RewardConfig("x", push_to_hub=True, hub_token=TOKEN)
+    assert TOKEN not in repr(config)
+    assert TOKEN not in dump_run(Run(ModelConfig("m"), DataConfig("d"), config))
+    assert TOKEN not in str(identity_of(config, model="m", adapter=None, data="d", rows_per_step=8))
