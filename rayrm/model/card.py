@@ -37,7 +37,9 @@ inputs = tokenizer(text + tokenizer.eos_token, return_tensors="pt")
 }
 
 
-def write_card(directory: Path, *, base_model: str | None, is_adapter: bool, text_form: str) -> None:
+def write_card(
+    directory: Path, *, base_model: str | None, is_adapter: bool, text_form: str, is_quantized: bool = False
+) -> None:
     """Write README.md. `base_model`: what was trained, by name; None: not known."""
     library = "peft" if is_adapter else "transformers"
     facts = ModelCardData(
@@ -53,12 +55,18 @@ def write_card(directory: Path, *, base_model: str | None, is_adapter: bool, tex
         if text_form == "conversational"
         else "plain text, each with the end-of-sequence token"
     )
+    rounded = (
+        "Its base model was in few bits when it was trained (`quantization` in `rayrm.json`): loaded as "
+        "above, without a `quantization_config`, its scores are near those of training and not the same.\n\n"
+    )
     (directory / CARD).write_text(
         f"---\n{facts.to_yaml()}\n---\n\n# {directory.name}\n\nThis is {what}"
         + (f", trained from `{base_model}`" if base_model else "")
         + ", by rayrm. It gives a text one number, the higher the better; only "
         f"differences between scores of answers to one prompt mean something. It was trained on {texts}.\n\n"
-        f"```python\n{code.format(place=directory.name)}```\n\nThe same scores, batched: "
+        f"```python\n{code.format(place=directory.name)}```\n\n"
+        + (rounded if is_quantized else "")
+        + "The same scores, batched: "
         "`rayrm score DIRECTORY answers.jsonl`, or `rayrm.RewardModel.from_pretrained(DIRECTORY)`.\n",
         encoding="utf-8",
     )

@@ -291,6 +291,7 @@ def save_model(
         base_model=None if not base or Path(base).is_dir() else base,
         is_adapter=(directory / ADAPTER_CONFIG).exists(),
         text_form=text_form,
+        is_quantized=is_quantized(inner),
     )
 
 

@@ -195,7 +195,6 @@ def _checkpoint_gradients(model: torch.nn.Module, config: RewardConfig, *, adapt
 def check_source(source: ModelSource, config: RewardConfig) -> None:
     """Refuse, before anything is loaded or started, a model that cannot become a reward model."""
     check_peft(source)
-    _check_quantized(source, config)
     if isinstance(source.model, str):
         init = config.model_init_kwargs or {}
         found = check_name(source.model, init, trust_remote_code=config.trust_remote_code)
@@ -207,11 +206,13 @@ def check_source(source: ModelSource, config: RewardConfig) -> None:
             found = check_name(base, init, trust_remote_code=config.trust_remote_code)
         if found is not None:
             check_router(source.model, found, init)
+        _check_quantized(source, config, found)
     else:
         check_text_only(source.name, source.model.config)
         given: Any = source.model
         check_num_labels(given)
         check_router(source.name, given.config, {})
+        _check_quantized(source, config, given.config)
         if is_adapted(given):
             name = active_adapter(given)
             _check_tuner(given.peft_config[name], f"the model's adapter `{name}`")
@@ -231,8 +232,8 @@ def quantization_of(source: ModelSource, config: RewardConfig) -> Any:
     return source.quantization or (config.model_init_kwargs or {}).get("quantization_config")
 
 
-def _check_quantized(source: ModelSource, config: RewardConfig) -> None:
-    """Refuse a quantization given twice or that nothing could be trained with."""
+def _check_quantized(source: ModelSource, config: RewardConfig, found: Any) -> None:
+    """Refuse a quantization given twice or that nothing could be trained with. `found`: its config."""
     in_init = (config.model_init_kwargs or {}).get("quantization_config")
     if not isinstance(source.model, str):
         if source.quantization is not None:
@@ -246,7 +247,7 @@ def _check_quantized(source: ModelSource, config: RewardConfig) -> None:
             )
         if (quantization := quantization_of(source, config)) is not None:
             check_quantization(quantization)
-        quantized = quantization is not None
+        quantized = quantization is not None or getattr(found, "quantization_config", None) is not None
     if config.merge_on_save and (quantized or source.adapter is None):
         raise ConfigError(
             "`merge_on_save` (True) adds an adapter to the base model, and "

@@ -93,6 +93,8 @@ class _RankRun:
         self.schedule = Schedule.of(self.config, self.source.steps_per_epoch)
         self.model = build_rank_model(job, rank, hosts, self.schedule.num_steps, around)
         self.engine = self.model.engine
+        # Weights are gathered by all ranks together, and one may find the base's files where another cannot.
+        self.saves_frozen = bool(hosts.from_first(int(needs_frozen(self.model.module.model))))
         self.notice = Notice(job.output_dir, hosts, looks=rank.index == 0)
         self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
         self.storage = storage_of(self.config, job.output_dir, job.environment) if rank.index == 0 else None
@@ -293,7 +295,7 @@ class _RankRun:
             if isinstance(export, ShardExport):
                 part = export.take(model, host)
                 return Snapshot(engine, part, export.join if self.rank.index == 0 else None)
-            gathered = self.engine.model_state(frozen=needs_frozen(model))
+            gathered = self.engine.model_state(frozen=self.saves_frozen)
             if export is None:
                 return Snapshot(engine)
             return Snapshot(engine, export.take(model, gathered, host))
@@ -318,7 +320,7 @@ class _RankRun:
             export.save_trained(model, self.job.output_dir, self.hosts)
             return
         merges = self.config.merge_on_save
-        gathered = self.engine.model_state(frozen=merges or needs_frozen(model))
+        gathered = self.engine.model_state(frozen=merges or self.saves_frozen)
         problems = []
         if export is not None:
             if merges:

@@ -26,6 +26,7 @@ from rayrm.model.reward_model import load_adapted, load_saved, save_model
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.evaluation import score_model
 from rayrm.train.worker import train_rank
+from rayrm.train.zero import DeepSpeedEngine
 from tests.numerics.ranks import Variant, job_of, tokenized
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -210,8 +211,17 @@ def test_merging_without_an_adapter_is_refused(base: Path) -> None:
     ids=["torch", "zero3"],
 )
 def test_embeddings_of_added_tokens_are_trained_and_saved(
-    settings: dict[str, Any], base: Path, tmp_path: Path
+    settings: dict[str, Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gathered = []
+    whole = DeepSpeedEngine.model_state
+
+    def seen(engine: DeepSpeedEngine, *, frozen: bool = True) -> Any:
+        state = whole(engine, frozen=frozen)
+        gathered.append((frozen, state))
+        return state
+
+    monkeypatch.setattr(DeepSpeedEngine, "model_state", seen)
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<used>", "<unused>"])
     tokens = (400, 401)
@@ -221,6 +231,10 @@ def test_embeddings_of_added_tokens_are_trained_and_saved(
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     (rows,) = [weight for name, weight in saved.items() if "token_adapter" in name]
     drawn = model.get_base_model().model.embed_tokens.original_module.weight[400:]
+    # For the file no frozen weight is gathered; to give back the caller's model, all are.
+    for frozen, state in gathered:
+        assert any("base_layer.weight" in name for name in state) == frozen
+    assert [frozen for frozen, _ in gathered] == ([False, True] if settings else [])
     if not settings:  # what ZeRO-3 gave back is what is saved
         assert (rows - drawn).abs().amax(dim=1).gt(1e-3).tolist() == [True, False]
     assert scores_of(tmp_path / "run", with_used) == pytest.approx(scores, abs=1e-5)
