@@ -7,7 +7,6 @@ transformers' own documentation ("DeepSpeed", Scheduler). Knows neither deepspee
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ _OPTIMIZERS: Final = ("adam", "adamw")
 _ONLY_ADAMW: Final = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
 _HOW_COMPUTED: Final = {"torch_adam", "fp32_optimizer_states"}
 _OFFLOADED: Final = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
-_DEVICES: Final = ("none", "cpu", "nvme")
 # Deprecated names, which DeepSpeed reads as a section with device "cpu".
 _OLD: Final = {"cpu_offload": "offload_optimizer", "cpu_offload_params": "offload_param"}
 _QUANTIZED: Final = (
@@ -136,20 +134,15 @@ def check_offload(table: Table) -> list[str]:
         name = f"deepspeed.zero_optimization.{section}"
         if device == "none":
             continue
-        if device not in _DEVICES:
-            problems.append(f'`{name}.device` ({device!r}) must be "none", "cpu" or "nvme".')
+        if device != "cpu":
+            why = "offload to a disk is not there yet" if device == "nvme" else "there is no other"
+            problems.append(f'`{name}.device` ({device!r}) must be "none" or "cpu": {why}.')
             continue
-        if stage not in (stages if device == "cpu" else (3,)):
-            at_stages = "1, 2 or 3" if section == "offload_optimizer" and device == "cpu" else "3"
+        if stage not in stages:
+            at_stages = "3" if stages == (3,) else "1, 2 or 3"
             problems.append(
                 f"`{name}.device` ({device!r}) is for ZeRO stage {at_stages}, and the stage is {stage}. Set "
                 f"`zero_optimization.stage` to {at_stages}, or delete the section."
-            )
-        path = at(zero, section, "nvme_path")
-        if device == "nvme" and not (isinstance(path, str) and PurePosixPath(path).is_absolute()):
-            problems.append(
-                f"`{name}.nvme_path` ({path!r}) must be an absolute path of a local disk, which is there on "
-                'every node, as "/local_nvme".'
             )
         for key, only in (("ratio", 1), ("super_offload", False)):
             said = at(zero, section, key)
@@ -193,11 +186,6 @@ def quantized_on_cpu(table: Table) -> str | None:
     )
 
 
-def uses_nvme(table: Table) -> bool:
-    """Whether optimizer or parameters go to a disk."""
-    return any(at(table, "zero_optimization", section, "device") == "nvme" for section in _OFFLOADED)
-
-
 def offloads_optimizer(table: Table) -> bool:
-    """Whether the optimizer's state lies in host memory or on a disk."""
+    """Whether the optimizer's state lies in host memory."""
     return (at(table, "zero_optimization", "offload_optimizer", "device") or "none") != "none"

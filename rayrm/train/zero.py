@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
-import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from rayrm.deepspeed_rules import (
     resolved_stage,
     without_effect,
 )
-from rayrm.deepspeed_sections import offloads_optimizer, quantized_on_cpu, uses_nvme
+from rayrm.deepspeed_sections import offloads_optimizer, quantized_on_cpu
 from rayrm.errors import ConfigError
 from rayrm.model.forward import DeviceBatch, PackedScorer
 from rayrm.train.build import on_first_rank
@@ -81,60 +79,11 @@ def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: in
     if stage > 0:
         # Overlapped communication is for managed accumulation.
         chosen["zero_optimization"]["overlap_comm"] = False
-    for section in ("offload_optimizer", "offload_param"):
-        offload = chosen["zero_optimization"].get(section)
-        if offload and offload.get("nvme_path"):
-            chosen["zero_optimization"][section] = {**offload, "nvme_path": str(_own(offload["nvme_path"]))}
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
         chosen["torch_autocast"] = {"enabled": True, "dtype": dtype}
         chosen["data_types"] = {**chosen.get("data_types", {}), "grad_accum_dtype": "fp32"}
     return chosen
-
-
-def _own(nvme_path: str) -> Path:
-    """This process's own folder there: DeepSpeed names files by rank, so that two runs would share them."""
-    return Path(nvme_path) / f"rayrm-{socket.gethostname()}-{os.getpid()}"
-
-
-def nvme_folders(settings: dict[str, Any]) -> list[Path]:
-    """Where a run of these settings keeps what it offloads to a disk."""
-    zero = settings["zero_optimization"]
-    paths = [(zero.get(section) or {}).get("nvme_path") for section in ("offload_optimizer", "offload_param")]
-    return [Path(path) for path in paths if path]
-
-
-def check_offload(settings: dict[str, Any], device: torch.device) -> None:
-    """Raise ConfigError where this machine cannot do what the settings ask for."""
-    refused = quantized_on_cpu(settings) if device.type == "cpu" else None
-    if refused is not None:
-        raise ConfigError(refused)
-    if not uses_nvme(settings):
-        return
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    builder = AsyncIOBuilder()
-    fix = 'Or set `device` to "cpu".'
-    if not builder.is_compatible(verbose=False):
-        raise ConfigError(
-            "offload to NVMe (`deepspeed.zero_optimization.offload_*.device`) reads and writes by libaio, "
-            f"which is not installed here. Type `apt-get install libaio-dev` on every node. {fix}"
-        )
-    try:
-        builder.load(verbose=False)
-    except (RuntimeError, OSError, ImportError) as error:
-        raise ConfigError(
-            "offload to NVMe needs DeepSpeed's operator `async_io`, which is compiled when it is first used, "
-            f"and could not be: {error}. Install g++ and ninja. {fix}"
-        ) from error
-    for folder in nvme_folders(settings):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"`nvme_path`: `{folder}` cannot be made ({error.strerror}). Name a folder of a local disk "
-                f"that this user may write to. {fix}"
-            ) from error
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -174,8 +123,9 @@ class DeepSpeedEngine:
         skips_nonfinite: bool = False,
     ) -> None:
         deepspeed = import_deepspeed(device)
-        check_offload(settings, device)
-        self._folders = nvme_folders(settings)
+        refused = quantized_on_cpu(settings) if device.type == "cpu" else None
+        if refused is not None:
+            raise ConfigError(refused)
         self.device = device
         self.world_size = world_size
         self.module = module
@@ -247,8 +197,6 @@ class DeepSpeedEngine:
     def release(self) -> None:
         state = self.model_state()
         self._engine.destroy()
-        for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
         for parameter in self._trainable:
             parameter.grad = None  # of a step that raised
         if state is None:
@@ -260,7 +208,7 @@ class DeepSpeedEngine:
                 for mark in [key for key in vars(parameter) if key.startswith("ds_")]:
                     delattr(parameter, mark)
 
-    def _holdings(self) -> Iterable[Holding]:
+    def _holdings(self) -> list[Holding]:
         if self._stage == 0:
             return whole_holdings(self.module, inner_optimizer(self._engine, 0))
         return partition_holdings(self._engine.optimizer, self._stage, self._names())

@@ -6,8 +6,6 @@ flat sub-groups (stage 3).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,11 +37,8 @@ def share_weights(zero: Any) -> None:
             master.data = weights.data
 
 
-def partition_holdings(zero: Any, stage: int, names: dict[torch.Tensor, str]) -> Iterable[Holding]:
-    """This rank's partitions under stage 1, 2 or 3; `zero` is DeepSpeed's optimizer.
-
-    One that lies on a disk is in memory while it is the current one, and is written back, changed or not.
-    """
+def partition_holdings(zero: Any, stage: int, names: dict[torch.Tensor, str]) -> list[Holding]:
+    """This rank's partitions under stage 1, 2 or 3; `zero` is DeepSpeed's optimizer."""
     return _sub_groups(zero, names) if stage == 3 else _flat_groups(zero, names)
 
 
@@ -61,20 +56,8 @@ def _flat_groups(zero: Any, names: dict[torch.Tensor, str]) -> list[Holding]:
     return holdings
 
 
-@contextlib.contextmanager
-def _in_memory(zero: Any, index: int) -> Iterator[None]:
-    """Inside, a sub-group of stage 3 and its optimizer state are in memory, wherever they lie."""
-    if not zero._swappable_optimizer_subgroup(index):
-        yield
-        return
-    zero._optimizer_states_and_gradient_swap_in(index)
-    try:
-        yield
-    finally:
-        zero._optimizer_states_and_gradient_swap_out(index)
-
-
-def _sub_groups(zero: Any, names: dict[torch.Tensor, str]) -> Iterator[Holding]:
+def _sub_groups(zero: Any, names: dict[torch.Tensor, str]) -> list[Holding]:
+    holdings = []
     for index, partition in enumerate(zero.fp32_partitioned_groups_flat):
         spans = []
         for parameter in zero.fp16_groups[index]:
@@ -84,8 +67,8 @@ def _sub_groups(zero: Any, names: dict[torch.Tensor, str]) -> Iterator[Holding]:
             count = min(width, parameter.ds_numel - start)
             if count > 0:
                 spans.append(Span(names[parameter], tuple(parameter.ds_shape), start, at, count))
-        with _in_memory(zero, index):
-            yield Holding(partition, spans, zero.sub_group_to_group_id[index])
+        holdings.append(Holding(partition, spans, zero.sub_group_to_group_id[index]))
+    return holdings
 
 
 def spread(zero: Any, stage: int, names: dict[torch.Tensor, str], reader: StateReader) -> None:
@@ -99,6 +82,5 @@ def spread(zero: Any, stage: int, names: dict[torch.Tensor, str], reader: StateR
         return
     zero.checkpoint_event_prologue()
     for index in range(len(zero.fp32_partitioned_groups_flat)):
-        with _in_memory(zero, index):
-            zero._reassign_or_swap_out_partitioned_parameters(index)
+        zero._reassign_or_swap_out_partitioned_parameters(index)
     zero.checkpoint_event_epilogue()
