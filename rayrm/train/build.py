@@ -40,6 +40,7 @@ from rayrm.model.reward_model import (
 )
 from rayrm.model.text_only import check_text_only
 from rayrm.train.rank import Rank
+from rayrm.train.zero_init import check_zero_init_of
 
 logger = logging.getLogger("rayrm.train")
 
@@ -195,6 +196,7 @@ def _checkpoint_gradients(model: torch.nn.Module, config: RewardConfig, *, adapt
 def check_source(source: ModelSource, config: RewardConfig) -> None:
     """Refuse, before anything is loaded or started, a model that cannot become a reward model."""
     check_peft(source)
+    check_zero_init_of(source.model if isinstance(source.model, str) else None, config)
     if isinstance(source.model, str):
         init = config.model_init_kwargs or {}
         found = check_name(source.model, init, trust_remote_code=config.trust_remote_code)

@@ -184,7 +184,6 @@ class Ends(tune.Callback):  # type: ignore[misc]
         if FAILURE in last:
             self._end(number, 0.0, failure=last[FAILURE])
         elif last.get(ENDING) == "stopped":
-            (self._record.directory(number) / STOP).unlink(missing_ok=True)
             self._end(number, last[PROGRESS], metric=last[VALUE], stopped_at=last[PROGRESS])
         else:
             self._end(number, 100.0, metric=last[VALUE])
@@ -195,6 +194,7 @@ class Ends(tune.Callback):  # type: ignore[misc]
         self._end(trial.config["number"], 0.0, failure=said)
 
     def _end(self, number: int, progress: float, **outcome: Any) -> None:
+        (self._record.directory(number) / STOP).unlink(missing_ok=True)
         ended = self._record.end(number, **outcome)
         self._source.tell(number, ended, progress)
         done = sum(trial.ended for trial in self._record.trials.values())

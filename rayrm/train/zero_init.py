@@ -32,20 +32,18 @@ _DTYPES = ("float32", torch.float32)
 def builds_in_parts(
     name: str | None, config: RewardConfig, rank: Rank, hosts: Hosts, say: Callable[[str], None]
 ) -> bool:
-    """Whether the ranks load the model `name` (None: it is in memory) in parts; every rank calls this.
-
-    Raises:
-        ConfigError: `zero_init` asks for it, and this model cannot be.
-    """
-    if config.zero_init is False or rank.count == 1 or resolved_stage(config) != 3:
+    """Whether the ranks load the model `name` (None: it is in memory) in parts; every rank calls this."""
+    if config.zero_init is False or resolved_stage(config) != 3:
         return False
-    against = _what_is_against(name, config)
+    check_zero_init_of(name, config)
+    if rank.count == 1:
+        if config.zero_init:
+            say("`zero_init` (True) sets nothing here: one worker holds all of the model")
+        return False
     if config.zero_init:
-        if against:
-            raise ConfigError(f"`zero_init` (True) cannot load this model: {against}. Leave `zero_init` out.")
         say("`zero_init`: the model is loaded in parts")
         return True
-    if against or name is None:
+    if name is None or _what_is_against(name, config):
         return False
     needed = 4 * _num_parameters(name, config) * int(os.environ.get("LOCAL_WORLD_SIZE", rank.count))
     free = available_memory()
@@ -58,6 +56,12 @@ def builds_in_parts(
             + ("" if free is None else f", and {free / 2**30:.3g} GiB of its memory are free")
         )
     return short
+
+
+def check_zero_init_of(name: str | None, config: RewardConfig) -> None:
+    """Raise ConfigError where `zero_init` asks for parts of a model that cannot be loaded so."""
+    if config.zero_init and (against := _what_is_against(name, config)):
+        raise ConfigError(f"`zero_init` (True) cannot load this model: {against}. Leave `zero_init` out.")
 
 
 def _what_is_against(name: str | None, config: RewardConfig) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,11 @@ def test_a_submitted_job_logs_its_records_in_its_runtime_environment(ray_cluster
             str(ROOT / "jobs" / "train.py"),
             *words,
         ]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=500)
+        for _ in range(60):
+            done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=500)
+            if "No available agent" not in done.stderr:  # a cluster that is young has none yet
+                break
+            time.sleep(2)
         return done.returncode, done.stdout + done.stderr
 
     status, said = submit(

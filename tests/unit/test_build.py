@@ -207,3 +207,25 @@ def test_the_auxiliary_loss_of_routers_is_refused_and_its_coefficient_alone_is_n
         check_source(ModelSource(model), RewardConfig())
     model.config.router_aux_loss_coef = 0.0
     check_source(ModelSource(model), RewardConfig())
+
+
+@pytest.mark.parametrize(
+    ("init", "against"),
+    [({"dtype": "bfloat16"}, "parts are float32"), ({"gguf_file": "a.gguf"}, "`gguf_file`")],
+)
+def test_a_model_that_cannot_be_loaded_in_parts_is_refused_where_it_was_asked_for(
+    tmp_path: Path, init: dict[str, Any], against: str
+) -> None:
+    config = RewardConfig(zero_stage=3, zero_init=True, model_init_kwargs=init)
+    with pytest.raises(
+        ConfigError, match=rf"`zero_init` \(True\) cannot load this model: .*{against}.*Leave"
+    ):
+        check_source(ModelSource(str(tmp_path)), config)
+    with pytest.raises(ConfigError, match="it is in memory already"):
+        check_source(ModelSource(tiny_model()), RewardConfig(zero_stage=3, zero_init=True))
+    check_source(ModelSource(tiny_model()), RewardConfig(zero_stage=3))
+
+
+def test_parts_are_for_stage_3() -> None:
+    with pytest.raises(ConfigError, match=r"`zero_init` \(True\) is for ZeRO stage 3.*the stage is 2"):
+        RewardConfig(zero_stage=2, zero_init=True)
