@@ -35,13 +35,16 @@ FRAMEWORKS := $(foreach name,areal nemo_rl openrlhf roll skyrl slime verl adapte
 RL := $(filter-out $(FRAMEWORKS),$(wildcard tests/*/test_rl_*.py) $(foreach name,ppo ppo_actor refresh judge guard \
 	heldout moments shaping shaping_ranks trl_reward turn_ending calibration,$(wildcard tests/*/test_$(name).py)))
 PYTEST := $(QUIET_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
+# Half of a test's time is waiting for Ray's processes, so two at a time suit two cores. Each has a Ray of its own.
+TEST_PROCESSES ?= 2
+SPREAD := -n $(TEST_PROCESSES) --dist loadfile
 
 test: $(STAMP)
 ifdef PYTEST_ARGS
 	$(PYTEST) $(PYTEST_ARGS)
 else
-	$(PYTEST) $(addprefix --ignore=,$(FRAMEWORKS) $(RL))
-	$(PYTEST) $(RL)
+	$(PYTEST) $(SPREAD) $(addprefix --ignore=,$(FRAMEWORKS) $(RL))
+	$(PYTEST) $(SPREAD) $(RL)
 	$(PYTEST) $(FRAMEWORKS)
 endif
 
