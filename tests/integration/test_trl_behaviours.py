@@ -105,8 +105,8 @@ def test_weights_in_half_precision_train_and_are_saved_so(language_model: Path, 
         language_model,
         tokenized(),
         model_init_kwargs={"dtype": torch.float16},
-        learning_rate=0.1,
-        optim="sgd",
+        # At TRL's 0.1 both have a NaN in step 3, which ours is an error about.
+        learning_rate=1e-3,
         max_steps=3,
     )
     changed = train(trainer)

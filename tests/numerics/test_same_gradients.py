@@ -188,8 +188,10 @@ def test_every_parameter_has_the_reference_gradient_at_the_first_step(runs: Path
 
 def test_the_reference_learns(runs: Path) -> None:
     for optimizer in OPTIMIZERS:
-        losses = outcome_of(runs / f"reference-{optimizer}").losses
-        assert losses[-5:].mean() < losses[:5].mean() - 0.01
+        learned = outcome_of(runs / f"reference-{optimizer}").losses
+        # Of the same rows: those of some steps are harder than others'.
+        frozen = outcome_of(runs / f"frozen-{optimizer}").losses
+        assert learned[-5:].mean() < frozen[-5:].mean() - 0.01
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
