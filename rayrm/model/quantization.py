@@ -16,7 +16,7 @@ from rayrm.errors import ConfigError, MissingExtraError
 from rayrm.model.adapters import HEADS
 
 # The reward head, and what is new beside it in a model that was no classifier.
-_NOT_CONVERTED = (*HEADS, "pooler")
+_NOT_CONVERTED = (*HEADS, "pooler", "head")
 
 
 def is_quantized(model: Any) -> bool:
