@@ -19,12 +19,18 @@ from rayrm.config import ServeConfig
 from rayrm.rl.refresh_settings import read_refresh
 from rayrm.rl.runfile import read_rl_run
 from rayrm.runfile import read_run, split_words
+from rayrm.sweep_settings import read_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(
     path for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith(("soak", "prepare_model"))
 )
-READERS: dict[str, Any] = {"train": read_run, "sweep": read_run, "rl": read_rl_run, "refresh": read_refresh}
+READERS: dict[str, Any] = {
+    "train": read_run,
+    "sweep": lambda path, words: read_sweep(path, words).read(),
+    "rl": read_rl_run,
+    "refresh": read_refresh,
+}
 
 
 def documented(path: Path) -> str:
