@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
-from rayrm.errors import PreemptedError
-from rayrm.rl.ending import ON_SIGTERM
 from rayrm.runfile import split_words
 from rayrm.sweep_settings import read_sweep
 from rayrm.table import print_table
@@ -52,11 +49,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from rayrm.report.sweep import write_sweep_report
     from rayrm.train.sweep import run_sweep
 
-    try:
-        sweep = run_sweep(file, options.param)
-    except PreemptedError as left:
-        print(f"rayrm: {left}", file=sys.stderr)
-        raise SystemExit(ON_SIGTERM) from left
+    sweep = run_sweep(file, options.param)
     print_sweep(sweep)
     assert sweep.best is not None
     print(f"\nbest: {' '.join(sweep.best.words)} in {sweep.best.directory}")
