@@ -65,7 +65,6 @@ def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Modu
         rank, hosts = Rank.here(use_cpu=job.config.use_cpu), Hosts()
         # Before anything of the directory is read or written; around whatever writes there.
         around.enter_context(only_writer(job.output_dir, rank.index, hosts))
-        around.enter_context(keep_freed_memory(rank.device))
         return _RankRun(job, rank, hosts, report, around).train()
 
 
@@ -93,6 +92,8 @@ class _RankRun:
         self.schedule = Schedule.of(self.config, self.source.steps_per_epoch)
         self.model = build_rank_model(job, rank, hosts, self.schedule.num_steps, around)
         self.engine = self.model.engine
+        # What building took and gave back is not kept: it may be several times what steps take.
+        around.enter_context(keep_freed_memory(rank.device))
         # Weights are gathered by all ranks together, and one may find the base's files where another cannot.
         self.saves_frozen = bool(hosts.from_first(int(needs_frozen(self.model.module.model))))
         self.notice = Notice(job.output_dir, hosts, looks=rank.index == 0)
