@@ -38,6 +38,7 @@ from rayrm.model.reward_model import (
     load_model,
     set_pad_token,
 )
+from rayrm.model.sharded import whole_shape
 from rayrm.model.text_only import check_text_only
 from rayrm.train.rank import Rank
 from rayrm.train.zero_init import check_zero_init_of
@@ -138,7 +139,7 @@ def _load(source: ModelSource, config: RewardConfig) -> torch.nn.Module:
 
 def _grow(inner: Any, tokenizer: Any, source: ModelSource, *, adapted: bool) -> list[int]:
     """Give every token an embedding; returns the ids that the base model never saw."""
-    before = inner.get_input_embeddings().weight.shape[0]
+    before = whole_shape(inner.get_input_embeddings().weight)[0]
     if len(tokenizer) > before:
         if adapted:
             raise ModelError(
