@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from filelock import FileLock
 
 # Before torch or ray is imported anywhere: two cores, many processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,18 +18,21 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One local Ray cluster with 4 logical CPUs, shared by every test that asks for it."""
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One local Ray cluster with 4 logical CPUs, shared by every test of this process that asks for it."""
     import ray
 
     if not ray.is_initialized():
-        # Not the cluster of another program on this machine.
-        ray.init(
-            address="local",
-            num_cpus=4,
-            object_store_memory=300 * 2**20,
-            include_dashboard=True,
-            log_to_driver=True,
-        )
+        # Of test processes that run side by side one at a time starts its own, so that none takes the ports that
+        # another has just found free.
+        with FileLock(tmp_path_factory.getbasetemp().parent / "ray-starts.lock"):
+            # Not the cluster of another program on this machine.
+            ray.init(
+                address="local",
+                num_cpus=4,
+                object_store_memory=300 * 2**20,
+                include_dashboard=True,
+                log_to_driver=True,
+            )
     yield
     ray.shutdown()

@@ -115,8 +115,8 @@ def take_turn(
     )
     kept = loop.train_step, CheckpointWriter.save, CheckpointWriter._complete
 
-    def complete(writer: CheckpointWriter, partial: Path, best: str | None) -> None:
-        kept[2](writer, partial, best)
+    def complete(writer: CheckpointWriter, *given: Any) -> None:
+        kept[2](writer, *given)
         turn.wholes.append(time.perf_counter())
         final = writer.output_dir / f"checkpoint-{writer._step}"
         turn.num_bytes = sum(file.stat().st_size for file in final.rglob("*") if file.is_file())

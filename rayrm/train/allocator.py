@@ -22,6 +22,13 @@ _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 * _MIB}
 _GIVE_BACK = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 * _MIB, _TRIM_THRESHOLD: 64 * _MIB, _TOP_PAD: _MIB // 8}
 
 
+def give_freed_memory_back(device: torch.device) -> None:
+    """Let the system have what this process has freed, where `device` is the CPU."""
+    libc = ctypes.CDLL(None)
+    if device.type == "cpu" and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 @contextlib.contextmanager
 def keep_freed_memory(device: torch.device) -> Iterator[None]:
     """Keep this process's freed memory until the end of the block, where `device` is the CPU."""
@@ -36,4 +43,4 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
     finally:
         for option, value in _GIVE_BACK.items():
             libc.mallopt(option, value)
-        libc.malloc_trim(0)
+        give_freed_memory_back(device)

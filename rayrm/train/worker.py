@@ -14,11 +14,12 @@ import torch
 from transformers import set_seed
 
 from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
+from rayrm.deepspeed_rules import resolved_stage
 from rayrm.errors import CheckpointError, RayrmError
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.adapters import needs_frozen
 from rayrm.objective import Objective
-from rayrm.train.allocator import keep_freed_memory
+from rayrm.train.allocator import give_freed_memory_back, keep_freed_memory
 from rayrm.train.callbacks import UserCallbacks
 from rayrm.train.checkpoint import (
     TrainState,
@@ -92,8 +93,9 @@ class _RankRun:
         self.schedule = Schedule.of(self.config, self.source.steps_per_epoch)
         self.model = build_rank_model(job, rank, hosts, self.schedule.num_steps, around)
         self.engine = self.model.engine
-        # What building took and gave back is not kept: it may be several times what steps take.
-        around.enter_context(keep_freed_memory(rank.device))
+        give_freed_memory_back(rank.device)  # building takes several times what steps take
+        if resolved_stage(self.config) != 3:  # there weights come and go, and kept memory would hold them all
+            around.enter_context(keep_freed_memory(rank.device))
         # Weights are gathered by all ranks together, and one may find the base's files where another cannot.
         self.saves_frozen = bool(hosts.from_first(int(needs_frozen(self.model.module.model))))
         self.notice = Notice(job.output_dir, hosts, looks=rank.index == 0)

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.errors import RayrmError
 from rayrm.train.checkpoint import checkpoints
 from rayrm.train.worker import train_rank
 from tests.numerics.ranks import GATHERED, PAIRS_PER_STEP, Variant, job_of, run_variants, tokenized
-from tests.tiny import tiny_model
+from tests.tiny import saved_weights, tiny_model
 
 POISON = 7  # `<|tools|>`: no tiny row has it
 BAD_STEP = 4
@@ -108,10 +107,6 @@ def records_of(directory: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in record.items() if not key.endswith(clocked)} for record in records]
 
 
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model.safetensors")
-
-
 def quarantined(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "quarantine.jsonl").read_text().splitlines()]
 
@@ -130,7 +125,7 @@ def test_a_skipped_step_leaves_the_trajectory_of_a_run_without_it(
         found, wanted = ([step[key] for step in run] for run in (steps, expected))
         np.testing.assert_allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE, err_msg=key)
     assert end["train_loss"] == pytest.approx(expected_end["train_loss"], rel=TOLERANCE)
-    mine, theirs = weights(runs / form), weights(reference)
+    mine, theirs = saved_weights(runs / form), saved_weights(reference)
     for name, weight in mine.items():
         torch.testing.assert_close(weight, theirs[name], rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
         if form == "torch":
@@ -154,7 +149,7 @@ def test_a_resumed_run_skips_and_counts_as_one_that_was_not_interrupted(runs: Pa
     assert [record["skipped_steps"] for record in records_of(whole) if "loss" in record] == [0]
     assert quarantined(whole) == quarantined(resumed)
     assert [entry["row"] for entry in quarantined(whole)] == [LATE_ROW]
-    one, two = weights(whole), weights(resumed)
+    one, two = saved_weights(whole), saved_weights(resumed)
     assert all(torch.equal(one[name].nan_to_num(), two[name].nan_to_num()) for name in one)
 
 
@@ -209,6 +204,6 @@ def test_a_gradient_that_is_not_finite_without_a_row_s_loss_is_told_apart(tmp_pa
     run_variants([variant, left_out], tmp_path, poisoned())
     *steps, _ = records_of(tmp_path / "skips")
     assert [step["skipped_steps"] for step in steps] == [1] * NUM_STEPS
-    start, end = tiny_model(seed=1).state_dict(), weights(tmp_path / "skips")
+    start, end = tiny_model(seed=1).state_dict(), saved_weights(tmp_path / "skips")
     assert all(torch.equal(start[name], weight) for name, weight in end.items())
     assert not (tmp_path / "skips" / "quarantine.jsonl").read_text()
