@@ -23,8 +23,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import ray
 
     if not ray.is_initialized():
-        # Of test processes that run side by side one at a time starts its own, so that none takes the ports that
-        # another has just found free.
+        # Test processes side by side start theirs one after the other: none takes a port another has
+        # just found free.
         with FileLock(tmp_path_factory.getbasetemp().parent / "ray-starts.lock"):
             # Not the cluster of another program on this machine.
             ray.init(

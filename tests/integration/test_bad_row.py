@@ -18,7 +18,7 @@ from tests.integration.test_resume import untimed
 from tests.tiny import save_tiny, tiny_model, tiny_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
-BAD, TOKEN = 30, "<|tools|>"
+BAD, TOKEN = 25, "<|tools|>"
 STEPS_PER_EPOCH = 5
 
 
