@@ -16,7 +16,7 @@ from rayrm.serve.registry import PublishedModel, publish
 from rayrm.serve.scorer import RewardModel
 from tests.served import SAME, served, texts
 from tests.tiny import save_tiny
-from tests.unit.test_adapters import LORA, save_adapter
+from tests.unit.test_shared_bases import LORA, save_adapter
 
 
 def expected_of(published: PublishedModel) -> list[float]:

@@ -10,10 +10,10 @@ from peft import LoraConfig
 
 from rayrm.data.packing import pack_texts
 from rayrm.model import offload
+from rayrm.model.adapters import add_adapter
 from rayrm.model.forward import PackedScorer, to_device
 from rayrm.model.layout import choose_layout
 from rayrm.model.offload import offload_activations
-from rayrm.model.reward_model import add_adapter
 from tests.tiny import tiny_model
 
 
