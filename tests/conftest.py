@@ -36,3 +36,13 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_before_all(request: pytest.FixtureRequest) -> None:
+    """Start the cluster before the first test where any needs it, in whatever order they run.
+
+    Ray forks this process, which a system may refuse once minutes of tests have mapped tens of GB.
+    """
+    if any("ray_cluster" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("ray_cluster")
