@@ -64,16 +64,19 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def print_sweep(sweep: Sweep) -> None:
-    """A line for each trial, in their order."""
+    """A line for each trial, in their order; then why trials failed."""
     rows = [
         (trial.directory.name, *trial.values, _outcome(trial), "best" if trial == sweep.best else "")
         for trial in sweep.trials
     ]
     print_table(("trial", *sweep.trials[0].keys, sweep.metric, ""), rows)
+    for trial in sweep.trials:
+        if trial.failure is not None:
+            print(f"\n{trial.directory.name} failed: {trial.failure}")
 
 
 def _outcome(trial: Trial) -> str:
     if trial.metric is None:
-        return f"failed: {trial.failure}"
+        return "failed"
     stopped = "" if trial.stopped_at is None else f" (stopped at {trial.stopped_at:.0f}%)"
     return f"{trial.metric:.4f}{stopped}"

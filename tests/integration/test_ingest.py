@@ -301,7 +301,7 @@ def test_train_workers_fetch_from_a_set_in_their_config(tmp_path: Path) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     tokenized = ingest(ROWS[:200], TOKENIZER, max_length=None)
-    assert len(pickle.dumps(tokenized.index)) < 100 * tokenized.num_rows
+    assert len(pickle.dumps(tokenized.index)) < 108 * tokenized.num_rows + 1000  # what RowIndex says it costs
 
     def work(config: dict[str, Any]) -> None:
         from ray import train
