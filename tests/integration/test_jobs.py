@@ -1,6 +1,7 @@
 """The scripts in jobs/ as Ray jobs run them, and the examples, on a tiny model.
 
-A job is a process whose RAY_ADDRESS names the cluster: the tests give it their own.
+A job is a process whose RAY_ADDRESS names the cluster: the fast test gives it the tests' own. The slow one
+submits to it by `ray job submit`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,49 @@ def test_jobs_train_evaluate_publish_and_score_on_the_cluster_they_are_given(
         json.loads(line)["score"] for line in job(home, "score.py", "reward", "answers.jsonl").splitlines()
     ]
     assert len(set(scores)) == 2
+
+
+@pytest.mark.slow
+def test_a_submitted_job_logs_its_records_in_its_runtime_environment(ray_cluster: None, home: Path) -> None:
+    def submit(*words: str) -> tuple[int, str]:
+        environment = dict(os.environ)
+        if (Path.home() / ".ray" / "auth_token").is_file():
+            environment["RAY_AUTH_MODE"] = "token"
+        url = f"http://{ray.worker._global_node.webui_url}"
+        variables = json.dumps({"env_vars": {"WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}})
+        line = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", url]
+        line += ["--runtime-env-json", variables, "--", sys.executable, str(ROOT / "jobs/train.py"), *words]
+        for _ in range(60):
+            done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=500)
+            if "No available agent" not in done.stderr:  # a cluster that is young has none yet
+                break
+            time.sleep(2)
+        return done.returncode, done.stdout + done.stderr
+
+    status, said = submit(
+        str(ROOT / "jobs" / "first.toml"),
+        f"model.name={home / 'base'}",
+        f"data.train={home / 'pairs.jsonl'}",
+        f"data.eval={home / 'pairs.jsonl'}",
+        f"output_dir={home / 'runs' / 'first'}",
+        "cluster.num_workers=1",
+        "bf16=false",
+        "max_steps=2",
+        "logging_steps=1",
+        "report_to=wandb",
+    )
+    assert status == 0, said
+    assert f"run first: 2 steps on 1 worker(s), in {home / 'runs' / 'first'}" in said
+    assert "step 1/2  loss" in said
+    assert "step 2/2  eval_loss" in said
+    assert "trained 2 steps" in said
+    assert "\u2501" not in said  # the bar of a terminal
+    # The job's variables reached the worker: without WANDB_MODE wandb asks for a key, and ends the run.
+    assert list((home / "runs/first/wandb").glob("offline-run-*"))
+    status, said = submit(str(home / "absent.toml"))
+    assert status == 1
+    assert "exit code 2" in said
+    assert "absent.toml" in said
 
 
 def test_a_job_that_fails_ends_with_a_status_that_says_so(ray_cluster: None, home: Path) -> None:

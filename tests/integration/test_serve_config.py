@@ -85,7 +85,7 @@ def wait_until_ready(url: str, process: subprocess.Popen[str]) -> None:
         try:
             with urllib.request.urlopen(request, timeout=10):
                 return
-        except (urllib.error.URLError, ConnectionError):
+        except OSError:  # refused, reset, or no answer in time: it is not ready
             time.sleep(0.2)
     pytest.fail("the service is not ready")
 
