@@ -44,12 +44,17 @@ class Soundness:
         skips: bool = False,
         hosts: Hosts | None = None,
         on_skip: Callable[[int, list[str]], None] = lambda step, names: None,
+        before_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_skip` is told a step that was left out, and the rows of all ranks that are at fault."""
+        """`on_skip` is told a step that was left out, and the rows of all ranks that are at fault.
+
+        `before_stop` is called on every rank before any of them raises, since the first ends the others.
+        """
         self.skips = skips
         self._engine = engine
         self._hosts = hosts or Hosts()
         self._on_skip = on_skip
+        self._before_stop = before_stop
         self._unread: list[SeenStep] = []
 
     def was_skipped(self, step: SeenStep, totals: StepTotals, alone: Callable[[int], PackedBatch]) -> bool:
@@ -72,7 +77,9 @@ class Soundness:
         for step in unread:
             _tokens, loss, *_, norm = reduced[step.number - last_step - 1]
             if not math.isfinite(loss) or not (math.isfinite(norm) or self._engine.scales_loss):
-                raise RayrmError(_unsound(step, loss, norm, self._hosts.joined(list(_flagged(step)))))
+                rows = self._hosts.joined(list(_flagged(step)))
+                self._before_stop()
+                raise RayrmError(_unsound(step, loss, norm, rows))
 
     def _at_fault(self, flagged: dict[str, int], alone: Callable[[int], PackedBatch]) -> list[str]:
         """Of the flagged rows of all ranks those that are unsound alone too; all, where none is.

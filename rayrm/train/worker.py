@@ -180,6 +180,7 @@ class _RankRun:
                     skips=self.config.nonfinite_loss == "skip",
                     hosts=self.hosts,
                     on_skip=self._keep_skipped,
+                    before_stop=self.writer.wait,  # the last sound checkpoint is kept
                 ),
             )
             self.writer.wait()

@@ -263,13 +263,14 @@ def test_a_signal_ends_the_command_in_one_line_and_the_status_of_the_signal(
             time.sleep(0.1)
         for number, run in runs.items():
             run.send_signal(number)
-        said = {number: run.communicate(timeout=60)[1].splitlines() for number, run in runs.items()}
+        said = {number: run.communicate(timeout=120)[1].splitlines() for number, run in runs.items()}
     finally:
         for run in runs.values():
             run.kill()
-    # Ray tells which cluster it joins.
+    # Ray tells which cluster it joins, and bitsandbytes (where it is installed) what this CPU could have had.
+    others = ("INFO worker.py", "kernels-community")
     told = {
-        number: [line for line in lines if line and "INFO worker.py" not in line]
+        number: [line for line in lines if line and not any(word in line for word in others)]
         for number, lines in said.items()
     }
     assert told == {

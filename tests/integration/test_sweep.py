@@ -127,8 +127,12 @@ def test_a_trial_that_halving_stops_frees_its_workers_and_their_placement_group(
     assert {group["state"] for group in groups} == {"REMOVED"}
     # Without an address `list_actors` asks the Ray that this machine started last, whoever's it is.
     own = ray.get_runtime_context().gcs_address
-    alive = [actor.class_name for actor in list_actors(own, filters=[("state", "=", "ALIVE")])]
-    assert not {"RayTrainWorker", "TrainController", "SweepTrial"} & set(alive)
+
+    def alive() -> set[str]:
+        return {actor.class_name for actor in list_actors(own, filters=[("state", "=", "ALIVE")])}
+
+    # The record of an actor that ends comes a moment after its CPUs.
+    until(lambda: not {"RayTrainWorker", "TrainController", "SweepTrial"} & alive(), "actors are left")
 
 
 SWEEP = """
