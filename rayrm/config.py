@@ -231,7 +231,7 @@ class RewardConfig:
 
     # Ours.
     max_tokens_per_microbatch: OptionalCount = None
-    """Most tokens in one forward pass: sets memory, cannot change the loss. None: measured at the start."""
+    """Most tokens in one forward pass of a worker: sets memory, cannot change the loss. None: measured."""
     share_prefix: bool = True
     """Compute the tokens that both sides of a pair begin with once (causal decoders)."""
     shuffle: Annotated[bool | None, BeforeValidator(none_word)] = None
@@ -254,6 +254,9 @@ class RewardConfig:
     pointwise_loss: PointwiseLoss = "none"
     """What a completion's own `score` teaches. "none": such rows are refused. "mse": the reward is the score.
     "bce": the score, from 0 to 1, is the probability that it is good, and the reward its logit."""
+    sequence_parallel_size: Count = 1
+    """Workers that compute each row together, every one a part of its tokens (DeepSpeed's Ulysses): for rows
+    that are too long for one. It divides the workers, and deals a model's heads of attention to them."""
     zero_init: Annotated[bool | None, BeforeValidator(none_word)] = None
     """Under ZeRO stage 3, load the model in parts, so that no worker ever holds all of it. None: where whole
     copies would take more than half of a host's free memory."""
@@ -297,7 +300,8 @@ class RewardConfig:
 
     def train_batch_rows(self, num_workers: int) -> int:
         """Rows in one optimizer step of `num_workers` workers (0: in process, counts as 1)."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * max(1, num_workers)
+        groups = max(1, num_workers // self.sequence_parallel_size)
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * groups
 
     def interval(self, of: Literal["logging", "eval", "save"], num_steps: int) -> int:
         """Steps between two events, a share resolved against the run's `num_steps`; at least 1."""

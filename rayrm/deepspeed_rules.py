@@ -31,6 +31,7 @@ _SAME: Final = {
     ("bf16", "enabled"): "bf16",
     ("bfloat16", "enabled"): "bf16",
     ("fp16", "enabled"): "fp16",
+    ("sequence_parallel_size",): "sequence_parallel_size",
 }
 """A key of DeepSpeed's -> the field that says it too."""
 _ONLY: Final[dict[tuple[str, ...], tuple[Any, str]]] = {
@@ -149,8 +150,14 @@ def check_batch_size(table: Table, config: RewardConfig, num_workers: int) -> No
             f"`deepspeed.train_batch_size` ({said}) is not {ours}, the rows of a step: "
             f"`per_device_train_batch_size` ({config.per_device_train_batch_size}) x "
             f"`gradient_accumulation_steps` ({config.gradient_accumulation_steps}) x workers "
-            f'({num_workers}). Write "auto" in `deepspeed`, or change one of these.'
+            f"({num_workers}){_over_groups(config)}. "
+            'Write "auto" in `deepspeed`, or change one of these.'
         )
+
+
+def _over_groups(config: RewardConfig) -> str:
+    size = config.sequence_parallel_size
+    return f" / `sequence_parallel_size` ({size})" if size > 1 else ""
 
 
 def _check_rows(table: Table, rows_per_worker: int) -> list[str]:

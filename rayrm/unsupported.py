@@ -78,6 +78,7 @@ INSTEAD: Final[dict[str, str]] = {
     "fsdp": "Set `zero_stage = 3` to shard parameters, gradients and optimizer state.",
     "label_smoothing_factor": "Set `label_smoothing`: TRL's trainer gives the factor no effect on this loss.",
     "liger_kernel_config": "Delete it, as `use_liger_kernel`: no kernels are replaced.",
+    "parallelism_config": "Set `sequence_parallel_size` for rows that are too long for one worker.",
     "torch_compile": "Delete it: each packed batch has its own shape and attention plan, and would be "
     "compiled anew, which takes far longer than its step.",
     "torch_compile_backend": "Delete it, as `torch_compile`: each packed batch would be compiled anew.",

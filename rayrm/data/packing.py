@@ -16,7 +16,7 @@ Invariants, each a test:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -205,6 +205,21 @@ def _batch(sequences: Sequence[Ids], pad_token_id: int | None, share: bool, term
         pooled=np.asarray(pooled, np.int64),
         num_unshared_tokens=sum(len(ids) for ids in sequences),
         **{part.name: getattr(terms, part.name) for part in fields(Terms)},
+    )
+
+
+def padded_to(batch: PackedBatch, multiple: int) -> PackedBatch:
+    """The batch with as many tokens as a multiple of `multiple`: a segment at the end that nothing reads."""
+    short = -batch.num_tokens % multiple
+    if not short:
+        return batch
+    return replace(
+        batch,
+        ids=np.append(batch.ids, np.repeat(batch.ids[:1], short)),
+        positions=np.append(batch.positions, np.arange(short)),
+        parent=np.append(batch.parent, -1),
+        start=np.append(batch.start, batch.num_tokens),
+        length=np.append(batch.length, short),
     )
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from rayrm.data.packing import PackedBatch
+from rayrm.data.packing import PackedBatch, padded_to
 from rayrm.errors import ConfigError
 from rayrm.model.attention import (
     Attention,
@@ -35,6 +35,7 @@ from rayrm.model.loss import DeviceTerms, tensors_of
 from rayrm.model.rms_norm import block_norms
 from rayrm.model.rope import fuse_rope
 from rayrm.model.scaling_rope import ScalingRope, forget_longer_texts
+from rayrm.model.sequence import AttentionInParts, SequencePart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,8 @@ class DeviceBatch(DeviceTerms):
     """A `PackedBatch` as tensors. `ids`, `positions` `[1, T]`; `pooled` `[N]`; the loss's terms.
 
     `attention` is None for rows to be padded: `ids` is split into them by `segment_lengths`.
+    Where ranks compute the batch together, `ids`, `positions` and `pooled` are of this rank's tokens, and
+    `mine` bool `[N]` says which scores are read at them.
     """
 
     ids: torch.Tensor
@@ -49,14 +52,22 @@ class DeviceBatch(DeviceTerms):
     pooled: torch.Tensor
     segment_lengths: list[int]
     attention: Attention | None
+    mine: torch.Tensor | None = None
 
 
-def to_device(batch: PackedBatch, device: torch.device, path: AttentionPath | None) -> DeviceBatch:
-    """Move a batch to `device` and plan its attention on a path (None: its rows are to be padded)."""
+def to_device(
+    batch: PackedBatch, device: torch.device, path: AttentionPath | None, part: SequencePart | None = None
+) -> DeviceBatch:
+    """Move a batch to `device` and plan its attention on a path (None: its rows are to be padded).
+
+    `part`: only this rank's part of its tokens; every rank of the group moves the same batch.
+    """
 
     def tensor(array: object) -> torch.Tensor:
         return copied(array, device)
 
+    if part is not None:
+        return _part_to_device(batch, device, path, part, tensor)
     pooled = tensor(batch.pooled)
     attention: Attention | None = None
     if path is not None:
@@ -72,6 +83,32 @@ def to_device(batch: PackedBatch, device: torch.device, path: AttentionPath | No
     )
 
 
+def _part_to_device(
+    batch: PackedBatch,
+    device: torch.device,
+    path: AttentionPath | None,
+    part: SequencePart,
+    tensor: Callable[[object], torch.Tensor],
+) -> DeviceBatch:
+    assert path is not None, "`check_layout` keeps padded rows away"
+    batch = padded_to(batch, part.size)
+    length = batch.num_tokens // part.size
+    begin = part.place * length
+    tokens = slice(begin, begin + length)
+    positions = tensor(batch.positions[tokens])[None]
+    place = batch.pooled - begin
+    return DeviceBatch(
+        ids=tensor(batch.ids[tokens])[None],
+        positions=positions,
+        # Of another rank's token whichever is nearest: its score is left out.
+        pooled=tensor(place.clip(0, length - 1)),
+        **tensors_of(batch, tensor),
+        segment_lengths=batch.length.tolist(),
+        attention=AttentionInParts(attention_of(batch, path, device), part, positions),
+        mine=tensor((place >= 0) & (place < length)),
+    )
+
+
 class PackedScorer(torch.nn.Module):
     """A sequence-classification model with one label that takes packed batches.
 
@@ -79,7 +116,7 @@ class PackedScorer(torch.nn.Module):
     its last layer and, on a CPU, its norms and rotations compute by our code; `release()` gives it back as it
     was. A batch without a plan of attention is padded whatever the layout: its rows may be too long to share.
     `path` computes the attention of packed batches (None with the padded layout). `pooled_last_layer=False`
-    computes the last layer for every token.
+    computes the last layer for every token; so does `part`, by which each batch is one of several ranks'.
     """
 
     def __init__(
@@ -90,13 +127,15 @@ class PackedScorer(torch.nn.Module):
         path: AttentionPath = "loop",
         pooled_last_layer: bool = True,
         pad_to_multiple_of: int | None = None,
+        part: SequencePart | None = None,
     ) -> None:
         super().__init__()
+        self.part = part
         self._multiple = pad_to_multiple_of or 1
         self.model = model
         self.layout = layout
         self.path: AttentionPath | None = None if layout.name == "padded" else path
-        self._pools_last_layer = self.path is not None and pooled_last_layer
+        self._pools_last_layer = self.path is not None and pooled_last_layer and part is None
         # A decoder would keep the keys and values of every layer for texts that do not go on.
         takes_cache = "use_cache" in inspect.signature(unwrapped(model).forward).parameters
         self._rope = ScalingRope.of(unwrapped(model).config.get_text_config())
@@ -137,8 +176,11 @@ class PackedScorer(torch.nn.Module):
         ).last_hidden_state[0]
         if not self._pools_last_layer:
             hidden = hidden[batch.pooled]
-        scores: torch.Tensor = inner.score(hidden)
-        return scores[:, 0].float()
+        scores: torch.Tensor = inner.score(hidden)[:, 0].float()
+        if batch.mine is not None:
+            assert self.part is not None
+            return self.part.summed(torch.where(batch.mine, scores, 0.0))
+        return scores
 
     def _forward_padded(self, batch: DeviceBatch) -> torch.Tensor:
         """Each row's score as of the row alone, by as many forwards as the model asks for."""

@@ -12,6 +12,7 @@ part in each forward, and gradients were the engine's. So a model that is built 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ _UNMEASURED_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What the steps of a run ask of one rank. `longest` row and `most_tokens` of a step, in tokens.
+    """What the steps of a run ask of one rank. `longest` row and `most_tokens` of a step, in tokens: those of
+    its part, where ranks compute rows together.
 
     `tokens` and `scores` `[rows + 1]`: what the first rows hold together, those with the least tokens a score
     first.
@@ -57,8 +59,10 @@ class Demand:
     scores: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, index: RowIndex, layout: str, *, rows_per_rank: int, num_ranks: int) -> Demand:
-        """Of a run over these rows."""
+    def of(
+        cls, index: RowIndex, layout: str, *, rows_per_rank: int, num_ranks: int, parts: int = 1
+    ) -> Demand:
+        """Of a run over these rows. `parts` ranks compute a row together, and stand here for one."""
         tokens = index.tokens(share=layout == "shared", padded=layout == "padded")
         # Ranks are balanced by tokens: none has more than an even share and one row.
         most_rows = min(rows_per_rank + (num_ranks > 1), len(tokens))
@@ -68,9 +72,9 @@ class Demand:
         alone = np.maximum(tokens - index.prefix_lengths, 1) if layout == "shared" else tokens
         densest = np.argsort(alone / index.num_completions, kind="stable")[: rows_per_rank * num_ranks]
         return cls(
-            int(tokens.max()),
-            most,
-            np.concatenate([[0], np.cumsum(alone[densest])]),
+            math.ceil(int(tokens.max()) / parts),
+            math.ceil(most / parts),
+            np.concatenate([[0], np.cumsum(alone[densest]) // parts]),
             np.concatenate([[0], np.cumsum(index.num_completions[densest])]),
         )
 
@@ -106,8 +110,10 @@ def decide_budget(
     demand = _demand(probe, rows, config, num_ranks)
     if given is not None:
         if demand.longest > given and config.max_tokens_per_microbatch is not None:
+            parts = config.sequence_parallel_size
+            what = f"a worker's part (one of {parts}) of the longest row" if parts > 1 else "the longest row"
             raise ConfigError(
-                f"`max_tokens_per_microbatch` ({given}) is below the longest row ({demand.longest} tokens, "
+                f"`max_tokens_per_microbatch` ({given}) is below {what} ({demand.longest} tokens, "
                 f"{probe.module.layout.name}). Raise it to {demand.longest} or lower `max_length`."
             )
         budget = max(demand.longest, given)
@@ -136,8 +142,13 @@ def decide_budget(
 
 
 def _demand(probe: Probe, rows: RowSet, config: RewardConfig, num_ranks: int) -> Demand:
+    parts = config.sequence_parallel_size
     return Demand.of(
-        rows.index, probe.module.layout.name, rows_per_rank=config.train_batch_rows(1), num_ranks=num_ranks
+        rows.index,
+        probe.module.layout.name,
+        rows_per_rank=config.train_batch_rows(1),
+        num_ranks=num_ranks // parts,
+        parts=parts,
     )
 
 

@@ -41,6 +41,7 @@ from rayrm.model.reward_model import (
 from rayrm.model.sharded import whole_shape
 from rayrm.model.text_only import check_text_only
 from rayrm.train.rank import Rank
+from rayrm.train.sequence import check_heads
 from rayrm.train.zero_init import check_zero_init_of
 
 logger = logging.getLogger("rayrm.train")
@@ -209,12 +210,14 @@ def check_source(source: ModelSource, config: RewardConfig) -> None:
             found = check_name(base, init, trust_remote_code=config.trust_remote_code)
         if found is not None:
             check_router(source.model, found, init)
+            check_heads(found, config)
         _check_quantized(source, config, found)
     else:
         check_text_only(source.name, source.model.config)
         given: Any = source.model
         check_num_labels(given)
         check_router(source.name, given.config, {})
+        check_heads(given.config, config)
         _check_quantized(source, config, given.config)
         if is_adapted(given):
             name = active_adapter(given)

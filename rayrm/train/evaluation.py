@@ -27,6 +27,7 @@ from rayrm.model.attention_path import choose_path
 from rayrm.model.cost import attention_weight_of
 from rayrm.model.forward import DeviceBatch, PackedScorer, to_device
 from rayrm.model.layout import Layout, choose_layout, unwrapped
+from rayrm.model.sequence import SequencePart
 from rayrm.train.checkpoint import TrainState
 from rayrm.train.loop import Record
 from rayrm.train.precision import autocast_dtype, in_precision, resolve_precision
@@ -61,23 +62,29 @@ def score_rows(
     device: torch.device,
     attention_weight: float = 0.0,
     on_progress: Callable[[int], None] | None = None,
+    part: SequencePart | None = None,
 ) -> Scores:
-    """The scores of all completions, in the order of `rows.index`, `[N]`, on every rank."""
+    """The scores of all completions, in the order of `rows.index`, `[N]`, on every rank.
+
+    `part`: of ranks that score each micro-batch together, of which each computes up to `max_tokens`.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
+    parts = 1 if part is None else part.size
+    groups, group = world // parts, rank // parts
     shares = layout.name == "shared"
     found = np.zeros(len(rows.index.lengths))
-    for begin in range(0, rows.num_rows, _ROWS_PER_ROUND * world):
-        chosen = np.arange(begin, min(begin + _ROWS_PER_ROUND * world, rows.num_rows))
+    for begin in range(0, rows.num_rows, _ROWS_PER_ROUND * groups):
+        chosen = np.arange(begin, min(begin + _ROWS_PER_ROUND * groups, rows.num_rows))
         costs = rows.index.take(chosen).costs(share=shares, padded=layout.name == "padded")
-        budget = max(max_tokens, int(costs.tokens.max()))
-        plan = plan_step(costs, num_ranks=world, max_tokens=budget, attention_weight=attention_weight)
-        for microbatch in plan[rank]:
+        budget = max(max_tokens * parts, int(costs.tokens.max()))
+        plan = plan_step(costs, num_ranks=groups, max_tokens=budget, attention_weight=attention_weight)
+        for microbatch in plan[group]:
             places = chosen[list(microbatch.rows)]
             batch = pack_rows(rows.fetch(places), pad_token_id, share=shares)
             with torch.inference_mode():
-                scores = scores_of(to_device(batch, device, path)).double().cpu().numpy()
-            if microbatch.weights[0] > 0:
+                scores = scores_of(to_device(batch, device, path, part)).double().cpu().numpy()
+            if microbatch.weights[0] > 0 and (part is None or part.counts):
                 found[rows.index.places(places)] = scores
         if on_progress is not None:
             on_progress(int(chosen[-1]) + 1)

@@ -72,7 +72,8 @@ class Probe:
             if self.device.type == "cuda":
                 self._run(half)  # The libraries' workspaces, taken once, are no token's.
             peaks = [peak_bytes(partial(self._run, batch), self.device) for batch in (half, whole)]
-            per_mask_entry = 0.0 if padded else self._per_mask_entry()
+            pools = not padded and self.module.part is None
+            per_mask_entry = self._per_mask_entry() if pools else 0.0
         tokens = [computed_tokens(batch, padded=padded) for batch in (half, whole)]
         per_token = (peaks[1] - peaks[0]) / max(1, tokens[1] - tokens[0])
         return Footprint(max(0.0, peaks[1] - per_token * tokens[1]), per_token, per_mask_entry)

@@ -35,7 +35,7 @@ class RankStep:
 
     `padded`: the model pads each micro-batch to its longest row. `row_names`: of each micro-batch its rows'
     names, "" for a dummy. `pack_alone`: the row at a place of a micro-batch by itself. `epoch`: the progress
-    after the step.
+    after the step. `parts`: how many ranks compute each micro-batch together.
     """
 
     microbatches: Sequence[PackedBatch]
@@ -46,6 +46,7 @@ class RankStep:
     pack_alone: Callable[[int, int], PackedBatch]
     padded: bool = False
     epoch: float = 0.0
+    parts: int = 1
 
     @property
     def term_names(self) -> list[str]:
@@ -63,7 +64,7 @@ class RankStep:
     @property
     def num_tokens_computed(self) -> int:
         """What goes through this rank's model, dummies and padding included."""
-        return sum(computed_tokens(batch, padded=self.padded) for batch in self.microbatches)
+        return sum(computed_tokens(b, padded=self.padded, parts=self.parts) for b in self.microbatches)
 
 
 @dataclass(slots=True)

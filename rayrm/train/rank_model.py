@@ -24,6 +24,7 @@ from rayrm.train.job import TrainJob
 from rayrm.train.positions import check_positions, check_rope
 from rayrm.train.precision import autocast_dtype, resolve_precision
 from rayrm.train.rank import Hosts, Rank
+from rayrm.train.sequence import check_layout, sequence_part
 from rayrm.train.sharded_export import ShardExport, shards_files
 from rayrm.train.zero_init import builds_in_parts, in_parts, whole_in_turn
 
@@ -73,6 +74,7 @@ def build_rank_model(
     with whole_in_turn(model) if parted else contextlib.nullcontext():
         layout = choose_layout(model, share_prefix=config.share_prefix, longest=longest)
     say(str(layout))
+    check_layout(layout, config)
     if config.per_device_eval_batch_size != _EVAL_ROWS:
         say(
             f"`per_device_eval_batch_size` ({config.per_device_eval_batch_size}) sets nothing here: "
@@ -86,7 +88,11 @@ def build_rank_model(
     export = _export(model, job, rank)
     multiple = config.pad_to_multiple_of
     module = PackedScorer(
-        model, layout, path=path.name, pad_to_multiple_of=multiple if isinstance(multiple, int) else None
+        model,
+        layout,
+        path=path.name,
+        pad_to_multiple_of=multiple if isinstance(multiple, int) else None,
+        part=sequence_part(config, model, rank),
     )
     around.callback(module.release)
     if config.activation_offloading and rank.device.type == "cpu":

@@ -19,7 +19,8 @@ _STEPS_AHEAD = 2
 @dataclass(frozen=True, slots=True)
 class Packer:
     """How a rank packs its share of a step. `name_of`: what the row log calls a row. `objective`: for which
-    loss."""
+    loss. `parts`: how many ranks have one share together, each a part of its tokens; `rank` of `num_ranks` is
+    then the group's number among groups, and `max_tokens` still what one rank computes."""
 
     layout: str
     rank: int
@@ -29,6 +30,7 @@ class Packer:
     pad_token_id: int
     name_of: Callable[[TokenizedRow], str]
     objective: Objective | None = None
+    parts: int = 1
 
     def rank_step(self, step: Step) -> RankStep:
         """Plan the step over all ranks, fetch and pack this rank's share."""
@@ -39,7 +41,7 @@ class Packer:
             costs,
             num_ranks=self.num_ranks,
             # A stream may hold longer rows than its beginning, such as rankings.
-            max_tokens=max(self.max_tokens, int(costs.tokens.max())),
+            max_tokens=max(self.max_tokens * self.parts, int(costs.tokens.max())),
             attention_weight=self.attention_weight,
         )
         mine = plan[self.rank]
@@ -62,6 +64,7 @@ class Packer:
             pack_alone=lambda place, row: pack([fetched[place][row]]),
             padded=padded,
             epoch=step.epoch,
+            parts=self.parts,
         )
 
     def ahead(self, steps: Iterator[Step]) -> Generator[RankStep]:

@@ -54,6 +54,8 @@ _FREE = {
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     # Named by what they make together: rows_per_step.
     "per_device_train_batch_size", "gradient_accumulation_steps",
+    # As the number of workers, which it divides.
+    "sequence_parallel_size",
     # Decided once and then kept: see `RunStart.max_tokens`.
     _BUDGET,
 }  # fmt: skip

@@ -9,7 +9,7 @@ made to skip leaves out an update whose norm is not finite, and a loss that is n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,7 @@ class Soundness:
         for step in unread:
             _tokens, loss, *_, norm = reduced[step.number - last_step - 1]
             if not math.isfinite(loss) or not (math.isfinite(norm) or self._engine.scales_loss):
-                rows = self._hosts.joined(list(_flagged(step)))
+                rows = self._named_once(_flagged(step))
                 self._before_stop()
                 raise RayrmError(_unsound(step, loss, norm, rows))
 
@@ -86,7 +86,7 @@ class Soundness:
 
         What masks hide from a row is multiplied by zero, and zero times NaN is NaN: one row can spoil others.
         """
-        rows = self._hosts.joined(list(flagged))
+        rows = self._named_once(flagged)
         if len(rows) < 2:
             return rows
         places = list(flagged.values())
@@ -96,10 +96,15 @@ class Soundness:
         for number in range(self._hosts.most(len(places))):
             batch = alone(places[number] if number < len(places) else 0)
             with torch.no_grad():
-                scores = self._engine.scores(to_device(batch, self._engine.device, self._engine.module.path))
+                module = self._engine.module
+                scores = self._engine.scores(to_device(batch, self._engine.device, module.path, module.part))
             unsound.append(not bool(torch.isfinite(scores).all()))
         self._engine.train(True)
-        return self._hosts.joined([name for name, bad in zip(flagged, unsound, strict=False) if bad]) or rows
+        return self._named_once([name for name, bad in zip(flagged, unsound, strict=False) if bad]) or rows
+
+    def _named_once(self, rows: Iterable[str]) -> list[str]:
+        """The rows of all ranks; those that compute a micro-batch together name the same."""
+        return list(dict.fromkeys(self._hosts.joined(list(rows))))
 
 
 def _flagged(step: SeenStep) -> dict[str, int]:

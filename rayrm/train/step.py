@@ -8,6 +8,7 @@ gradients overflowed, and DeepSpeed, which checks and clips on the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,9 +45,12 @@ class StepTotals:
         return cls(*_zeros(device), torch.zeros((), device=device), torch.zeros(0, device=device))
 
 
-def computed_tokens(batch: PackedBatch, *, padded: bool) -> int:
-    """What the model computes of a micro-batch, as a plan counts it: padded, each row is as its longest."""
-    return int(batch.length.max()) * len(batch.length) if padded else batch.num_tokens
+def computed_tokens(batch: PackedBatch, *, padded: bool, parts: int = 1) -> int:
+    """What the model computes of a micro-batch, as a plan counts it: padded, each row is as its longest.
+
+    `parts`: how many ranks share the batch; the number is of one of them.
+    """
+    return int(batch.length.max()) * len(batch.length) if padded else math.ceil(batch.num_tokens / parts)
 
 
 def train_step(
@@ -66,8 +70,9 @@ def train_step(
     objective = objective or Objective()
     sums, extremes = _zeros(engine.device)
     nonfinite = []
+    part = engine.module.part
     for microbatch in microbatches:
-        batch = to_device(microbatch, engine.device, engine.module.path)
+        batch = to_device(microbatch, engine.device, engine.module.path, part)
         scores = engine.scores(batch)
         losses = row_losses(scores, batch, objective)
         loss = losses.sum()
@@ -77,7 +82,8 @@ def train_step(
         engine.backward(loss * (engine.world_size / num_rows))
         with torch.no_grad():
             nonfinite.append(~torch.isfinite(losses))
-            _add_totals(sums, extremes, loss / num_rows, scores, batch, objective)
+            if part is None or part.counts:
+                _add_totals(sums, extremes, loss / num_rows, scores, batch, objective)
     return StepTotals(sums, extremes, engine.step(), torch.cat(nonfinite))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ from rayrm.train.run_data import RunData, check_form
 from rayrm.train.rundir import RunStart, bring, check_resume, claim, examine, identity_of, only_run
 from rayrm.train.script_calls import ScriptCalls
 from rayrm.train.script_words import Rows
+from rayrm.train.sequence import check_workers
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
 from rayrm.train.user_metrics import prefixed, user_metrics
 from rayrm.train.workers import check_cluster, check_pickles, check_run_config, fit_here, fit_on_workers
@@ -117,6 +119,7 @@ class RewardTrainer(ScriptCalls):
         self._callbacks = check_callbacks(callbacks or [])
         self._metrics = user_metrics(compute_metrics, preprocess_logits_for_metrics, self.args)
         self.num_workers = 0 if scaling_config is None else int(scaling_config.num_workers or 0)
+        check_workers(self.args, self.num_workers)
         self._optimizers = check_optimizers(
             optimizers,
             optimizer_cls_and_kwargs,
@@ -340,11 +343,12 @@ class RewardTrainer(ScriptCalls):
     def _budget(self, start: RunStart) -> int | None:
         """The token budget of a micro-batch: as set, or as chosen when the run began; None: ranks choose."""
         longest = int(self.train_set.sample.index.tokens(share=self.args.share_prefix).max())
-        budget = self.args.max_tokens_per_microbatch
-        if budget is not None and budget < longest:
+        budget, parts = self.args.max_tokens_per_microbatch, self.args.sequence_parallel_size
+        if budget is not None and budget * parts < longest:
+            among = f", over {parts} workers" if parts > 1 else ""
             raise ConfigError(
                 f"`max_tokens_per_microbatch` ({budget}) is below the longest pair kept by `max_length` "
-                f"({longest} tokens). Raise it to {longest} or lower `max_length`."
+                f"({longest} tokens{among}). Raise it to {math.ceil(longest / parts)} or lower `max_length`."
             )
         return budget or start.max_tokens
 

@@ -99,7 +99,9 @@ class _RankRun:
         # Weights are gathered by all ranks together, and one may find the base's files where another cannot.
         self.saves_frozen = bool(hosts.from_first(int(needs_frozen(self.model.module.model))))
         self.notice = Notice(job.output_dir, hosts, looks=rank.index == 0)
-        self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=self.config.log_rows)
+        part = self.model.module.part
+        names_rows = self.config.log_rows and (part is None or part.counts)
+        self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=names_rows)
         self.storage = storage_of(self.config, job.output_dir, job.environment) if rank.index == 0 else None
         pushes = self.config.push_to_hub and self.config.hub_strategy == "every_save" and rank.index == 0
         self.hub = HubRepository(self.config, job.output_dir) if pushes else None
@@ -139,15 +141,17 @@ class _RankRun:
         state = self._restore()
         name, left = self.config.run_name or self.job.output_dir.name, self.schedule.num_steps - state.step
         self._say(f"run {name}: {left} steps on {self.rank.count} worker(s), in {self.job.output_dir}")
+        parts = self.config.sequence_parallel_size
         packer = Packer(
             self.model.layout.name,
-            self.rank.index,
-            self.rank.count,
+            self.rank.index // parts,
+            self.rank.count // parts,
             self.model.max_tokens,
             self.model.attention_weight,
             self.model.pad_token_id,
             name_of=self.job.train_set.name_of,
             objective=self.objective,
+            parts=parts,
         )
         steps = packer.ahead(self.source.steps(state.cursor))
         told = self.callbacks
@@ -253,7 +257,8 @@ class _RankRun:
     def _evaluate(self, state: TrainState) -> bool:
         """Evaluate every set; note which checkpoint is the best. Whether this step is to be saved for it."""
         found: Record = {}
-        batch_rows = self.config.per_device_eval_batch_size * self.rank.count
+        parts = self.config.sequence_parallel_size
+        batch_rows = self.config.per_device_eval_batch_size * (self.rank.count // parts)
         for name, rows in self.job.eval_sets.items():
             began = time.time()
             scores = score_rows(
@@ -261,6 +266,7 @@ class _RankRun:
                 rows,
                 layout=self.model.layout,
                 path=self.model.module.path,
+                part=self.model.module.part,
                 pad_token_id=self.model.pad_token_id,
                 max_tokens=self.model.max_tokens,
                 attention_weight=self.model.attention_weight,

@@ -28,7 +28,9 @@ from rayrm.deepspeed_rules import (
 )
 from rayrm.deepspeed_sections import offloads_optimizer, quantized_on_cpu
 from rayrm.errors import ConfigError
+from rayrm.model.cost import head_sizes
 from rayrm.model.forward import DeviceBatch, PackedScorer
+from rayrm.model.sequence import Attend, Exchange
 from rayrm.train.build import on_first_rank
 from rayrm.train.engine_state import (
     EngineState,
@@ -47,7 +49,11 @@ logger = logging.getLogger("rayrm.train")
 # What DeepSpeed's own profiler and monitor count by.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # Rows per step are counted by the caller; mixed precision is autocast; optimizer and schedule are torch's.
-_OURS = ("train_batch_size", "bf16", "bfloat16", "fp16", "optimizer", "scheduler")
+# Groups of ranks are ours too: DeepSpeed averages over all ranks.
+_OURS = (
+    "train_batch_size", "bf16", "bfloat16", "fp16", "optimizer", "scheduler",
+    "sequence_parallel_size", "data_parallel_size",
+)  # fmt: skip
 
 
 def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: int) -> dict[str, Any]:
@@ -105,6 +111,50 @@ def gathered(parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContext
 
     around: contextlib.AbstractContextManager[None] = GatheredParameters(parameters)
     return around
+
+
+def exchange_in(group: dist.ProcessGroup, model_config: Any, device: torch.device) -> Exchange:
+    """Attention over the tokens of a group's ranks, by DeepSpeed's Ulysses, for either engine.
+
+    `UlyssesSPAttentionHF` is called for each layer as it is, with our attention as its own. It is not
+    registered with transformers: registered there it would take the place of every model's "sdpa" and drop
+    masks.
+    """
+    import_deepspeed(device)
+    from deepspeed import comm
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    comm.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False)
+    sizes = head_sizes(model_config)
+    assert sizes is not None
+    heads = model_config.num_attention_heads
+
+    def attention(
+        module: Any, query: Any, key: Any, value: Any, mask: None, *, attend: Attend, position_ids: Any
+    ) -> tuple[torch.Tensor, None]:
+        return attend(query, key, value).transpose(1, 2), None
+
+    ulysses = UlyssesSPAttentionHF(
+        attention,
+        batch_size=1,
+        attn_head_count=heads,
+        attn_head_size=sizes[0],
+        kv_head_count=getattr(model_config, "num_key_value_heads", None) or heads,
+        num_hidden_layers=model_config.num_hidden_layers,
+        process_group=group,
+        seq_length_is_variable=True,
+    )
+
+    def exchange(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        # It writes to the layer that calls; here to itself, so that the model stays as it is.
+        attended: torch.Tensor
+        attended, _ = ulysses(ulysses, query, key, value, None, attend=attend, position_ids=positions)
+        return attended
+
+    return exchange
 
 
 class DeepSpeedEngine:

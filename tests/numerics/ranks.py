@@ -100,6 +100,8 @@ class Variant:
     fails: str | None = None
     # Where it stopped, it is left: another variant goes on in a copy of its directory.
     left: bool = False
+    # The rows are the evaluation set too.
+    evaluates: bool = False
 
 
 class Stopped(Exception):
@@ -177,7 +179,7 @@ def job_of(variant: Variant, output_dir: Path, rows: Sequence[TokenizedRow]) -> 
         tokenizer=tiny_tokenizer(),
         text_form="standard",
         train_set=TokenizedSet.from_rows(rows),
-        eval_sets={},
+        eval_sets={"": TokenizedSet.from_rows(rows)} if variant.evaluates else {},
         output_dir=output_dir,
         max_tokens=variant.max_tokens,
     )

@@ -38,6 +38,7 @@ OURS = {
     "tie_parameter",
     "ranking_loss",
     "pointwise_loss",
+    "sequence_parallel_size",
     "zero_init",
     "nonfinite_loss",
     "log_rows",

@@ -26,6 +26,7 @@ SAME = [
     ({"gradient_clipping": 0.25}, "max_grad_norm", 0.25, "1.0"),
     ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps", 4, "1"),
     ({"train_micro_batch_size_per_gpu": 2}, "per_device_train_batch_size", 2, "8"),
+    ({"sequence_parallel_size": 2}, "sequence_parallel_size", 2, "1"),
     ({"fp16": {"enabled": True}}, "fp16", True, "False"),
     ({"bf16": {"enabled": False}}, "bf16", False, "True"),
     ({"bfloat16": {"enabled": False}}, "bf16", False, "True"),
