@@ -64,15 +64,46 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def print_sweep(sweep: Sweep) -> None:
-    """A line for each trial, in their order; then why trials failed."""
+    """A line for each trial, in their order; then who went on from whom, and why trials failed."""
     rows = [
         (trial.directory.name, *trial.values, _outcome(trial), "best" if trial == sweep.best else "")
         for trial in sweep.trials
     ]
     print_table(("trial", *sweep.trials[0].keys, sweep.metric, ""), rows)
+    print_population(sweep)
     for trial in sweep.trials:
         if trial.failure is not None:
             print(f"\n{trial.directory.name} failed: {trial.failure}")
+
+
+def print_population(sweep: Sweep) -> None:
+    """Of population based training who went on from whom, and how the best trial's model came to be."""
+    from rayrm.train.sweep_record import handovers, schedule_of, values_of
+
+    keys = sweep.trials[0].keys
+    rows = [
+        (
+            f"{one.at:.0f}%",
+            f"{one.left} ({_figure(one.metric)})",
+            f"{one.donor} ({_figure(one.donor_metric)})",
+            one.name,
+            *values_of(one.words),
+        )
+        for one in handovers(sweep.trials)
+    ]
+    if not rows:
+        return
+    print()
+    print_table(("at", f"{sweep.metric} of", "goes on from", "as", *keys), rows)
+    if sweep.best is not None:
+        print("\nthe best one's model was trained")
+        stretches = schedule_of(sweep.trials, sweep.best)
+        rows = [(f"{one.begin:.0f}-{one.end:.0f}%", one.name, *values_of(one.words)) for one in stretches]
+        print_table(("from-to", "in", *keys), rows)
+
+
+def _figure(value: float | None) -> str:
+    return "failed" if value is None else f"{value:.4f}"
 
 
 def _outcome(trial: Trial) -> str:

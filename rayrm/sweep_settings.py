@@ -25,10 +25,6 @@ from rayrm.settings import OptionalCount, OptionalSeed, json_value, none_word, s
 Kind = Literal["log", "uniform", "int"]
 KINDS: tuple[Kind, ...] = ("log", "uniform", "int")
 Mode = Literal["max", "min"]
-_PBT = (
-    "population based training would change a run's settings in its middle, and a run goes on by its own "
-    'alone. Type "asha", which stops the worse trials early, or "none"'
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +53,6 @@ Space = dict[str, tuple[str, ...] | Range]
 """By key of the run: the values to try, as they are typed, or the range to draw from."""
 
 
-def _no_pbt(value: Any) -> Any:
-    if value == "pbt":
-        raise ValueError(_PBT)
-    return value
-
-
 @settings
 class SweepConfig:
     """Which trials a sweep has, what decides between them, and what becomes of the best."""
@@ -77,18 +67,24 @@ class SweepConfig:
     draws of everything. optuna: `num_trials` suggestions of Optuna's TPE, by the outcomes so far."""
     num_trials: OptionalCount = None
     """How many trials, or, of a grid with ranges, how many draws for each combination."""
-    scheduler: Annotated[Literal["none", "asha"], BeforeValidator(_no_pbt)] = "none"
+    scheduler: Literal["none", "asha", "pbt"] = "none"
     """none: every trial trains to its end. asha: asynchronous successive halving (Li et al. 2020,
-    https://arxiv.org/abs/1810.05934): at certain parts of the run the worse trials are stopped."""
+    https://arxiv.org/abs/1810.05934): at certain parts of the run the worse trials are stopped. pbt:
+    population based training (Jaderberg et al. 2017, https://arxiv.org/abs/1711.09846): there the worst go
+    on from the models of the best, with other values of the space."""
     grace: Annotated[float, Field(gt=0, lt=100)] = 10.0
     """asha: no trial is stopped before this percentage of its steps."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
     """asha: decisions fall at `grace`, `grace * reduction`, ... percent, and of the trials that came so far
     the best 1 / `reduction` go on."""
+    perturb_every: Annotated[float, Field(gt=0, lt=100)] = 20.0
+    """pbt: the trials are compared after each such percentage of their steps, at the next evaluation."""
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """pbt: this share of them, the worst, goes on from one of as many of the best."""
     max_concurrent: OptionalCount = None
     """Trials at once, where the cluster has room for so many. None: as many as fit."""
     seed: OptionalSeed = None
-    """Of the draws and of Optuna. None: the run's `seed`."""
+    """Of the draws, of Optuna, and of what pbt chooses. None: the run's `seed`."""
     publish: Annotated[str | None, BeforeValidator(none_word)] = None
     """Publish the best trial's model under this name."""
     registry: str = "registry"
@@ -98,11 +94,16 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         space_of(self.space)
-        if self.scheduler == "asha" and self.metric == "train_loss":
+        if self.scheduler != "none" and self.metric == "train_loss":
             raise ValueError(
-                '`metric` ("train_loss") is known at a trial\'s end only, and `scheduler` "asha" decides '
-                'before. Type an evaluation\'s, such as "eval_loss" with `mode = "min"`, or '
-                '`scheduler = "none"`.'
+                '`metric` ("train_loss") is known at a trial\'s end only, and `scheduler` '
+                f'"{self.scheduler}" decides before. Type an evaluation\'s, such as "eval_loss" with '
+                '`mode = "min"`, or `scheduler = "none"`.'
+            )
+        if self.scheduler == "pbt" and self.search == "optuna":
+            raise ValueError(
+                '`search` ("optuna") suggests values for whole trials, and `scheduler` "pbt" changes them '
+                'within. Type `search = "random"`, or `scheduler = "asha"`.'
             )
 
 

@@ -69,6 +69,7 @@ RAY_FILES = {
     "train/launch.py",
     "train/workers.py",
     "train/sweep.py",
+    "train/sweep_population.py",
     "train/sweep_search.py",
     "train/sweep_trial.py",
     "serve/connect.py",

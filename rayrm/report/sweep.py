@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rayrm.report.page import write_page
 from rayrm.report.sweep_figures import Point, by_parameter, over_steps, parallel_coordinates
-from rayrm.train.sweep_record import REPORT, Sweep, curve_of
+from rayrm.train.sweep_record import REPORT, Sweep, curve_of_trial, handovers, schedule_of, values_of
 
 
 def write_sweep_report(sweep: Sweep) -> Path:
@@ -22,7 +22,7 @@ def write_sweep_report(sweep: Sweep) -> Path:
             trial.metric,
             stopped=trial.stopped_at is not None,
             best=trial == sweep.best,
-            curve=curve_of(trial.directory, sweep.metric),
+            curve=curve_of_trial(trial, sweep.metric),
         )
         for trial in sweep.trials
         if trial.metric is not None
@@ -39,5 +39,10 @@ def write_sweep_report(sweep: Sweep) -> Path:
         num_stopped=sum(trial.stopped_at is not None for trial in sweep.trials),
         wide=[picture for picture in wide if picture is not None],
         drawn=[picture for picture in drawn if picture is not None],
+        handovers=[(one, values_of(one.words)) for one in handovers(sweep.trials)],
+        schedule=[
+            (one, values_of(one.words))
+            for one in (schedule_of(sweep.trials, sweep.best) if sweep.best else [])
+        ],
         notes=[],
     )

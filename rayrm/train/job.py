@@ -16,6 +16,7 @@ from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.model.reward_model import TextForm
 from rayrm.train.build import ModelSource
 from rayrm.train.evaluation import RowSet
+from rayrm.train.leg import Leg
 from rayrm.train.optimizer import Optimizers, OptimizerSpec
 from rayrm.train.user_metrics import UserMetrics
 
@@ -46,3 +47,5 @@ class TrainJob:
     callbacks: tuple[TrainerCallback, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     """What the driver's environment says of trackers and of the object store."""
+    leg: Leg | None = None
+    """Of a trial of population based training: the part of its run that this job is."""

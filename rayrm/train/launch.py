@@ -32,6 +32,7 @@ from rayrm.own_ray import ensure_ray, keeping_handlers
 from rayrm.runfile import Run, dump_run, read_run
 from rayrm.train.build import ModelSource, check_source
 from rayrm.train.evaluation import Scores, score_model
+from rayrm.train.leg import Leg
 from rayrm.train.rundir import finished, read_finished
 from rayrm.train.trainer import RewardTrainer
 from rayrm.train.workers import check_cluster
@@ -49,10 +50,11 @@ class TrainSummary:
     metrics: dict[str, float]
 
 
-def train_run(run: Run, *, callbacks: Sequence[Any] = ()) -> TrainSummary:
+def train_run(run: Run, *, callbacks: Sequence[Any] = (), leg: Leg | None = None) -> TrainSummary:
     """Train what `run` says to the end; goes on where a run of the same settings was cut off.
 
-    `callbacks`: Ray Train's `UserCallback`s, for runs with workers.
+    `callbacks`: Ray Train's `UserCallback`s, for runs with workers. `leg`: a sweep's asking to train a part
+    only; it ends in PreemptedError, as where the run is told to leave.
 
     Raises:
         ConfigError, DataError, ModelError, RunDirectoryError, CheckpointError, ClusterError: refused before a
@@ -80,6 +82,7 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = ()) -> TrainSummary:
         data_config=run.data,
         auto_resume=True,
         run=run,
+        leg=leg,
     )
     _train(trainer)
     metrics: dict[str, float] = {}

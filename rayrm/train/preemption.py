@@ -79,6 +79,13 @@ class Notice:
         self._next_look = 0.0
         self._told = False
 
+    def leave_now(self) -> None:
+        """The run itself has come to where it is to leave, which all ranks know; its driver learns it as if
+        it had said so."""
+        if self._looks:
+            self._word.touch()
+            self._told = True
+
     def to_leave(self) -> bool:
         """Whether all ranks are to save and leave now."""
         if self._looks and not self._told and time.monotonic() >= self._next_look:

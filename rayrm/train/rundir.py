@@ -154,12 +154,18 @@ def bring(config: RewardConfig, output_dir: Path, identity: dict[str, Any], *, g
 
 
 def examine(
-    output_dir: Path, identity: dict[str, Any], *, resume: bool | str | None, automatic: bool = False
+    output_dir: Path,
+    identity: dict[str, Any],
+    *,
+    resume: bool | str | None,
+    automatic: bool = False,
+    may_differ: frozenset[str] = frozenset(),
 ) -> RunStart:
     """Decide how a run with this identity may use `output_dir`, or raise what to type instead.
 
     `resume`: as `resume_from_checkpoint`. `automatic`: a run that was cut off goes on without being asked
-    (the command line's rule).
+    (the command line's rule). `may_differ`: settings in which a checkpoint of another directory may
+    be another run's (which a sweep asks for, see `leg.py`).
     """
     wanted = Path(resume) if isinstance(resume, str) and resume.lower() != "true" else None
     asked = bool(resume)
@@ -175,7 +181,7 @@ def examine(
             return RunStart(None, None)
         # As within its own directory, a run that goes on keeps its budget, and with it its bits.
         budget = read_state(wanted).max_tokens
-        _refuse_checkpoint_of_other(wanted, identity)
+        _refuse_checkpoint_of_other(wanted, identity, may_differ)
         return RunStart(wanted, budget, wanted.absolute())
     before = _read(known)
     _refuse_other(output_dir, before.get("identity", {}), identity)
@@ -316,13 +322,13 @@ def _refuse_other(output_dir: Path | str, before: dict[str, Any], now: dict[str,
         )
 
 
-def _refuse_checkpoint_of_other(checkpoint: Path, now: dict[str, Any]) -> None:
+def _refuse_checkpoint_of_other(checkpoint: Path, now: dict[str, Any], may_differ: frozenset[str]) -> None:
     """A checkpoint goes on with its own schedule, order and rows, whatever this run's settings say."""
     places = (checkpoint / RUN, checkpoint.parent / IDENTITY)
     known = next((place for place in places if place.exists()), None)
     if known is None:
         logger.warning("%s does not say which run it is of: it goes on with its own schedule", checkpoint)
-    elif differing := _differing(_read(known).get("identity", {}), now):
+    elif differing := _differing(_read(known).get("identity", {}), now, may_differ):
         raise CheckpointError(
             f"`resume_from_checkpoint` ({checkpoint}) is a checkpoint of another run. They differ in "
             f"{differing}. Set these back to go on with it, or begin a run of its model: type "
@@ -330,10 +336,10 @@ def _refuse_checkpoint_of_other(checkpoint: Path, now: dict[str, Any]) -> None:
         )
 
 
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+def _differing(before: dict[str, Any], now: dict[str, Any], may_differ: frozenset[str] = frozenset()) -> str:
     found = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
-        for key in sorted({*before, *now})
+        for key in sorted({*before, *now} - may_differ)
         if before.get(key) != now.get(key)
     ]
     return "; ".join(found[:5]) + (" ..." if len(found) > 5 else "")

@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from rayrm.own_ray import keeping_handlers
 from rayrm.runfile import Run, dump_run
 from rayrm.sweep_settings import Range, Space, SweepFile, space_of, space_of_params
 from rayrm.train.launch import join_cluster, with_absolute_paths
+from rayrm.train.leg import Leg
 from rayrm.train.rundir import only_run, read_finished
-from rayrm.train.sweep_plan import Words, check_space, corners, plan_trials
+from rayrm.train.sweep_plan import Words, check_population, check_space, corners, plan_trials
 from rayrm.train.sweep_record import Record, Sweep, value_of
 
 logger = logging.getLogger("rayrm.train")
@@ -50,8 +51,13 @@ def run_sweep(file: SweepFile, params: Sequence[str] = ()) -> Sweep:
     with only_run(planned.home):
         record = Record(planned.home, planned.sweep.metric, planned.sweep.mode, planned.identity)
         planned.take_in_finished(record)
-        if planned.left(record):
-            _fit(planned, record)
+        if left := planned.left(record):
+            if record.trials:
+                logger.info("going on with the sweep in %s: %d trials are left", planned.home, len(left))
+            if planned.sweep.scheduler == "pbt":
+                _train_population(planned, record)
+            else:
+                _fit(planned, record, left)
         record.write()
     sweep = record.sweep
     if sweep.best is None:
@@ -78,14 +84,16 @@ class _Plan:
         else:
             self.trials = tried = plan_trials(self.space, self.sweep, self.seed)
             self.num_trials = len(self.trials)
+        if self.sweep.scheduler == "pbt":
+            check_population(self.space, self.num_trials)
         for words in tried:
             self.run_of(1, words)
 
-    def run_of(self, number: int, words: Words) -> Run:
-        """A trial's run. Raises ConfigError where its words make none."""
+    def run_of(self, number: int, words: Words, directory: Path | None = None) -> Run:
+        """A trial's run, in its first directory or another. Raises ConfigError where its words make none."""
         run, _ = self._file.read(words)
         sweep = self.sweep
-        home = self.home / f"trial-{number:02d}"
+        home = directory or self.home / f"trial-{number:02d}"
         reward = dataclasses.replace(run.reward, output_dir=str(home), disable_tqdm=True)
         if sweep.metric.startswith("eval_"):
             if run.data.eval is None and not run.data.eval_fraction:
@@ -95,11 +103,20 @@ class _Plan:
                 )
             if reward.eval_strategy == "no":
                 reward = dataclasses.replace(reward, eval_strategy="epoch")
-        if sweep.scheduler == "asha" and reward.eval_strategy == "epoch" and reward.num_train_epochs <= 1:
+        once = reward.eval_strategy == "epoch" and reward.num_train_epochs <= 1
+        if sweep.scheduler != "none" and once:
+            does = {"asha": "stops", "pbt": "compares"}[sweep.scheduler]
             raise ConfigError(
-                '`sweep.scheduler` "asha" stops trials by their evaluations, and each trial has one, at its '
-                'end. Type for example `eval_strategy=steps eval_steps=0.1`, or `sweep.scheduler="none"`.'
+                f'`sweep.scheduler` "{sweep.scheduler}" {does} trials by their evaluations, and each trial '
+                "has one, at its end. Type for example `eval_strategy=steps eval_steps=0.1`, or "
+                '`sweep.scheduler="none"`.'
             )
+        for name in ("load_best_model_at_end", "resume_from_checkpoint"):
+            if sweep.scheduler == "pbt" and getattr(reward, name):
+                raise ConfigError(
+                    f'`{name}` ({getattr(reward, name)}): with `sweep.scheduler` "pbt" each trial begins at '
+                    "its first step, and its model is that of its last. Leave it out."
+                )
         return with_absolute_paths(dataclasses.replace(run, reward=reward))
 
     @property
@@ -107,8 +124,10 @@ class _Plan:
         """What two starts of one sweep have in common: not where it runs and what becomes of the best."""
         sweep = dataclasses.asdict(self.sweep)
         free = {"max_concurrent", "publish", "registry", "space", "seed"}
-        if self.sweep.search != "grid":
-            free.add("num_trials")  # more draws leave the first as they were
+        if self.sweep.scheduler != "pbt":
+            free |= {"perturb_every", "quantile"}
+            if self.sweep.search != "grid":
+                free.add("num_trials")  # more draws leave the first as they were
         space = {
             key: f"{values.kind}:{values.low:g}:{values.high:g}" if isinstance(values, Range) else values
             for key, values in self.space.items()
@@ -141,7 +160,26 @@ class _Plan:
         return begun + [number for number in range(1, self.num_trials + 1) if number not in record.trials]
 
 
-def _fit(plan: _Plan, record: Record) -> None:
+def _train_population(plan: _Plan, record: Record) -> None:
+    from rayrm.train.sweep_population import going_on, train_population
+
+    def train(numbers: list[int], leg: Leg) -> None:
+        def run_of(number: int, words: Words) -> Run:
+            return going_on(plan.run_of(number, words, record.directory(number)), plan.home)
+
+        _fit(plan, record, numbers, run_of=run_of, leg=leg)
+
+    train_population(record, plan.space, plan.sweep, plan.seed, plan.num_trials, train)
+
+
+def _fit(
+    plan: _Plan,
+    record: Record,
+    left: list[int],
+    *,
+    run_of: Callable[[int, Words], Run] | None = None,
+    leg: Leg | None = None,
+) -> None:
     """Run what is left by Ray Tune, until all is done or this process is told to leave."""
     from ray import tune
 
@@ -149,7 +187,7 @@ def _fit(plan: _Plan, record: Record) -> None:
     from rayrm.train.sweep_trial import STOP, SweepTrial
 
     join_cluster(plan.base.cluster.address)
-    sweep, home, left = plan.sweep, plan.home, plan.left(record)
+    sweep, home = plan.sweep, plan.home
     source = (
         Optuna(plan.space, sweep, plan.seed, len(record.trials))
         if plan.trials is None
@@ -165,16 +203,15 @@ def _fit(plan: _Plan, record: Record) -> None:
     (home / STOP).unlink(missing_ok=True)
     shutil.rmtree(home / _TUNE, ignore_errors=True)
     record.write()
-    if record.trials:
-        logger.info("going on with the sweep in %s: %d trials are left", home, len(left))
     ends = Ends(record, source, plan.num_trials)
     search = Search(
         record,
         source,
         again=[number for number in left if number in record.trials],
         new=[number for number in left if number not in record.trials],
-        run_of=plan.run_of,
+        run_of=run_of or plan.run_of,
         mode=sweep.mode,
+        leg=leg,
     )
     trainable = tune.with_parameters(SweepTrial, home=str(home), metric=sweep.metric)
     with _tune_set(), _leaving(home / STOP) as told:

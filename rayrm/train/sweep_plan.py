@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from rayrm.errors import ConfigError
 from rayrm.sweep_settings import Range, Space, SweepConfig
+from rayrm.train.leg import MAY_CHANGE
 
 Words = tuple[str, ...]
 
@@ -32,6 +33,24 @@ def check_space(space: Space, sweep: SweepConfig) -> None:
             f"`num_trials` ({sweep.num_trials}) is the number of draws from ranges, and there is none. Leave "
             "it out for lists of values, type a range (`learning_rate=log:1e-6:1e-4`), or "
             '`sweep.search="random"`.'
+        )
+
+
+def check_population(space: Space, num_trials: int) -> None:
+    """Raise ConfigError where population based training has nobody to compare, or would change what can't be
+    changed in a run's middle."""
+    fixed = [key for key in space if key.removeprefix("reward.") not in MAY_CHANGE]
+    if fixed:
+        raise ConfigError(
+            f'`sweep.scheduler` "pbt" changes values in the middle of a run, and `{"`, `".join(fixed)}` must '
+            "stay: another value is another model, other rows or other steps than the checkpoint's. It "
+            f"changes {', '.join(sorted(MAY_CHANGE))}. Set the others outside of the space, or type "
+            '`sweep.scheduler="asha"`.'
+        )
+    if num_trials < 2:
+        raise ConfigError(
+            '`sweep.scheduler` "pbt" compares trials with each other, and there is one. Type '
+            "`sweep.num_trials=8`."
         )
 
 

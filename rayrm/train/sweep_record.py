@@ -16,12 +16,29 @@ from typing import Any
 
 from rayrm.errors import ConfigError, RunDirectoryError, writing
 from rayrm.sweep_settings import Mode
+from rayrm.train.checkpoint import checkpoints, step_of
 from rayrm.train.records import read_progress, read_records, replace_text
 
 SUMMARY = "sweep.json"
 REPORT = "sweep.html"
 # What a sweep's directory may hold before its record: the lock of the process that asks.
 _OURS = {".lock"}
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Where population based training ended a trial's leg: it went on from a better trial's checkpoint."""
+
+    at: float
+    """The percentage of its steps."""
+    words: tuple[str, ...]
+    directory: Path
+    """These were the trial's until then; what it gave up stays there."""
+    metric: float | None
+    """Its value there; None: it had failed."""
+    donor: str
+    """The name of the directory whose checkpoint it took, and `donor_metric` the value of that."""
+    donor_metric: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +52,8 @@ class Trial:
     failure: str | None = None
     stopped_at: float | None = None
     """The percentage of its steps at which the scheduler stopped it; `metric` is the value there."""
+    exchanges: tuple[Exchange, ...] = ()
+    """Of population based training, in order; `words` and `directory` are those after the last."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -43,7 +62,12 @@ class Trial:
     @property
     def values(self) -> tuple[str, ...]:
         """As they are shown: a number of many digits by four of them."""
-        return tuple(_short(word.partition("=")[2]) for word in self.words)
+        return values_of(self.words)
+
+    @property
+    def legs(self) -> list[tuple[Path, tuple[str, ...]]]:
+        """The directories that it trained in, in order, and with which words in each."""
+        return [*((one.directory, one.words) for one in self.exchanges), (self.directory, self.words)]
 
     @property
     def ended(self) -> bool:
@@ -79,9 +103,11 @@ class Record:
 
     def __init__(self, home: Path, metric: str, mode: Mode, identity: dict[str, Any]) -> None:
         """Raises RunDirectoryError where `home` holds something else, or another sweep."""
-        self.home, self._metric, self._mode = home, metric, mode
+        self.home, self.metric, self._mode = home, metric, mode
         self._identity = json.loads(json.dumps(identity, default=str))
         self.trials: dict[int, Trial] = {}
+        self.until: float | None = None
+        """Of population based training: the percentage up to which the trials are training."""
         file = home / SUMMARY
         if file.is_file():
             self._take_up(file)
@@ -92,8 +118,9 @@ class Record:
             )
 
     def directory(self, number: int) -> Path:
-        """Of the trial of this number, from 1."""
-        return self.home / f"trial-{number:02d}"
+        """Of the trial of this number, from 1; after an exchange it is another."""
+        known = self.trials.get(number)
+        return self.home / f"trial-{number:02d}" if known is None else known.directory
 
     def begin(self, number: int, words: tuple[str, ...]) -> None:
         """A trial is to be run."""
@@ -106,16 +133,25 @@ class Record:
         self.write()
         return self.trials[number]
 
+    def go_on(self, changed: dict[int, Trial], until: float) -> None:
+        """The population goes on to `until` percent, these trials in new directories."""
+        self.trials |= changed
+        self.until = until
+        self.write()
+
     @property
     def sweep(self) -> Sweep:
         trials = [self.trials[number] for number in sorted(self.trials)]
-        return Sweep(self._metric, self._mode, self.home, trials, best_of(trials, self._mode))
+        return Sweep(self.metric, self._mode, self.home, trials, best_of(trials, self._mode))
 
     def write(self) -> None:
         kept = dataclasses.asdict(self.sweep)
         del kept["home"]
         for trial in [*kept["trials"], *([kept["best"]] if kept["best"] else [])]:
-            trial["directory"] = trial["directory"].name
+            for place in (trial, *trial["exchanges"]):
+                place["directory"] = place["directory"].name
+        if self.until is not None:
+            kept["until"] = self.until
         kept["identity"] = self._identity
         with writing(self.home / SUMMARY):
             replace_text(self.home / SUMMARY, json.dumps(kept, indent=2) + "\n")
@@ -124,10 +160,14 @@ class Record:
         try:
             before = json.loads(file.read_text())
             identity, trials = before["identity"], before["trials"]
+            self.until = before.get("until")
             for trial in trials:
-                number = int(trial["directory"].removeprefix("trial-"))
+                # "trial-03.2" is the third trial after its first exchange.
+                number = int(trial["directory"].removeprefix("trial-").partition(".")[0])
                 kept = {key: trial[key] for key in ("metric", "stopped_at")}
-                self.trials[number] = Trial(tuple(trial["words"]), self.directory(number), **kept)
+                kept["exchanges"] = tuple(map(self._exchange, trial.get("exchanges", ())))
+                directory = self.home / trial["directory"]
+                self.trials[number] = Trial(tuple(trial["words"]), directory, **kept)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunDirectoryError(
                 f"sweep record `{file}` is damaged ({type(error).__name__}: {error}). Choose another "
@@ -144,6 +184,65 @@ class Record:
                 "Choose another `output_dir`, or set these back to go on with it."
             )
 
+    def _exchange(self, kept: dict[str, Any]) -> Exchange:
+        changes = {"words": tuple(kept["words"]), "directory": self.home / kept["directory"]}
+        return Exchange(**{**kept, **changes})
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """At `at` percent the trial of the directory `left` went on from `donor`'s checkpoint, in `name` with
+    `words`."""
+
+    at: float
+    left: str
+    metric: float | None
+    donor: str
+    donor_metric: float
+    name: str
+    words: tuple[str, ...]
+
+
+def handovers(trials: list[Trial]) -> list[Handover]:
+    """All exchanges, by their percentages, then by trial."""
+    found = [
+        Handover(one.at, one.directory.name, one.metric, one.donor, one.donor_metric, directory.name, words)
+        for trial in trials
+        for one, (directory, words) in zip(trial.exchanges, trial.legs[1:], strict=True)
+    ]
+    return sorted(found, key=lambda one: one.at)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A model was trained with `words` from `begin` to `end` percent of its steps, in `name`'s directory."""
+
+    begin: float
+    end: float
+    words: tuple[str, ...]
+    name: str
+
+
+def schedule_of(trials: list[Trial], trial: Trial) -> list[Stretch]:
+    """How the model that a trial has came to be: back through the checkpoints it was taken from, in order."""
+    words = {directory.name: words for one in trials for directory, words in one.legs}
+    origins = {one.name: one for one in handovers(trials)}
+    name, end = trial.directory.name, 100.0 if trial.stopped_at is None else trial.stopped_at
+    found: list[Stretch] = []
+    while (origin := origins.get(name)) is not None:
+        found.append(Stretch(origin.at, end, words[name], name))
+        name, end = origin.donor, origin.at
+    return [Stretch(0.0, end, words[name], name), *reversed(found)]
+
+
+def stands_at(directory: Path, metric: str, until: float) -> tuple[float, float] | None:
+    """(percentage of the steps, value) of the evaluation with which a leg `until` this percentage has ended;
+    None: it has not, with its checkpoint."""
+    num_steps = read_progress(directory).get("num_steps", 0)
+    found = next((one for one in curve_of(directory, metric) if one[0] >= until), None)
+    step = round(found[0] * num_steps / 100) if found else 0
+    return found if any(step_of(path) == step for path in checkpoints(directory)) else None
+
 
 def curve_of(directory: Path, metric: str) -> list[tuple[float, float]]:
     """(percentage of the steps, value) of each evaluation of a trial so far, in order."""
@@ -152,6 +251,11 @@ def curve_of(directory: Path, metric: str) -> list[tuple[float, float]]:
         return []
     found = [(record["step"], record[metric]) for record in read_records(directory) if metric in record]
     return [(100.0 * step / num_steps, float(value)) for step, value in found]
+
+
+def curve_of_trial(trial: Trial, metric: str) -> list[tuple[float, float]]:
+    """(percentage of its steps, value) of each evaluation of a trial, through all the directories it had."""
+    return [point for directory, _ in trial.legs for point in curve_of(directory, metric)]
 
 
 def value_of(directory: Path, metric: str, *, loads_best: bool) -> float:
@@ -169,6 +273,11 @@ def value_of(directory: Path, metric: str, *, loads_best: bool) -> float:
         raise ConfigError(f"`metric` ({metric}) was not logged. Type one of {known}.")
     at_best = [record for record in found if record["step"] == step]
     return float((at_best or found)[-1][metric])
+
+
+def values_of(words: tuple[str, ...]) -> tuple[str, ...]:
+    """What words set their keys to, as it is shown: a number of many digits by four of them."""
+    return tuple(_short(word.partition("=")[2]) for word in words)
 
 
 def _short(text: str) -> str:

@@ -18,9 +18,10 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from rayrm.errors import ConfigError, MissingExtraError
+from rayrm.errors import CheckpointError, ConfigError, MissingExtraError
 from rayrm.runfile import Run
 from rayrm.sweep_settings import Range, Space, SweepConfig
+from rayrm.train.leg import Leg
 from rayrm.train.sweep_plan import Words
 from rayrm.train.sweep_record import Record, Trial, curve_of
 from rayrm.train.sweep_trial import ENDING, FAILURE, PROGRESS, STOP, VALUE, Held
@@ -133,8 +134,11 @@ class Search(Searcher):  # type: ignore[misc]
         new: Iterable[int],
         run_of: Callable[[int, Words], Run],
         mode: str,
+        leg: Leg | None = None,
     ) -> None:
+        """`leg`: the part of each trial's run that is to be trained, where that is not all."""
         super().__init__(metric=VALUE, mode=mode)
+        self._leg = leg
         self._record, self._source, self._run_of = record, source, run_of
         self._again, self._new = deque(again), deque(new)
 
@@ -153,8 +157,8 @@ class Search(Searcher):  # type: ignore[misc]
         else:
             return Searcher.FINISHED
         try:
-            held = Held(number, self._run_of(number, words))
-        except ConfigError as error:
+            held = Held(number, self._run_of(number, words), leg=self._leg)
+        except (ConfigError, CheckpointError) as error:
             held = Held(number, None, str(error))
         return {"number": number, "held": held}
 
@@ -181,6 +185,10 @@ class Ends(tune.Callback):  # type: ignore[misc]
         last, number = trial.last_result, trial.config["number"]
         if last.get(ENDING) == "left":
             return  # it goes on at the next start
+        if last.get(ENDING) == "paused":
+            at, name = last[PROGRESS], self._record.directory(number).name
+            logger.info("%s: %.4f at %.0f%% of its steps", name, last[VALUE], at)
+            return  # the population decides
         if FAILURE in last:
             self._end(number, 0.0, failure=last[FAILURE])
         elif last.get(ENDING) == "stopped":

@@ -19,11 +19,12 @@ import ray
 from ray import tune
 from ray.exceptions import RayError, RayTaskError
 
-from rayrm.errors import PreemptedError, RayrmError, RunDirectoryError
+from rayrm.errors import ConfigError, PreemptedError, RayrmError, RunDirectoryError
 from rayrm.runfile import Run
 from rayrm.train.holding import holding
+from rayrm.train.leg import Leg
 from rayrm.train.preemption import tell_to_leave
-from rayrm.train.sweep_record import curve_of, value_of
+from rayrm.train.sweep_record import curve_of, stands_at, value_of
 
 STOP = ".stop"
 VALUE, PROGRESS, FAILURE, ENDING = "value", "progress", "failure", "ending"
@@ -33,10 +34,10 @@ _PATIENCE_S = 120.0
 
 class Held:
     """A trial's run on its way through Tune, which prints and stores what it is given; or why there is
-    none."""
+    none. `leg`: the part of it that is to be trained, where that is not all."""
 
-    def __init__(self, number: int, run: Run | None, refusal: str = "") -> None:
-        self.number, self.run, self.refusal = number, run, refusal
+    def __init__(self, number: int, run: Run | None, refusal: str = "", leg: Leg | None = None) -> None:
+        self.number, self.run, self.refusal, self.leg = number, run, refusal, leg
 
     def __repr__(self) -> str:
         return f"trial-{self.number:02d}"
@@ -46,18 +47,19 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
     """Reports `{value, progress}` of each evaluation, `progress` in percent of the run's steps.
 
     The last report has `done`, and either `progress` 100, or `failure`, or `ending`: "stopped" by the
-    scheduler (with the last value and progress), "left" with the whole sweep.
+    scheduler (with the last value and progress), "paused" at its leg's end, "left" with the whole sweep.
     """
 
     def setup(self, config: dict[str, Any], home: str = "", metric: str = "") -> None:
         held: Held = config["held"]
         self._home, self._metric, self._refusal = Path(home), metric, held.refusal
+        self._leg = held.leg
         self._last: dict[str, float] = {VALUE: math.nan, PROGRESS: 0.0}
         self._task: Any = None
         if held.run is not None:
             self._run = held.run
             self._dir = Path(held.run.reward.output_dir or "")
-            self._task = None if self._told(self._home) else _start(held.run)
+            self._task = None if self._told(self._home) else _start(held.run, held.leg)
 
     def step(self) -> dict[str, Any]:
         if self._refusal:
@@ -108,6 +110,8 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
                 return {**self._last, ENDING: "left"}
             if isinstance(error.cause, PreemptedError) and self._told(self._dir):
                 return {**self._last, ENDING: "stopped"}
+            if isinstance(error.cause, PreemptedError) and self._leg is not None:
+                return self._paused(self._leg)
             said = str(error.cause) if isinstance(error.cause, RayrmError) else _last_line(error)
         except RayrmError as error:
             said = str(error)
@@ -115,17 +119,27 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
             said = f"{type(error).__name__}: {_last_line(error)}"
         return {VALUE: math.nan, FAILURE: said}
 
+    def _paused(self, leg: Leg) -> dict[str, Any]:
+        stands = None if leg.until is None else stands_at(self._dir, self._metric, leg.until)
+        if stands is not None:
+            return {VALUE: stands[1], PROGRESS: stands[0], ENDING: "paused"}
+        try:
+            value_of(self._dir, self._metric, loads_best=False)
+        except ConfigError as error:
+            return {VALUE: math.nan, FAILURE: str(error)}
+        return {VALUE: math.nan, FAILURE: f"{self._dir} was told to leave, and not by this sweep"}
 
-def _start(run: Run) -> Any:
+
+def _start(run: Run, leg: Leg | None) -> Any:
     """The task that trains. It is not within the trial's own reservation, which is too small."""
     options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": "DEFAULT"}
     if run.cluster.num_workers == 0:
         gpu = ray.cluster_resources().get("GPU", 0.0) >= 1
         options |= {"num_cpus": 1, "num_gpus": 1 if gpu else 0}
-    return ray.remote(**options)(_train).remote(run)
+    return ray.remote(**options)(_train).remote(run, leg)
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, leg: Leg | None) -> None:
     from rayrm.train.launch import train_run
 
     directory, began = Path(run.reward.output_dir or ""), time.monotonic()
@@ -141,7 +155,7 @@ def _train(run: Run) -> None:
     # What a killed sweep left in the directory ends with its Ray, a moment later than the sweep itself.
     with holding(directory / ".lock", wait):
         pass
-    train_run(run)
+    train_run(run, leg=leg)
 
 
 def _last_line(error: Exception) -> str:

@@ -48,6 +48,7 @@ from rayrm.train.given import (
 )
 from rayrm.train.hub import repository_of
 from rayrm.train.job import TrainJob
+from rayrm.train.leg import MAY_CHANGE, Leg
 from rayrm.train.optimizer import check_holds, check_optimizers, made_of
 from rayrm.train.rank import Rank
 from rayrm.train.records import read_progress, read_records
@@ -101,6 +102,7 @@ class RewardTrainer(ScriptCalls):
         data_config: DataConfig | None = None,
         auto_resume: bool = False,
         run: Any = None,
+        leg: Leg | None = None,
     ) -> None:
         show_logs()
         self._data = data_config or DataConfig()
@@ -114,7 +116,7 @@ class RewardTrainer(ScriptCalls):
         self.args = resolved_args(args, self._source, train_dataset)
         self.output_dir = Path(self.args.output_dir or "trainer_output").expanduser().absolute()
         self._scaling, self._run_config, self._run = scaling_config, run_config, run
-        self._auto_resume = auto_resume
+        self._auto_resume, self._leg = auto_resume, leg
         self._optimizer = optimizer_cls_and_kwargs
         self._callbacks = check_callbacks(callbacks or [])
         self._metrics = user_metrics(compute_metrics, preprocess_logits_for_metrics, self.args)
@@ -329,7 +331,9 @@ class RewardTrainer(ScriptCalls):
         )
         wanted = resume if resume is not None else self.args.resume_from_checkpoint
         bring(self.args, self.output_dir, identity, goes_on=bool(wanted) or self._auto_resume)
-        start = examine(self.output_dir, identity, resume=wanted, automatic=self._auto_resume)
+        free = frozenset() if self._leg is None else MAY_CHANGE
+        automatic = self._auto_resume
+        start = examine(self.output_dir, identity, resume=wanted, automatic=automatic, may_differ=free)
         budget = self._budget(start)
         claim(self.output_dir, identity, budget, self._run_toml(budget), start.origin)
         kept = self.output_dir / "quarantine.jsonl"
@@ -383,4 +387,5 @@ class RewardTrainer(ScriptCalls):
             metrics=self._metrics,
             callbacks=tuple(self._callbacks),
             environment=environment(self.args),
+            leg=self._leg,
         )

@@ -36,6 +36,7 @@ from rayrm.train.holding import only_writer
 from rayrm.train.host_memory import HostMemory
 from rayrm.train.hub import HubRepository
 from rayrm.train.job import TrainJob
+from rayrm.train.leg import keeping_settings
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
 from rayrm.train.preemption import Notice
 from rayrm.train.rank import Hosts, Rank
@@ -83,6 +84,7 @@ class _RankRun:
         """`around` gives the model back as it was when it ends, also where the run raises."""
         self.job, self.rank, self.hosts, self._report = job, rank, hosts, report
         self.config, self.objective = job.config, Objective.of(job.config)
+        self._step = 0
         self.begins_from, self.state = self._standing()
         self.source = train_steps(job.train_set, self.config, rank.count)
         if rank.index == 0:
@@ -99,6 +101,7 @@ class _RankRun:
         # Weights are gathered by all ranks together, and one may find the base's files where another cannot.
         self.saves_frozen = bool(hosts.from_first(int(needs_frozen(self.model.module.model))))
         self.notice = Notice(job.output_dir, hosts, looks=rank.index == 0)
+        self._last_step = None if job.leg is None else job.leg.last_step(self.schedule)
         part = self.model.module.part
         names_rows = self.config.log_rows and (part is None or part.counts)
         self.row_log = RowLog(job.output_dir, rank.index, rank.count, active=names_rows)
@@ -155,9 +158,7 @@ class _RankRun:
         )
         steps = packer.ahead(self.source.steps(state.cursor))
         told = self.callbacks
-        events = Events(
-            self._progress, self._log, self._evaluate, self._save, self._trained, self.notice.to_leave
-        )
+        events = Events(self._progress, self._log, self._evaluate, self._save, self._trained, self._leaves)
         if told is not None:
             model = self.model.module.model
             records = read_records(self.job.output_dir) if self.rank.index == 0 else []
@@ -229,7 +230,8 @@ class _RankRun:
         self.log.begin(state.step)
         self.row_log.begin(state.step)
         if source is not None:
-            self.engine.load(source / "engine")
+            with contextlib.nullcontext() if self.job.leg is None else keeping_settings(self.engine):
+                self.engine.load(source / "engine")
             restore_rng(source, self.rank.index)
             self._say(f"resuming after step {state.step} from {source}")
         return state
@@ -240,7 +242,13 @@ class _RankRun:
             why = f"the loss of {shown(rows)}" if rows else "the gradient norm"
             logger.warning("step %d was left out: %s is not finite", step, why)
 
+    def _leaves(self) -> bool:
+        if self._step == self._last_step:
+            self.notice.leave_now()
+        return self.notice.to_leave()
+
     def _trained(self, step: int, share: RankStep, skipped: bool) -> None:
+        self._step = step
         rows = [name for names in share.row_names for name in names if name]
         self.row_log.write(step, share.after, rows, skipped=skipped)
 

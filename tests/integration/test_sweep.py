@@ -101,7 +101,9 @@ def until(done: Callable[[], Any], what: str, process: subprocess.Popen[str] | N
     began = time.monotonic()
     while not done():
         assert time.monotonic() - began < 1500, what
-        assert process is None or process.poll() is None, what
+        if process is not None and process.poll() is not None:
+            told, _ = process.communicate()
+            pytest.fail(f"{what}; the process ended with {process.returncode}:\n{told}")
         time.sleep(0.02)
 
 

@@ -178,7 +178,7 @@ EVAL = [*BASE, "data.eval=e.jsonl"]
         (EVAL, ["learning_rate=1e-5,fast"], "learning_rate"),
         (EVAL, ["learning_rat=1e-5"], "learning_rate"),
         ([*EVAL, "sweep.search=optuna", "sweep.num_trials=3"], ["zero_stage=int:1:9"], "zero_stage"),
-        ([*EVAL, "sweep.scheduler=pbt"], ["learning_rate=1e-5,2e-5"], 'Type "asha"'),
+        ([*EVAL, "sweep.scheduler=pbt"], ["seed=1,2"], "`seed` must stay"),
         ([*EVAL, "sweep.scheduler=asha", "num_train_epochs=1"], ["seed=1,2"], "eval_steps=0.1"),
         ([*EVAL, "sweep.scheduler=asha", "sweep.metric=train_loss"], ["seed=1,2"], "eval_loss"),
         ([*EVAL, "sweep.metrik=eval_loss"], ["seed=1,2"], "Did you mean `metric`"),
