@@ -22,7 +22,7 @@ from rayrm.errors import PreemptedError, RayrmError, ScoreError
 from rayrm.inspect_command import add_data
 from rayrm.rl.ending import ON_SIGTERM
 from rayrm.rl_commands import add_refresh, add_rl
-from rayrm.runfile import split_words
+from rayrm.runfile import split_settings, split_words
 from rayrm.serve_commands import (
     MODEL,
     add_publish,
@@ -107,7 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(train)
     evaluate = command("evaluate", _evaluate, "Accuracy of a model on preference pairs, source by source.")
     evaluate.add_argument("model", help=MODEL)
-    evaluate.add_argument("data", nargs="+", help="paths, globs or hub names")
+    evaluate.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="paths, globs or hub names; words such as tie_model=davidson measure by another objective than "
+        "the model's",
+    )
     evaluate.add_argument("--max-pairs", type=int, help="only the first rows of each source")
     evaluate.add_argument("--max-bad-row-fraction", type=float, default=0.01, help="default: 0.01")
     evaluate.add_argument("--json", type=Path, help="also write the metrics here")
@@ -170,12 +176,14 @@ def _train(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     model = model_directory(options.model, options.registry)
+    sources, objective = split_settings(options.data)
     from rayrm.train.launch import evaluate_model
 
     with _progress_line("scoring") as show:
         metrics = evaluate_model(
             model,
-            options.data,
+            sources,
+            objective=objective,
             max_pairs=options.max_pairs,
             max_bad_row_fraction=options.max_bad_row_fraction,
             on_progress=show,
@@ -190,14 +198,17 @@ def _evaluate(options: argparse.Namespace) -> int:
         "longer wins": ("accuracy", "{length_baseline_accuracy:.3f}"),
         "loss": ("loss", "{loss:.4f}"),
         "margin": ("accuracy", "{margin:+.3f}"),
-        # Of completions that have scores, which most sources have none of.
+    }
+    # Of soft labels, ties, rankings and completions that have scores, which most sources have none of.
+    rare = {
+        "brier": ("brier", "{brier:.4f}"),
+        "ties": ("tie_accuracy", "{tie_accuracy:.3f}"),
+        "top": ("top_accuracy", "{top_accuracy:.3f}"),
         "mse": ("mse", "{mse:.4f}"),
         "pearson": ("pearson", "{pearson:.3f}"),
     }
-    shown = {
-        column: form
-        for column, form in columns.items()
-        if column not in ("mse", "pearson") or any(column in found for found in metrics.values())
+    shown = columns | {
+        column: form for column, form in rare.items() if any(form[0] in found for found in metrics.values())
     }
     print_table(
         ("source", *counts, *shown),

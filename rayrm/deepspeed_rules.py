@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rayrm.deepspeed_sections import (
+    QUANTIZED,
     at,
     check_offload,
     check_optimizer,
@@ -43,6 +44,8 @@ _ONLY: Final[dict[tuple[str, ...], tuple[Any, str]]] = {
     ("data_types", "grad_accum_dtype"): ("fp32", "gradients are added up in float32"),
 }
 """A key of DeepSpeed's -> the only value it may have, and why."""
+_NO_NUMBERS: Final = {"aio", "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown"}
+"""How state is read, and what is told."""
 
 
 def read_deepspeed(deepspeed: Table | str) -> Table:
@@ -82,6 +85,21 @@ def resolved_stage(config: RewardConfig) -> int | None:
         return config.zero_stage
     stage = at(read_deepspeed(config.deepspeed), "zero_optimization", "stage")
     return 0 if stage is None else int(stage)
+
+
+def shaping(config: RewardConfig) -> Table | None:
+    """What of the user's file makes other numbers; None: nothing. Where state lies, in what parts, does not.
+
+    What a field says too is equal, and is left to the field.
+    """
+    if config.deepspeed is None:
+        return None
+    table = read_deepspeed(config.deepspeed)
+    zero = {key: value for key, value in (table.pop("zero_optimization", None) or {}).items() if value}
+    zero = {key: value for key, value in zero.items() if key in QUANTIZED}
+    of_fields = {path[0] for path in _SAME} | {"optimizer", "scheduler", "train_batch_size"}
+    kept = {key: value for key, value in table.items() if key not in of_fields | _NO_NUMBERS}
+    return {**kept, **({"zero_optimization": zero} if zero else {})} or None
 
 
 def check_deepspeed(config: RewardConfig) -> list[str]:

@@ -7,6 +7,7 @@ transformers' own documentation ("DeepSpeed", Scheduler). Knows neither deepspee
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -21,9 +22,10 @@ _OPTIMIZERS: Final = ("adam", "adamw")
 _ONLY_ADAMW: Final = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
 _HOW_COMPUTED: Final = {"torch_adam", "fp32_optimizer_states"}
 _OFFLOADED: Final = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+_DEVICES: Final = ("none", "cpu", "nvme")
 # Deprecated names, which DeepSpeed reads as a section with device "cpu".
 _OLD: Final = {"cpu_offload": "offload_optimizer", "cpu_offload_params": "offload_param"}
-_QUANTIZED: Final = (
+QUANTIZED: Final = (
     "zero_quantized_weights",
     "zero_quantized_nontrainable_weights",
     "zero_quantized_gradients",
@@ -134,15 +136,20 @@ def check_offload(table: Table) -> list[str]:
         name = f"deepspeed.zero_optimization.{section}"
         if device == "none":
             continue
-        if device != "cpu":
-            why = "offload to a disk is not there yet" if device == "nvme" else "there is no other"
-            problems.append(f'`{name}.device` ({device!r}) must be "none" or "cpu": {why}.')
+        if device not in _DEVICES:
+            problems.append(f'`{name}.device` ({device!r}) must be "none", "cpu" or "nvme".')
             continue
-        if stage not in stages:
-            at_stages = "3" if stages == (3,) else "1, 2 or 3"
+        if stage not in (stages if device == "cpu" else (3,)):
+            at_stages = "1, 2 or 3" if section == "offload_optimizer" and device == "cpu" else "3"
             problems.append(
                 f"`{name}.device` ({device!r}) is for ZeRO stage {at_stages}, and the stage is {stage}. Set "
                 f"`zero_optimization.stage` to {at_stages}, or delete the section."
+            )
+        path = at(zero, section, "nvme_path")
+        if device == "nvme" and not (isinstance(path, str) and PurePosixPath(path).is_absolute()):
+            problems.append(
+                f"`{name}.nvme_path` ({path!r}) must be an absolute path of a local disk, which is there on "
+                'every node, as "/local_nvme".'
             )
         for key, only in (("ratio", 1), ("super_offload", False)):
             said = at(zero, section, key)
@@ -158,7 +165,7 @@ def check_zero_plus_plus(table: Table, config: RewardConfig) -> list[str]:
     """One line for each rule that the settings of ZeRO++ break."""
     zero = at(table, "zero_optimization") or {}
     stage, size = zero.get("stage", 0), zero.get("zero_hpz_partition_size", 1)
-    chosen = [key for key in _QUANTIZED if zero.get(key)]
+    chosen = [key for key in QUANTIZED if zero.get(key)]
     problems = []
     if stage != 3:
         problems += [
@@ -177,7 +184,7 @@ def check_zero_plus_plus(table: Table, config: RewardConfig) -> list[str]:
 
 def quantized_on_cpu(table: Table) -> str | None:
     """What ZeRO++ cannot do without a GPU, in words; None where it is not asked for."""
-    chosen = [key for key in _QUANTIZED if at(table, "zero_optimization", key)]
+    chosen = [key for key in QUANTIZED if at(table, "zero_optimization", key)]
     if not chosen:
         return None
     return (
@@ -186,6 +193,11 @@ def quantized_on_cpu(table: Table) -> str | None:
     )
 
 
+def uses_nvme(table: Table) -> bool:
+    """Whether optimizer or parameters go to a disk."""
+    return any(at(table, "zero_optimization", section, "device") == "nvme" for section in _OFFLOADED)
+
+
 def offloads_optimizer(table: Table) -> bool:
-    """Whether the optimizer's state lies in host memory."""
+    """Whether the optimizer's state lies in host memory or on a disk."""
     return (at(table, "zero_optimization", "offload_optimizer", "device") or "none") != "none"

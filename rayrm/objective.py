@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
 TieModel = Literal["none", "rao-kupper", "davidson"]
 RankingLoss = Literal["pairwise", "plackett-luce"]
 PointwiseLoss = Literal["none", "mse", "bce"]
+OBJECTIVE_SETTINGS: Final[tuple[str, ...]] = (
+    "center_rewards_coefficient",
+    "label_smoothing",
+    "tie_model",
+    "tie_parameter",
+    "ranking_loss",
+    "pointwise_loss",
+)
+"""The fields of `RewardConfig` that say what is minimized."""
 _TIE_PARAMETER: Final[dict[str, float]] = {"none": 0.0, "rao-kupper": 2.0, "davidson": 1.0}
 """With either, two completions of equal reward tie one time in three."""
 
@@ -41,6 +51,13 @@ class Objective:
             config.ranking_loss,
             config.pointwise_loss,
         )
+
+    @property
+    def settings(self) -> dict[str, float | str]:
+        """What differs from TRL's, by `RewardConfig`'s names: `Objective.of` that gives this one again."""
+        mine, usual = dataclasses.astuple(self), dataclasses.astuple(Objective())
+        triples = zip(OBJECTIVE_SETTINGS, mine, usual, strict=True)
+        return {name: value for name, value, other in triples if value != other}
 
     @property
     def ties(self) -> bool:

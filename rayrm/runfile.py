@@ -71,6 +71,24 @@ def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
     return None, list(words)
 
 
+def split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Words of which some are overrides of `[reward]` (and no file's path): the others, and their settings.
+
+    Raises:
+        ConfigError: an override that has no such form, as in `read_run`.
+    """
+    known = field_names(RewardConfig)
+    others: list[str] = []
+    tables: dict[str, Any] = {}
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if equals and key.strip().removeprefix("reward.") in known and not Path(word).exists():
+            _override(tables, word, {"reward": RewardConfig}, "reward")
+        else:
+            others.append(word)
+    return others, tables.get("reward", {})
+
+
 def sections_of(path: str | Path | None) -> set[str]:
     """The sections that a TOML file has; none of no file. Raises ConfigError for what is no TOML."""
     return set() if path is None else set(read_toml(Path(path)))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from rayrm.errors import ModelError
@@ -22,6 +23,7 @@ from rayrm.model.layout import unwrapped
 logger = logging.getLogger("rayrm.model")
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADS = ("score", "classifier", "classification_head")
 
 
@@ -124,21 +126,34 @@ def adopt_adapter(model: Any) -> None:
     """
     from peft.utils.other import ModulesToSaveWrapper, _set_trainable
 
-    name, head = active_adapter(model), head_name(model)
+    name = active_adapter(model)
     config = model.peft_config[name]
-    wrapped = getattr(unwrapped(model), head)
-    if not isinstance(wrapped, ModulesToSaveWrapper) or name not in wrapped.modules_to_save:
-        # As PEFT does for `task_type="SEQ_CLS"`; where the task was another, or the head has another name.
-        config.modules_to_save = [*(config.modules_to_save or []), head]
-        _set_trainable(model, name, [head], inference_mode=False)
-        logger.warning(
-            "the reward head `%s` was no part of the adapter `%s`: now it is trained and saved with it",
-            head,
-            name,
-        )
-    elif not any(parameter.requires_grad for parameter in wrapped.modules_to_save[name].parameters()):
-        wrapped.modules_to_save[name].requires_grad_(True)
-        logger.warning("the reward head `%s` of the adapter `%s` was frozen: now it is trained", head, name)
+    new, frozen, layered = [], [], []
+    for part in head_parts(model) or [head_name(model)]:
+        held = _part(model, part)
+        if isinstance(held, ModulesToSaveWrapper) and name in held.modules_to_save:
+            if not any(parameter.requires_grad for parameter in held.modules_to_save[name].parameters()):
+                held.modules_to_save[name].requires_grad_(True)
+                frozen.append(part)
+        elif any(hasattr(module, "base_layer") for module in held.modules()):
+            layered.append(part)
+        else:
+            new.append(part)
+    if new:
+        # As PEFT does for `task_type="SEQ_CLS"`; where the task was another, or a part has another name.
+        config.modules_to_save = [*(config.modules_to_save or []), *new]
+        _set_trainable(model, name, new, inference_mode=False)
+    for parts, message in (
+        (new, "the reward head `%s` was no part of the adapter `%s`: now it is trained and saved with it"),
+        (frozen, "the reward head `%s` of the adapter `%s` was frozen: now it is trained"),
+        (
+            layered,
+            "of `%s`, a part of the reward head, only what the adapter `%s` puts on it is trained and saved: "
+            "its own weights must be in the base model's files",
+        ),
+    ):
+        if parts:
+            logger.warning(message, "`, `".join(parts), name)
     if getattr(config.task_type, "value", config.task_type) != "SEQ_CLS":
         logger.info("adapter `%s`: its `task_type` (%s) is now SEQ_CLS", name, config.task_type)
         config.task_type = "SEQ_CLS"
@@ -147,6 +162,13 @@ def adopt_adapter(model: Any) -> None:
         if others & set(path.split(".")):
             parameter.requires_grad_(False)
     _warn_of_a_base_in_memory(model)
+
+
+def _part(model: Any, part: str) -> torch.nn.Module:
+    """One of `head_parts`: a child of the model, or the pooler of its base model."""
+    inner = unwrapped(model)
+    found: torch.nn.Module = getattr(inner, part) if hasattr(inner, part) else getattr(inner.base_model, part)
+    return found
 
 
 def _train_tokens(model: PreTrainedModel, peft_config: Any, tokens: Sequence[int]) -> None:
@@ -182,13 +204,49 @@ def open_adapter(base: PreTrainedModel, directory: Path, *, trainable: bool = Fa
     """A `PeftModel` of `base` with the adapter saved in `directory`."""
     from peft import PeftModel
 
+    own = {name for name, _ in base.named_parameters()}
     try:
-        return PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
+        adapted = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
     except (RuntimeError, ValueError, OSError) as error:
-        raise ModelError(
-            f"adapter `{directory}` does not fit its base model: {error}. Is its base (in its "
-            f"`{ADAPTER_CONFIG}`) the one that it was trained on?"
-        ) from error
+        raise ModelError(_no_fit(directory, " ".join(str(error).split())[:400])) from error
+    # Some models' layers have had other names, by which PEFT finds them.
+    if (file := directory / ADAPTER_WEIGHTS).exists() and not getattr(
+        base, "_checkpoint_conversion_mapping", None
+    ):
+        with safe_open(str(file), framework="numpy") as tensors:
+            stored = set(tensors.keys())
+        if said := misfit(adapted, stored, own):
+            raise ModelError(_no_fit(directory, said))
+    return adapted
+
+
+def misfit(adapted: Any, stored: set[str], own: set[str]) -> str | None:
+    """What of an adapter's file, which `stored` are the names of, found no place, or which places no weights.
+
+    PEFT lets both pass: a base with fewer layers, or a head that stays random, would score otherwise. `own`:
+    weights of the base itself that the file may bring too.
+    """
+    from peft import get_peft_model_state_dict
+
+    # The base's own are known by name, and asking PEFT for them may ask the hub.
+    places = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    left = {name for name in stored - places if name_in_base(name) not in own}
+    for names, said in ((left, "it has no place for"), (places - stored, "the adapter has no weights for")):
+        if names:
+            return f"{said} {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}"
+    return None
+
+
+def name_in_base(stored: str) -> str:
+    """What the base calls a weight that an adapter's file holds; no name of the base where it has none."""
+    return stored.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _no_fit(directory: Path, said: str) -> str:
+    return (
+        f"adapter `{directory}` does not fit its base model: {said}. Is its base (in its `{ADAPTER_CONFIG}`) "
+        "the one that it was trained on?"
+    )
 
 
 def embedding_is_saved(model: Any) -> bool:

@@ -1,7 +1,8 @@
 """Load and save reward models: `AutoModelForSequenceClassification` with one label, in transformers' files.
 
 A saved directory loads in stock transformers and gives the same scores there. Beside the usual files it holds
-`rayrm.json`: the text form the model was trained on, and its pad id. Weights are safetensors, in and out.
+`rayrm.json`: the text form and the objective the model was trained on, and its pad id. Weights are
+safetensors, in and out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +61,8 @@ _SAVED = (
 class LoadedModel:
     """A saved reward model, ready to score: adapters merged, in eval mode.
 
-    `max_positions` is the longest sequence in tokens that the model's positions allow (None: no limit).
+    `max_positions` is the longest sequence in tokens that the model's positions allow (None: no limit);
+    `objective` has the settings of what it was trained on, where they are not the usual ones.
     """
 
     model: PreTrainedModel
@@ -68,6 +70,7 @@ class LoadedModel:
     text_form: TextForm
     pad_token_id: int | None
     max_positions: int | None
+    objective: Mapping[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -257,10 +260,12 @@ def save_model(
     *,
     text_form: TextForm,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    objective: Mapping[str, Any] | None = None,
 ) -> None:
     """Save model and tokenizer as transformers does (PEFT: the adapter), plus `rayrm.json`.
 
-    `state_dict` replaces the model's own where its parameters are sharded.
+    `state_dict` replaces the model's own where its parameters are sharded. `objective`: the settings of what
+    it was trained on (`Objective.settings`), which its evaluation reads.
     """
     inner = unwrapped(model)
     implementation = inner.config._attn_implementation
@@ -277,13 +282,15 @@ def save_model(
     finally:
         inner.config._attn_implementation = implementation
     tokenizer.save_pretrained(str(directory))
-    facts = {
+    facts: dict[str, Any] = {
         "format": 1,
         "text_form": text_form,
         "pad_token_id": inner.config.get_text_config().pad_token_id,
     }
     if is_quantized(inner):
         facts["quantization"] = inner.config.quantization_config.to_dict()
+    if objective:
+        facts["objective"] = dict(objective)
     (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     base = inner.config._name_or_path
     write_card(
@@ -334,7 +341,8 @@ def load_saved(
     if "text_form" not in facts:
         logger.info("%s does not say its text form: taken as %s", name, text_form)
     model = model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))).eval()
-    return LoadedModel(model, tokenizer, text_form, pad_token_id, position_limit(model))
+    objective = facts.get("objective") or {}
+    return LoadedModel(model, tokenizer, text_form, pad_token_id, position_limit(model), objective)
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

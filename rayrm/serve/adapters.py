@@ -22,7 +22,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from rayrm.errors import ModelError
-from rayrm.model.adapters import ADAPTER_CONFIG
+from rayrm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, misfit, name_in_base
 from rayrm.model.layout import unwrapped
 from rayrm.model.reward_model import (
     LoadedModel,
@@ -42,8 +42,6 @@ _APART = ("LORA", "IA3")
 """What PEFT puts beside weights that it only reads. Its other kinds are merged into a base of their own."""
 _READING_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """`init_lora_weights` that leave the base's weights as they are; PiSSA, OLoRA and others change them."""
-_WEIGHTS = "adapter_model.safetensors"
-_IN_PEFT = "base_model.model."
 
 
 class SharedWeights:
@@ -201,9 +199,9 @@ def _load_adapter(directory: Path, config: Any, base: SharedWeights) -> LoadedMo
     """The adapter on the shared base, in eval mode; ModelError where the two do not fit."""
     from peft import PeftModel
 
-    with safe_open(directory / _WEIGHTS, framework="numpy") as tensors:
+    with safe_open(directory / ADAPTER_WEIGHTS, framework="numpy") as tensors:
         stored = set(tensors.keys())
-    named = {_name_in_base(name) for name in stored}
+    named = {name_in_base(name) for name in stored}
     # Biases that were trained, embeddings that were saved: PEFT copies them over the base's, so not ours.
     apart = set(config.modules_to_save or ())  # PEFT makes its own copy of those
     copied = {
@@ -219,7 +217,8 @@ def _load_adapter(directory: Path, config: Any, base: SharedWeights) -> LoadedMo
         )
     except (ValueError, RuntimeError, KeyError) as error:
         raise ModelError(_no_fit(directory, base, " ".join(str(error).split())[:400])) from error
-    _check_complete(adapted, stored, copied, directory, base)
+    if said := misfit(adapted, stored, copied):
+        raise ModelError(_no_fit(directory, base, said))
     facts = read_facts(directory)
     tokenizer = load_tokenizer(str(directory))
     pad_token_id = facts.get("pad_token_id", tree.config.get_text_config().pad_token_id)
@@ -230,29 +229,6 @@ def _load_adapter(directory: Path, config: Any, base: SharedWeights) -> LoadedMo
         "conversational" if getattr(tokenizer, "chat_template", None) else "standard"
     )
     return LoadedModel(adapted.to(base.device).eval(), tokenizer, form, pad_token_id, limit)
-
-
-def _check_complete(
-    adapted: Any, stored: set[str], copied: set[str], directory: Path, base: SharedWeights
-) -> None:
-    """Raise ModelError where weights of the adapter found no place in the base, or places no weights.
-
-    PEFT lets both pass: a base with fewer layers, or a head that stays random, would score otherwise.
-    """
-    from peft import get_peft_model_state_dict
-
-    # The base's own are known by name, and asking PEFT for them may ask the hub.
-    places = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    left = {name for name in stored - places if _name_in_base(name) not in copied}
-    for names, said in ((left, "it has no place for"), (places - stored, "the adapter has no weights for")):
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
-            raise ModelError(_no_fit(directory, base, f"{said} {shown}"))
-
-
-def _name_in_base(stored: str) -> str:
-    """What the base calls a weight that an adapter's file holds; no name of the base where it has none."""
-    return stored.removeprefix(_IN_PEFT).replace(".base_layer.", ".")
 
 
 def _no_fit(directory: Path, base: SharedWeights, said: str) -> str:

@@ -305,7 +305,7 @@ def _merge_adapter(saved: SavedFiles, into: Path) -> None:
             f"adapter {str(saved.directory)!r} cannot be merged into its base: {error}. Make the base's "
             "directory readable at the path in adapter_config.json, or publish with `merge_lora=False`."
         ) from error
-    save_model(loaded.model, loaded.tokenizer, into, text_form=loaded.text_form)
+    save_model(loaded.model, loaded.tokenizer, into, text_form=loaded.text_form, objective=loaded.objective)
 
 
 def _card(manifest: Mapping[str, Any], *, has_run: bool) -> str:

@@ -83,6 +83,19 @@ class ModelSource:
         return given.peft_config[active_adapter(given)] if is_adapted(given) else None
 
 
+def trains_tokens(source: ModelSource, config: RewardConfig, tokenizer: Any) -> bool:
+    """Whether an adapter that is put on the model would train the embeddings of single tokens (PEFT)."""
+    adapter = source.peft_config
+    if adapter is None or not isinstance(source.model, str):
+        return False
+    if getattr(adapter, "trainable_token_indices", None) or source.new_tokens:
+        return True
+    found = check_name(
+        source.model, config.model_init_kwargs or {}, trust_remote_code=config.trust_remote_code
+    )
+    return len(tokenizer) > int(found.get_text_config().vocab_size)
+
+
 def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> torch.nn.Module:
     """The model ready to be wrapped by an engine, in train mode, on the CPU or where it was given."""
     model = source.model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rayrm.config import RewardConfig
-from rayrm.deepspeed_rules import check_one_optimizer
 from rayrm.model.forward import PackedScorer
 from rayrm.train.engine import Engine, TorchEngine
 from rayrm.train.optimizer import Optimizers, OptimizerSpec, make_optimizer, make_scheduler
@@ -21,8 +20,6 @@ def build_engine(
     given: Optimizers | None = None,
 ) -> Engine:
     """`wanted`: the optimizer, where it is not the one that `config` names; `given`: one that is there."""
-    if wanted is not None:
-        check_one_optimizer(config)
     optimizer, scheduler = given or (make_optimizer(module, config, wanted), None)
     scheduler = scheduler or make_scheduler(optimizer, config, num_steps)
     if config.zero_stage is None and config.deepspeed is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,13 @@ _LAST = ("config.json", ADAPTER_CONFIG)
 class ModelExport:
     """Made before an engine wraps or shards the model."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Any, text_form: TextForm) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        text_form: TextForm,
+        objective: Mapping[str, Any] | None = None,
+    ) -> None:
         hollow: dict[int, Any] = {}
         for parameter in model.parameters():
             hollow[id(parameter)] = torch.nn.Parameter(_empty(parameter), requires_grad=False)
@@ -46,7 +52,7 @@ class ModelExport:
             hollow[id(buffer)] = _empty(buffer)
         self._stand_in = copy.deepcopy(model, hollow)
         self._tokenizer = tokenizer
-        self._text_form = text_form
+        self._text_form, self._objective = text_form, objective
 
     def take(
         self,
@@ -83,7 +89,14 @@ class ModelExport:
 
     def save(self, directory: Path, weights: dict[str, torch.Tensor]) -> None:
         """Write these weights, or a part of them, and what comes with a model."""
-        save_model(self._stand_in, self._tokenizer, directory, text_form=self._text_form, state_dict=weights)
+        save_model(
+            self._stand_in,
+            self._tokenizer,
+            directory,
+            text_form=self._text_form,
+            state_dict=weights,
+            objective=self._objective,
+        )
 
     def save_weights(self, file: Path, weights: dict[str, torch.Tensor]) -> None:
         """Write a part of the weights alone, as `save_pretrained` does, which does so on rank 0 only."""
@@ -122,6 +135,7 @@ def save_trained(
     *,
     text_form: TextForm,
     gathered: dict[str, torch.Tensor] | None,
+    objective: Mapping[str, Any] | None = None,
 ) -> None:
     """Save the model at the end of its run; `gathered` are its weights where it holds parts only.
 
@@ -132,7 +146,7 @@ def save_trained(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
-        save_model(model, tokenizer, aside, text_form=text_form, state_dict=gathered)
+        save_model(model, tokenizer, aside, text_form=text_form, state_dict=gathered, objective=objective)
         move_saved(aside, output_dir)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)

@@ -14,10 +14,11 @@ from rayrm.config import RewardConfig
 from rayrm.data.tokenize import prepare_tokenizer
 from rayrm.errors import ConfigError
 from rayrm.model.reward_model import load_tokenizer
-from rayrm.train.build import ModelSource
+from rayrm.train.build import ModelSource, trains_tokens
 from rayrm.train.rundir import check_writable
 from rayrm.train.storage import check_storage, storage_environment
 from rayrm.train.trackers import check_trackers, tracker_environment
+from rayrm.train.zero_init import check_tokens_in_parts
 
 
 def absolute(name: Any) -> Any:
@@ -117,6 +118,17 @@ def tokenizer_of(
         chat_template_path=args.chat_template_path,
     )
     return prepared, tuple(sorted(set(prepared.get_vocab().values()) - before))
+
+
+def check_tokens(source: ModelSource, args: RewardConfig, tokenizer: Any, scaling_config: Any) -> None:
+    """Raise ConfigError where workers could not make an adapter's part of new tokens' embeddings."""
+    num_workers = 0 if scaling_config is None else int(scaling_config.num_workers or 0)
+    if args.zero_init and num_workers > 1:
+        check_tokens_in_parts(
+            args,
+            trains_tokens=trains_tokens(source, args, tokenizer),
+            on_cpu=args.use_cpu or not scaling_config.use_gpu,
+        )
 
 
 def check_places(args: RewardConfig, output_dir: Path) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import glob
 import logging
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from rayrm.data.ingest import ingest
 from rayrm.data.labels import LabelRules
 from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenized_set import TokenizedSet
-from rayrm.errors import ClusterError, DataError, MissingExtraError, RayrmError
+from rayrm.errors import ClusterError, ConfigError, DataError, MissingExtraError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import LoadedModel, load_saved
-from rayrm.objective import Objective
+from rayrm.objective import OBJECTIVE_SETTINGS, Objective
 from rayrm.own_ray import ensure_ray, keeping_handlers
 from rayrm.runfile import Run, dump_run, read_run
 from rayrm.train.build import ModelSource, check_source
@@ -239,36 +239,53 @@ def evaluate_model(
     max_pairs: int | None = None,
     max_bad_row_fraction: float = 0.01,
     on_progress: Callable[[str, int, int], None] | None = None,
+    objective: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Metrics of a saved model on each source, by the source's name, and on "all" where there are several.
 
-    Equal ranks are not compared; completions that have scores are measured against them, as `pointwise_loss`
-    "mse" trains.
+    They are those of the run that trained it: its objective is kept with the model (`rayrm.json`), and is
+    TRL's where nothing is. A model trained without a loss of scores is measured against them as
+    `pointwise_loss` "mse" trains.
 
     Args:
+        objective: settings of `RewardConfig` (`OBJECTIVE_SETTINGS`) to take instead of the model's own.
         max_pairs: read only the first rows of each source, this many. A pair beyond the model's position
             limit is left out and counted, as in training.
         on_progress: called with (source, rows done, rows in all).
 
     Raises:
         ModelError: no saved reward model. DataError: a source that is missing, bad, or of the other text
-            form than the model.
+            form than the model. ConfigError: settings that are no objective.
     """
     show_logs()
     if not sources:
         raise DataError("there is nothing to evaluate on. Give at least one path, glob or hub name.")
     loaded = load_saved(model)
+    chosen = _objective_of(loaded.objective, objective or {})
     metrics: dict[str, dict[str, float]] = {}
     parts: list[_ScoredSet] = []
     for source in sources:
         name = masked(str(source))
-        rows = _ingest_for(loaded, source, name, max_pairs, max_bad_row_fraction)
+        rows = _ingest_for(loaded, source, name, max_pairs, max_bad_row_fraction, chosen)
         scored = _score(loaded, rows, name, on_progress)
-        metrics[name] = _metrics([scored])
+        metrics[name] = _metrics([scored], chosen)
         parts.append(scored)
     if len(parts) > 1:
-        metrics["all"] = _metrics(parts)
+        metrics["all"] = _metrics(parts, chosen)
     return metrics
+
+
+def _objective_of(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> Objective:
+    settings = {**saved, **asked}
+    if "tie_model" in asked and "tie_parameter" not in asked:
+        settings.pop("tie_parameter", None)  # of the model's own way with ties
+    if unknown := sorted(set(settings) - set(OBJECTIVE_SETTINGS)):
+        raise ConfigError(
+            f"`{unknown[0]}` is no setting of an objective. Type one of {', '.join(OBJECTIVE_SETTINGS)}."
+        )
+    chosen = Objective.of(RewardConfig(bf16=False, **settings))
+    # Scores of completions are measured, whatever the model was trained on.
+    return chosen if chosen.pointwise_loss != "none" else dataclasses.replace(chosen, pointwise_loss="mse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +295,12 @@ class _ScoredSet:
 
 
 def _ingest_for(
-    loaded: LoadedModel, source: Any, name: str, max_pairs: int | None, max_bad_row_fraction: float
+    loaded: LoadedModel,
+    source: Any,
+    name: str,
+    max_pairs: int | None,
+    max_bad_row_fraction: float,
+    objective: Objective,
 ) -> TokenizedSet:
     rows = ingest(
         source,
@@ -287,7 +309,7 @@ def _ingest_for(
         max_rows=max_pairs,
         max_bad_row_fraction=max_bad_row_fraction,
         name=name,
-        labels=LabelRules(pointwise="mse"),
+        labels=LabelRules.of(objective),
     )
     form = rows.report.text_form
     if form not in (loaded.text_form, "tokenized"):
@@ -311,7 +333,7 @@ def _score(
     return _ScoredSet(rows.index, score_model(loaded.model, rows, config, on_progress=progress))
 
 
-def _metrics(parts: Sequence[_ScoredSet]) -> dict[str, float]:
+def _metrics(parts: Sequence[_ScoredSet], objective: Objective) -> dict[str, float]:
     scores = np.concatenate([part.scores for part in parts])
     index = RowIndex.joined([part.index for part in parts])
-    return evaluate_scores(scores, index, Objective(pointwise_loss="mse"))
+    return evaluate_scores(scores, index, objective)

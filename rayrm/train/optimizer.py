@@ -11,6 +11,7 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from rayrm.config import RewardConfig
+from rayrm.deepspeed_rules import check_one_optimizer
 from rayrm.errors import ConfigError
 
 logger = logging.getLogger("rayrm.train")
@@ -66,6 +67,8 @@ def check_optimizers(
     has_adapter: bool,
 ) -> Optimizers | None:
     """`optimizers` as the trainer was given them; None for (None, None). Raises ConfigError."""
+    if spec is not None:
+        check_one_optimizer(config)
     optimizer, scheduler = given
     if optimizer is None and scheduler is None:
         return None

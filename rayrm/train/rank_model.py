@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from rayrm.config import RewardConfig
+from rayrm.deepspeed_rules import resolved_stage
 from rayrm.model.attention_path import choose_path
 from rayrm.model.cost import attention_weight_of
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import Layout, choose_layout, unwrapped
 from rayrm.model.offload import offload_activations
+from rayrm.objective import Objective
 from rayrm.train.budget import decide_budget
-from rayrm.train.build import build_model
+from rayrm.train.build import build_model, trains_tokens
 from rayrm.train.build_engine import build_engine
 from rayrm.train.engine import Engine
 from rayrm.train.export import ModelExport
@@ -49,7 +51,7 @@ def _export(model: torch.nn.Module, job: TrainJob, rank: Rank) -> ModelExport | 
     shards = shards_files(job.config, model, rank.count)
     if not shards and rank.index > 0:
         return None
-    export = ModelExport(model, job.tokenizer, job.text_form)
+    export = ModelExport(model, job.tokenizer, job.text_form, Objective.of(job.config).settings)
     return ShardExport(export, rank.index, rank.count) if shards else export
 
 
@@ -64,7 +66,8 @@ def build_rank_model(
             logger.info("%s", message)
 
     name = job.source.model if isinstance(job.source.model, str) and job.built is None else None
-    parted = builds_in_parts(name, config, rank, hosts, say)
+    tokens = resolved_stage(config) == 3 and trains_tokens(job.source, config, job.tokenizer)
+    parted = builds_in_parts(name, config, rank, hosts, say, trains_tokens=tokens)
     with in_parts(config, rank.device) if parted else contextlib.nullcontext():
         built = job.built if job.built is not None else build_model(job.source, config, job.tokenizer)
         model = built.to(rank.device)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrm.config import RewardConfig
+from rayrm.deepspeed_rules import shaping
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from rayrm.runfile import dump_run, read_run
 from rayrm.train.checkpoint import IDENTITY, MANIFEST, RUN, checkpoints, read_state, verify_checkpoint
@@ -45,8 +46,8 @@ _FREE = {
     "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size",
     "eval_delay", "save_strategy", "save_steps", "save_total_limit",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_revision",
-    # The same numbers, kept elsewhere; and what `shuffle` says.
-    "activation_offloading", "train_sampling_strategy",
+    # The same numbers, kept elsewhere or in other parts; and what `shuffle` says.
+    "zero_stage", "activation_offloading", "train_sampling_strategy",
     # Until a loss is not finite, both values do the same.
     "nonfinite_loss",
     "log_rows",
@@ -97,7 +98,7 @@ def identity_of(
         "rows_per_step": rows_per_step,
         "order": ORDER,
         "optimizer": None if optimizer is None else f"{optimizer[0].__qualname__} {_plain(optimizer[1])}",
-        **_plain(settings),
+        **_plain({**settings, "deepspeed": shaping(config)}),
     }
 
 

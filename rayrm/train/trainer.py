@@ -39,6 +39,7 @@ from rayrm.train.evaluation import Scores, score_model, speed_of
 from rayrm.train.given import (
     absolute,
     check_places,
+    check_tokens,
     check_types,
     environment,
     resolved_args,
@@ -135,6 +136,7 @@ class RewardTrainer(ScriptCalls):
         self.processing_class, added = tokenizer_of(processing_class, self._source, self.args)
         self._adapter = self._source.adapter
         self._source = dataclasses.replace(self._source, new_tokens=added)
+        check_tokens(self._source, self.args, self.processing_class, scaling_config)
         self.args = with_collator(self.args, data_collator, self.processing_class)
         check_places(self.args, self.output_dir)
         # Aside until the output directory is this run's; see `_claim`.
@@ -268,7 +270,8 @@ class RewardTrainer(ScriptCalls):
             model = self.model
             if self.args.merge_on_save and is_adapted(model):
                 model = copy.deepcopy(model).merge_and_unload()
-            save_model(model, self.processing_class, directory, text_form=self.text_form)
+            objective = Objective.of(self.args).settings
+            save_model(model, self.processing_class, directory, text_form=self.text_form, objective=objective)
         if self.args.push_to_hub and not _internal_call:
             self._hub.push(directory, "Model save")
 

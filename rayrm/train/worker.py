@@ -38,6 +38,7 @@ from rayrm.train.hub import HubRepository
 from rayrm.train.job import TrainJob
 from rayrm.train.leg import keeping_settings
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
+from rayrm.train.nvme import nvme_folders
 from rayrm.train.preemption import Notice
 from rayrm.train.rank import Hosts, Rank
 from rayrm.train.rank_model import build_rank_model
@@ -67,6 +68,7 @@ def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Modu
         rank, hosts = Rank.here(use_cpu=job.config.use_cpu), Hosts()
         # Before anything of the directory is read or written; around whatever writes there.
         around.enter_context(only_writer(job.output_dir, rank.index, hosts))
+        around.enter_context(nvme_folders(job.config, rank, hosts))
         return _RankRun(job, rank, hosts, report, around).train()
 
 
@@ -350,6 +352,7 @@ class _RankRun:
                     self.job.output_dir,
                     text_form=self.job.text_form,
                     gathered=gathered,
+                    objective=self.objective.settings,
                 )
             except CheckpointError as error:
                 problems.append(str(error))

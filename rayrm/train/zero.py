@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,16 @@ from rayrm.train.engine_state import (
     whole_holdings,
 )
 from rayrm.train.host_memory import HostMemory
+from rayrm.train.nvme import buffers_told, in_own_folders
 from rayrm.train.precision import Precision
-from rayrm.train.zero_state import inner_optimizer, loss_scaler, partition_holdings, share_weights, spread
+from rayrm.train.zero_state import (
+    forget_state_on_disk,
+    inner_optimizer,
+    loss_scaler,
+    partition_holdings,
+    share_weights,
+    spread,
+)
 
 logger = logging.getLogger("rayrm.train")
 # What DeepSpeed's own profiler and monitor count by.
@@ -85,6 +93,7 @@ def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: in
     if stage > 0:
         # Overlapped communication is for managed accumulation.
         chosen["zero_optimization"]["overlap_comm"] = False
+    chosen["zero_optimization"] = in_own_folders(chosen["zero_optimization"])
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
         chosen["torch_autocast"] = {"enabled": True, "dtype": dtype}
@@ -103,6 +112,14 @@ def import_deepspeed(device: torch.device) -> Any:
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
     return deepspeed
+
+
+def async_io_builder(device: torch.device) -> Any:
+    """What loads DeepSpeed's reading and writing of disks, and knows whether this machine can."""
+    import_deepspeed(device)
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return AsyncIOBuilder()
 
 
 def gathered(parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[None]:
@@ -191,13 +208,14 @@ class DeepSpeedEngine:
             optimizer.register_step_pre_hook(self._clip)
         if offloads_optimizer(settings) and on_first_rank():
             logger.info("the optimizer's state is offloaded, and torch's own steps over it on the CPU")
-        self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config=settings,
-            dist_init_required=False,
-        )
+        with buffers_told():
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                lr_scheduler=scheduler,
+                config=settings,
+                dist_init_required=False,
+            )
         if self._stage == 3:
             share_weights(self._engine.optimizer)
 
@@ -258,10 +276,10 @@ class DeepSpeedEngine:
                 for mark in [key for key in vars(parameter) if key.startswith("ds_")]:
                     delattr(parameter, mark)
 
-    def _holdings(self) -> list[Holding]:
+    def _holdings(self, *, changes: bool = False) -> Iterable[Holding]:
         if self._stage == 0:
             return whole_holdings(self.module, inner_optimizer(self._engine, 0))
-        return partition_holdings(self._engine.optimizer, self._stage, self._names())
+        return partition_holdings(self._engine.optimizer, self._stage, self._names(), changes=changes)
 
     def _names(self) -> dict[torch.Tensor, str]:
         return {parameter: name for name, parameter in self.module.named_parameters()}
@@ -277,7 +295,8 @@ class DeepSpeedEngine:
         reader = StateReader(directory)
         optimizer = inner_optimizer(self._engine, self._stage)
         reader.check(optimizer, [n for n, p in self.module.named_parameters() if p.requires_grad])
-        restore_state(optimizer, self._holdings(), reader)
+        forget_state_on_disk(self._engine.optimizer)
+        restore_state(optimizer, self._holdings(changes=True), reader)
         if self._stage > 0:
             spread(self._engine.optimizer, self._stage, self._names(), reader)
         self.scheduler.load_state_dict(reader.common["scheduler"])

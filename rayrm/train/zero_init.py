@@ -21,6 +21,7 @@ from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import read_deepspeed, resolved_stage
 from rayrm.errors import ConfigError
 from rayrm.model.adapters import ADAPTER_CONFIG
+from rayrm.train.nvme import buffers_told, in_own_folders
 from rayrm.train.rank import Hosts, Rank
 from rayrm.train.system_memory import available_memory
 
@@ -30,9 +31,18 @@ _DTYPES = ("float32", torch.float32)
 
 
 def builds_in_parts(
-    name: str | None, config: RewardConfig, rank: Rank, hosts: Hosts, say: Callable[[str], None]
+    name: str | None,
+    config: RewardConfig,
+    rank: Rank,
+    hosts: Hosts,
+    say: Callable[[str], None],
+    *,
+    trains_tokens: bool = False,
 ) -> bool:
-    """Whether the ranks load the model `name` (None: it is in memory) in parts; every rank calls this."""
+    """Whether the ranks load the model `name` (None: it is in memory) in parts; every rank calls this.
+
+    `trains_tokens`: an adapter trains embeddings of single tokens.
+    """
     if config.zero_init is False or resolved_stage(config) != 3:
         return False
     check_zero_init_of(name, config)
@@ -43,7 +53,7 @@ def builds_in_parts(
     if config.zero_init:
         say("`zero_init`: the model is loaded in parts")
         return True
-    if name is None or _what_is_against(name, config):
+    if name is None or _what_is_against(name, config) or (trains_tokens and rank.device.type == "cpu"):
         return False
     needed = 4 * _num_parameters(name, config) * int(os.environ.get("LOCAL_WORLD_SIZE", rank.count))
     free = available_memory()
@@ -62,6 +72,19 @@ def check_zero_init_of(name: str | None, config: RewardConfig) -> None:
     """Raise ConfigError where `zero_init` asks for parts of a model that cannot be loaded so."""
     if config.zero_init and (against := _what_is_against(name, config)):
         raise ConfigError(f"`zero_init` (True) cannot load this model: {against}. Leave `zero_init` out.")
+
+
+def check_tokens_in_parts(config: RewardConfig, *, trains_tokens: bool, on_cpu: bool) -> None:
+    """Raise ConfigError where an adapter would train single tokens of an embedding that is in parts.
+
+    PEFT 0.21 gathers their rows on a CUDA device, whatever the model is on (`TrainableTokensLayer`).
+    """
+    if config.zero_init and trains_tokens and on_cpu:
+        raise ConfigError(
+            "`zero_init` (True) on CPUs: the adapter trains embeddings of single tokens, which PEFT takes "
+            "from a model in parts on GPUs only. Leave `zero_init` out, or train on GPUs "
+            "(`cluster.use_gpu=true`)."
+        )
 
 
 def _what_is_against(name: str | None, config: RewardConfig) -> str:
@@ -102,11 +125,17 @@ def in_parts(config: RewardConfig, device: torch.device) -> Iterator[None]:
         dist_init_required=False,
     )
     chosen: dict[str, Any] = {} if config.deepspeed is None else read_deepspeed(config.deepspeed)
-    section = {**chosen.get("zero_optimization", {}), "stage": 3}
+    table: dict[str, Any] = {
+        "zero_optimization": {**in_own_folders(chosen.get("zero_optimization", {})), "stage": 3},
+        "train_micro_batch_size_per_gpu": 1,
+    }
+    if "aio" in chosen:
+        table["aio"] = chosen["aio"]  # parts go to the disk as they are made
     # transformers keeps no reference of its own.
-    alive = HfDeepSpeedConfig({"zero_optimization": section, "train_micro_batch_size_per_gpu": 1})
+    alive = HfDeepSpeedConfig(table)
     try:
-        yield
+        with buffers_told():
+            yield
     finally:
         unset_hf_deepspeed_config()
         del alive

@@ -6,6 +6,8 @@ flat sub-groups (stage 3).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,9 +39,20 @@ def share_weights(zero: Any) -> None:
             master.data = weights.data
 
 
-def partition_holdings(zero: Any, stage: int, names: dict[torch.Tensor, str]) -> list[Holding]:
-    """This rank's partitions under stage 1, 2 or 3; `zero` is DeepSpeed's optimizer."""
-    return _sub_groups(zero, names) if stage == 3 else _flat_groups(zero, names)
+def partition_holdings(
+    zero: Any, stage: int, names: dict[torch.Tensor, str], *, changes: bool
+) -> Iterable[Holding]:
+    """This rank's partitions under stage 1, 2 or 3; `zero` is DeepSpeed's optimizer.
+
+    One that lies on a disk is in memory while it is the current one, then written back where it `changes`.
+    """
+    return _sub_groups(zero, names, changes) if stage == 3 else _flat_groups(zero, names)
+
+
+def forget_state_on_disk(zero: Any) -> None:
+    """Let other state take the place of what the optimizer has on a disk, of which DeepSpeed keeps a list."""
+    if getattr(zero, "swap_optimizer", False):
+        zero.optimizer_swapper.purge_state()
 
 
 def _flat_groups(zero: Any, names: dict[torch.Tensor, str]) -> list[Holding]:
@@ -56,8 +69,23 @@ def _flat_groups(zero: Any, names: dict[torch.Tensor, str]) -> list[Holding]:
     return holdings
 
 
-def _sub_groups(zero: Any, names: dict[torch.Tensor, str]) -> list[Holding]:
-    holdings = []
+@contextlib.contextmanager
+def _in_memory(zero: Any, index: int, changes: bool) -> Iterator[None]:
+    """Inside, a sub-group of stage 3 and its optimizer state are in memory, wherever they lie."""
+    if not zero._swappable_optimizer_subgroup(index):
+        yield
+        return
+    zero._optimizer_states_and_gradient_swap_in(index)
+    try:
+        yield
+    finally:
+        if changes:
+            zero._optimizer_states_and_gradient_swap_out(index)
+        else:
+            zero._release_swap_buffers(index)
+
+
+def _sub_groups(zero: Any, names: dict[torch.Tensor, str], changes: bool) -> Iterator[Holding]:
     for index, partition in enumerate(zero.fp32_partitioned_groups_flat):
         spans = []
         for parameter in zero.fp16_groups[index]:
@@ -67,8 +95,8 @@ def _sub_groups(zero: Any, names: dict[torch.Tensor, str]) -> list[Holding]:
             count = min(width, parameter.ds_numel - start)
             if count > 0:
                 spans.append(Span(names[parameter], tuple(parameter.ds_shape), start, at, count))
-        holdings.append(Holding(partition, spans, zero.sub_group_to_group_id[index]))
-    return holdings
+        with _in_memory(zero, index, changes):
+            yield Holding(partition, spans, zero.sub_group_to_group_id[index])
 
 
 def spread(zero: Any, stage: int, names: dict[torch.Tensor, str], reader: StateReader) -> None:
@@ -82,5 +110,6 @@ def spread(zero: Any, stage: int, names: dict[torch.Tensor, str], reader: StateR
         return
     zero.checkpoint_event_prologue()
     for index in range(len(zero.fp32_partitioned_groups_flat)):
-        zero._reassign_or_swap_out_partitioned_parameters(index)
+        with _in_memory(zero, index, changes=False):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
     zero.checkpoint_event_epilogue()

@@ -1,10 +1,12 @@
 """Law 1 with optimizer or parameters offloaded and with ZeRO++'s partition: where state lies changes nothing.
 
 Each run saves checkpoints, and is run once more, stopped in the middle and resumed, which gives its bits.
+Offload to a disk needs libaio's headers and a compiler; without them its tests are skipped.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,17 @@ import torch
 from rayrm.errors import ConfigError
 from rayrm.train.worker import train_rank
 from rayrm.train.zero import DeepSpeedEngine
-from tests.numerics.ranks import GATHERED, Variant, job_of, outcome_of, run_variants, tokenized
+from tests.numerics.ranks import (
+    GATHERED,
+    Variant,
+    _rank_main,
+    job_of,
+    outcome_of,
+    run_variants,
+    tokenized,
+)
 from tests.numerics.test_same_gradients import differences, untimed
+from tests.tiny import save_tiny
 
 # Training and its repetition for all forms in one fixture.
 pytestmark = pytest.mark.timeout(1200)
@@ -98,6 +109,142 @@ def test_an_offloaded_optimizer_keeps_copies_and_its_state_apart_from_the_model(
     settings = {**STEP, "max_steps": 1, "deepspeed": {"zero_optimization": FORMS["optimizer_2"]}}
     train_rank(job_of(Variant("run", settings), tmp_path, tokenized(8)), lambda record: None)
     assert seen == [True]
+
+
+def has_libaio() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))
+
+
+needs_libaio = pytest.mark.skipif(not has_libaio(), reason="libaio's headers are not installed (libaio-dev)")
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model's partitions go to the disk, where DeepSpeed begins with 1 MiB."""
+    from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
+
+    for module in (optimizer_utils, partitioned_param_swapper):
+        monkeypatch.setattr(module, "MIN_AIO_BYTES", 1024)
+
+
+NVME: dict[str, Any] = {"device": "nvme", "pin_memory": False}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "optimizer": {"offload_optimizer": NVME},
+    "parameters": {"offload_param": {**NVME, "buffer_size": 100_000}},
+    "both": {
+        "offload_optimizer": {**NVME, "pipeline_read": True, "pipeline_write": True, "buffer_count": 10},
+        "offload_param": {**NVME, "buffer_size": 100_000},
+    },
+}
+
+
+def on_disk(disk: Path, sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    placed = {name: {**section, "nvme_path": str(disk)} for name, section in sections.items()}
+    # Several groups of parameters, each read and written by itself.
+    zero = {**THREE, "sub_group_size": 20_000, **placed}
+    return {**STEP, "deepspeed": {"zero_optimization": zero, "aio": {"block_size": 1024}}}
+
+
+@needs_libaio
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("sections", SECTIONS)
+def test_state_on_a_disk_is_trained_saved_and_resumed_as_state_in_memory(
+    tmp_path: Path, sections: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, rows = tmp_path / "disk", tokenized(38)
+    budget = 2 * max(len(row.ids) for row in rows)
+    plain = Variant("plain", {**STEP, "per_device_train_batch_size": 4}, max_tokens=budget)
+    settings = {**on_disk(disk, SECTIONS[sections]), "per_device_train_batch_size": 4}
+    whole = Variant("whole", settings, max_tokens=budget)
+    resumed = replace(whole, name="resumed", stop_in=8)
+    moved = replace(whole, name="moved", stop_in=8, left=True)
+    files = written(monkeypatch)
+    run_variants([plain, whole, resumed, moved, replace(plain, name="moved")], tmp_path, rows)
+    assert {file.split("/")[0] for file in files} == {"zero_stage_3"}
+    kinds = {"optimizer" if "/optimizer/" in file else "parameters" for file in files}
+    assert kinds == ({"optimizer", "parameters"} if sections == "both" else {sections})
+    outcome = outcome_of(tmp_path / "whole")
+    for name in ("plain", "moved"):
+        assert differences(outcome_of(tmp_path / name), outcome) == []
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "resumed")
+    again = outcome_of(tmp_path / "resumed").weights
+    assert all(torch.equal(weight, again[name]) for name, weight in outcome.weights.items())
+    assert list(disk.iterdir()) == []
+
+
+def _rank_of_small_files(*spawned: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
+
+        for module in (optimizer_utils, partitioned_param_swapper):
+            patch.setattr(module, "MIN_AIO_BYTES", 1024)
+        _rank_main(*spawned)
+
+
+@needs_libaio
+def test_ranks_that_load_parts_of_a_model_keep_them_on_a_disk(tmp_path: Path) -> None:
+    base, disk, rows = save_tiny(tmp_path / "base", seed=1), tmp_path / "disk", tokenized(38)
+    reference = Variant("reference", {**STEP, "per_device_train_batch_size": 4}, loaded=base)
+    settings = {**on_disk(disk, SECTIONS["both"]), "zero_init": True}
+    parts = Variant("parts", settings, num_ranks=2, loaded=base)
+    run_variants([reference], tmp_path, rows)
+    spawned = (2, tmp_path / "store", [parts], tmp_path, rows)
+    torch.multiprocessing.spawn(_rank_of_small_files, spawned, nprocs=2)
+    assert differences(outcome_of(tmp_path / "parts"), outcome_of(tmp_path / "reference")) == []
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) == 2
+    assert list(disk.iterdir()) == []
+
+
+def written(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The files that runs from here on leave in their folders on the disk, just before they are deleted."""
+    found: set[str] = set()
+    delete = shutil.rmtree
+
+    def look(folder: Any, **options: Any) -> None:
+        found.update(str(file.relative_to(folder)) for file in Path(folder).rglob("*.swp"))
+        delete(folder, **options)
+
+    monkeypatch.setattr("rayrm.train.nvme.shutil.rmtree", look)
+    return found
+
+
+@needs_libaio
+@pytest.mark.usefixtures("small_files")
+def test_a_buffer_that_is_too_small_for_a_weight_is_refused_with_what_to_set(tmp_path: Path) -> None:
+    sections = {"offload_param": {**NVME, "buffer_size": 300}}
+    job = job_of(Variant("run", on_disk(tmp_path / "disk", sections)), tmp_path, tokenized(8))
+    with pytest.raises(ConfigError, match=r"buffer size 300. Set `\S*offload_param.buffer_size` to"):
+        train_rank(job, lambda record: None)
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_without_libaio_a_disk_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    job = job_of(Variant("run", on_disk(tmp_path / "disk", SECTIONS["optimizer"])), tmp_path, tokenized(8))
+    with pytest.raises(ConfigError, match="apt-get install libaio-dev"):
+        train_rank(job, lambda record: None)
+    assert not (tmp_path / "disk").exists()
+
+
+def test_an_operator_that_cannot_be_compiled_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no ninja")
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
+    monkeypatch.setattr(AsyncIOBuilder, "load", load)
+    job = job_of(Variant("run", on_disk(tmp_path / "disk", SECTIONS["optimizer"])), tmp_path, tokenized(8))
+    with pytest.raises(ConfigError, match=r"`async_io`.*no ninja"):
+        train_rank(job, lambda record: None)
 
 
 def test_zero_plus_plus_partitions_must_divide_the_workers(tmp_path: Path) -> None:

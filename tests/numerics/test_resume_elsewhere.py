@@ -33,10 +33,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "momentum": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.003, "max_grad_norm": 0.0},
     "lora": {"optim": "adamw_torch", "learning_rate": 1e-2},
 }
+CPU = {"device": "cpu"}
 STAGES: dict[str, dict[str, Any]] = {
     "torch": {},
     **{f"zero{stage}": {"zero_stage": stage} for stage in range(4)},
     "gathered": GATHERED,
+    "offloaded2": {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": CPU}}},
+    "offloaded3": {
+        "deepspeed": {
+            "zero_optimization": {
+                **GATHERED["deepspeed"]["zero_optimization"],
+                "offload_optimizer": CPU,
+                "offload_param": CPU,
+            }
+        }
+    },
 }
 # Kind, then stage and ranks of the run that was stopped, and of the one that goes on.
 MOVES = [
@@ -57,6 +68,9 @@ MOVES = [
     ("adamw", "zero2", 2, "zero3", 3),
     ("fused", "torch", 1, "zero2", 2),
     ("fused", "zero1", 2, "torch", 1),
+    ("adamw", "offloaded2", 2, "torch", 1),
+    ("adamw", "offloaded3", 2, "gathered", 2),
+    ("fused", "torch", 1, "offloaded3", 2),
     ("sgd", "zero2", 2, "torch", 1),
     ("sgd", "torch", 1, "gathered", 2),
     ("momentum", "zero1", 2, "torch", 1),

@@ -22,11 +22,13 @@ from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, ModelError
 from rayrm.model.adapters import add_adapter
+from rayrm.model.head import head_parts
 from rayrm.model.reward_model import load_adapted, load_saved, save_model
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.evaluation import score_model
 from rayrm.train.worker import train_rank
 from rayrm.train.zero import DeepSpeedEngine
+from tests.families import save_base
 from tests.numerics.ranks import Variant, job_of, tokenized
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -105,6 +107,30 @@ def test_a_head_that_was_frozen_is_trained(base: Path, caplog: pytest.LogCapture
     assert "was frozen: now it is trained" in caplog.text
 
 
+@pytest.mark.parametrize(("family", "layers"), [("deberta_v2", "query_proj"), ("modernbert", "Wqkv")])
+def test_all_parts_of_an_encoders_head_are_trained_and_saved_with_a_given_adapter(
+    family: str, layers: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = save_base(family, tmp_path, saved_as="body")
+    torch.manual_seed(3)
+    given = given_on(base, target_modules=[layers])
+    more = next(part for part in head_parts(given) if part != "classifier")
+    with caplog.at_level(logging.WARNING):
+        build_model(ModelSource(given), RewardConfig(gradient_checkpointing=False), tiny_tokenizer())
+    assert f"the reward head `{more}` was no part of the adapter" in caplog.text
+    trained = {name for name, parameter in given.named_parameters() if parameter.requires_grad}
+    assert {
+        part for part in head_parts(given) if any(f".{part}.modules_to_save" in name for name in trained)
+    } == {*head_parts(given)}
+    (tmp_path / "saved").mkdir()
+    save_model(given, tiny_tokenizer(), tmp_path / "saved", text_form="standard")
+    torch.manual_seed(4)  # what the files lack would be drawn otherwise
+    again = load_adapted(tmp_path / "saved").eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, given.eval()(input_ids=ids).logits)
+
+
 def test_of_several_adapters_the_active_one_is_trained_and_saved(base: Path, tmp_path: Path) -> None:
     given = given_on(base)
     given.add_adapter("second", lora(r=4))
@@ -166,6 +192,21 @@ def test_a_directory_that_holds_an_adapter_goes_on_training_it(base: Path, tmp_p
     assert named == str(base)
     with pytest.raises(ModelError, match="holds an adapter, and `peft_config`"):
         check_source(ModelSource(str(tmp_path / "first"), lora()), RewardConfig())
+
+
+def test_an_adapter_whose_layers_do_not_fit_its_base_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    given_on(base).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for name, shape, said in (
+        ("wide", {"hidden_size": 64}, "size mismatch"),
+        ("short", {"num_hidden_layers": 1}, r"it has no place for base_model\S*layers\.1"),
+        ("long", {"num_hidden_layers": 3}, r"the adapter has no weights for base_model\S*layers\.2"),
+    ):
+        config["base_model_name_or_path"] = str(save_tiny(tmp_path / name, **shape))
+        file.write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=rf"does not fit its base model: .*{said}"):
+            load_adapted(tmp_path / "adapter")
 
 
 def test_a_directory_whose_base_is_gone_or_whose_method_cannot_be_trained_is_refused(

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -18,10 +19,14 @@ from rayrm.config import RewardConfig
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, ModelError
 from rayrm.model.layout import unwrapped
+from rayrm.train import zero_init
 from rayrm.train.build import ModelSource, build_model, check_source
+from rayrm.train.given import check_tokens
+from rayrm.train.rank import Hosts, Rank
 from rayrm.train.worker import train_rank
+from rayrm.train.zero_init import builds_in_parts
 from tests.numerics.ranks import Variant, job_of, tokenized
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 
 def adapter(dropout: float = 0.0) -> Any:
@@ -224,6 +229,37 @@ def test_a_model_that_cannot_be_loaded_in_parts_is_refused_where_it_was_asked_fo
     with pytest.raises(ConfigError, match="it is in memory already"):
         check_source(ModelSource(tiny_model()), RewardConfig(zero_stage=3, zero_init=True))
     check_source(ModelSource(tiny_model()), RewardConfig(zero_stage=3))
+
+
+def test_tokens_of_an_adapter_are_made_in_parts_on_gpus_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tokenizer = str(save_tiny(tmp_path / "base")), tiny_tokenizer()
+    parts = RewardConfig(zero_stage=3, zero_init=True)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    scaling = SimpleNamespace(num_workers=2, use_gpu=False)
+
+    def check(source: ModelSource, config: RewardConfig = parts, **changes: Any) -> None:
+        check_tokens(source, config, tokenizer, SimpleNamespace(**{**vars(scaling), **changes}))
+
+    check(ModelSource(base, lora))
+    new = ModelSource(base, lora, new_tokens=(400,))
+    listed = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], trainable_token_indices=[5])
+    for source in (new, ModelSource(base, listed)):
+        with pytest.raises(ConfigError, match=r"on GPUs only\. Leave `zero_init` out"):
+            check(source)
+    check(new, use_gpu=True)
+    check(new, num_workers=1)
+    check(new, RewardConfig(zero_stage=3))
+    check(ModelSource(base, new_tokens=(400,)))
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ConfigError, match="on GPUs only"):
+        check(ModelSource(base, lora))
+    # Where nobody asked for parts, and memory would: whole on each worker.
+    monkeypatch.setattr(zero_init, "available_memory", lambda: 1)
+    ranks = Rank(0, 2, torch.device("cpu")), Hosts(), [].append
+    assert builds_in_parts(base, RewardConfig(zero_stage=3), *ranks)
+    assert not builds_in_parts(base, RewardConfig(zero_stage=3), *ranks, trains_tokens=True)
 
 
 def test_parts_are_for_stage_3() -> None:

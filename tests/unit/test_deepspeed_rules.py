@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import check_one_optimizer, resolved_stage
 from rayrm.errors import ConfigError
+from rayrm.train.trainer import RewardTrainer
 from rayrm.train.zero import deepspeed_config
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def refusal(deepspeed: Any, **settings: Any) -> str:
@@ -211,6 +215,14 @@ def test_a_section_beside_an_optimizer_class_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"`optimizer_cls_and_kwargs` and the section `optimizer`"):
         check_one_optimizer(RewardConfig(deepspeed={"optimizer": {"type": "AdamW"}}))
     check_one_optimizer(RewardConfig(deepspeed={"zero_optimization": {"stage": 1}}))
+    with pytest.raises(ConfigError, match="Delete the section"):
+        RewardTrainer(
+            tiny_model(),
+            RewardConfig("unused", use_cpu=True, deepspeed={"optimizer": {"type": "AdamW"}}),
+            train_dataset=["unused"],
+            processing_class=tiny_tokenizer(),
+            optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}),
+        )
 
 
 DISK = {"device": "nvme", "nvme_path": "/local"}
@@ -221,8 +233,10 @@ DISK = {"device": "nvme", "nvme_path": "/local"}
     [
         ({"offload_optimizer": {"device": "cpu"}}, "is for ZeRO stage 1, 2 or 3, and the stage is 0"),
         ({"stage": 2, "offload_param": {"device": "cpu"}}, "is for ZeRO stage 3, and the stage is 2"),
-        ({"stage": 3, "offload_optimizer": DISK}, '(\'nvme\') must be "none" or "cpu": offload to a disk'),
-        ({"stage": 3, "offload_param": {"device": "gpu"}}, "('gpu') must be "),
+        ({"stage": 2, "offload_optimizer": DISK}, "('nvme') is for ZeRO stage 3, and the stage is 2"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "nvme_path` (None) must be an absolute path"),
+        ({"stage": 3, "offload_param": {**DISK, "nvme_path": "x"}}, "nvme_path` ('x') must be an absolute"),
+        ({"stage": 3, "offload_param": {"device": "gpu"}}, 'must be "none", "cpu" or "nvme"'),
         ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio` (0.5) can only be 1"),
         ({"stage": 2, "cpu_offload": True}, 'cpu_offload` is a deprecated name. Write `"offload_optimizer"'),
         ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, "zenflow` needs an optimizer of DeepSpeed's"),
@@ -236,6 +250,16 @@ def test_offload_and_partitions_that_a_stage_does_not_have_are_refused(
     zero: dict[str, Any], said: str
 ) -> None:
     assert said in refusal({"zero_optimization": zero})
+
+
+def test_a_run_keeps_what_it_offloads_to_a_disk_in_a_folder_of_its_own() -> None:
+    table = {"zero_optimization": {"stage": 3, "offload_optimizer": DISK, "offload_param": {"device": "cpu"}}}
+    made = deepspeed_config(RewardConfig(deepspeed=table), "fp32", 2)
+    folder = Path(made["zero_optimization"]["offload_optimizer"]["nvme_path"])
+    assert folder.parent == Path("/local")
+    assert "nvme_path" not in made["zero_optimization"]["offload_param"]
+    assert str(os.getpid()) in folder.name
+    assert table["zero_optimization"]["offload_optimizer"] == DISK
 
 
 def test_all_contradictions_are_told_at_once() -> None:

@@ -28,6 +28,7 @@ from rayrm.model.reward_model import (
     load_tokenizer,
     save_model,
 )
+from rayrm.objective import Objective
 from rayrm.train.build import ModelSource, build_model, check_source
 from tests.tiny import CHAT_TEMPLATE, save_tiny, tiny_llama_config, tiny_model, tiny_tokenizer
 
@@ -47,9 +48,15 @@ def test_what_is_saved_loads_with_its_facts(base: Path, tmp_path: Path) -> None:
     target = tmp_path / "saved"
     target.mkdir()
     model = load_model(str(base))
-    save_model(model, load_tokenizer(str(base)), target, text_form="conversational")
+    objective = Objective.of(RewardConfig(tie_model="rao-kupper", label_smoothing=0.1)).settings
+    save_model(model, load_tokenizer(str(base)), target, text_form="conversational", objective=objective)
     loaded = load_saved(target, device="cpu")
     assert loaded.text_form == "conversational"
+    assert loaded.objective == {"label_smoothing": 0.1, "tie_model": "rao-kupper", "tie_parameter": 2.0}
+    assert Objective.of(RewardConfig(**loaded.objective)) == Objective.of(
+        RewardConfig(tie_model="rao-kupper", label_smoothing=0.1)
+    )
+    assert Objective().settings == {}
     assert loaded.pad_token_id == 0
     assert loaded.max_positions == 512
     assert not loaded.model.training

@@ -104,8 +104,12 @@ def test_a_finished_run_is_refused(begun: Path) -> None:
     [
         (identity(learning_rate=1.0), "learning_rate: 0.0001 there, 1.0 here"),
         (identity(data="xyz"), "data: 'abc' there, 'xyz' here"),
+        (
+            identity(deepspeed={"communication_data_type": "bf16", "zero_optimization": {"stage": 3}}),
+            "deepspeed: None there, {'communication_data_type': 'bf16'} here",
+        ),
         (identity(rows=16), "rows_per_step: 8 there, 16 here"),
-        (identity(seed=1, zero_stage=2), "seed: 42 there, 1 here; zero_stage: None there, 2 here"),
+        (identity(seed=1, max_length=9), "max_length: 1024 there, 9 here; seed: 42 there, 1 here"),
     ],
 )
 def test_another_run_is_refused_by_what_differs(begun: Path, other: dict[str, Any], difference: str) -> None:
@@ -123,6 +127,9 @@ def test_another_run_is_refused_by_what_differs(begun: Path, other: dict[str, An
         {"output_dir": "elsewhere"},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
         {"max_tokens_per_microbatch": 100},
+        {"zero_stage": 3},
+        {"deepspeed": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}},
+        {"deepspeed": {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "steps_per_print": 5}},
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rayrm.config import ClusterConfig, DataConfig, LoraConfig, ModelConfig, RewardConfig, ServeConfig
 from rayrm.errors import ConfigError
-from rayrm.runfile import Run, dump_run, dump_tables, read_run, read_tables
+from rayrm.runfile import Run, dump_run, dump_tables, read_run, read_tables, split_settings
 
 FIRST = """
 [model]
@@ -258,3 +258,12 @@ def test_a_mistake_in_a_file_of_other_sections_is_told_by_its_own(
     sections = {"serve": ServeConfig, "cluster": ClusterConfig}
     with pytest.raises(ConfigError, match=says):
         read_tables(run_file(tmp_path, text), [word], sections, bare="serve", needs={"cluster": ["address"]})
+
+
+def test_settings_among_words_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tie_model=x").write_text("")
+    words = ["a.jsonl", "tie_model=davidson", "date=2026/b.jsonl", "reward.tie_parameter=1.5", "tie_model=x"]
+    sources, found = split_settings(words)
+    assert sources == ["a.jsonl", "date=2026/b.jsonl", "tie_model=x"]
+    assert found == {"tie_model": "davidson", "tie_parameter": 1.5}
