@@ -23,6 +23,7 @@ from rayrm.settings import (
     Count,
     Decay,
     Fraction,
+    NameList,
     Names,
     NonNegativeFloat,
     NonNegativeInt,
@@ -254,6 +255,11 @@ class RewardConfig:
     pointwise_loss: PointwiseLoss = "none"
     """What a completion's own `score` teaches. "none": such rows are refused. "mse": the reward is the score.
     "bce": the score, from 0 to 1, is the probability that it is good, and the reward its logit."""
+    attributes: NameList = dataclasses.field(default_factory=list)
+    """What rows rate completions by (`attributes`, `chosen_attributes`, `rejected_attributes`): each gets a
+    head that foretells its ratings, and the reward is the heads' mean under weights that are learned."""
+    attribute_weight: Annotated[float, Field(gt=0)] = 1.0
+    """The weight of the ratings' squared error beside the loss of comparisons."""
     sequence_parallel_size: Count = 1
     """Workers that compute each row together, every one a part of its tokens (DeepSpeed's Ulysses): for rows
     that are too long for one. It divides the workers, and deals a model's heads of attention to them."""

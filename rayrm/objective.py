@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -23,6 +24,8 @@ OBJECTIVE_SETTINGS: Final[tuple[str, ...]] = (
     "tie_parameter",
     "ranking_loss",
     "pointwise_loss",
+    "attributes",
+    "attribute_weight",
 )
 """The fields of `RewardConfig` that say what is minimized."""
 _TIE_PARAMETER: Final[dict[str, float]] = {"none": 0.0, "rao-kupper": 2.0, "davidson": 1.0}
@@ -39,6 +42,8 @@ class Objective:
     tie_parameter: float = 0.0
     ranking_loss: RankingLoss = "pairwise"
     pointwise_loss: PointwiseLoss = "none"
+    attributes: tuple[str, ...] = ()
+    attribute_weight: float = 1.0
 
     @classmethod
     def of(cls, config: RewardConfig) -> Objective:
@@ -50,14 +55,17 @@ class Objective:
             _TIE_PARAMETER[config.tie_model] if parameter is None else parameter,
             config.ranking_loss,
             config.pointwise_loss,
+            tuple(config.attributes),
+            config.attribute_weight,
         )
 
     @property
-    def settings(self) -> dict[str, float | str]:
+    def settings(self) -> dict[str, float | str | list[str]]:
         """What differs from TRL's, by `RewardConfig`'s names: `Objective.of` that gives this one again."""
         mine, usual = dataclasses.astuple(self), dataclasses.astuple(Objective())
         triples = zip(OBJECTIVE_SETTINGS, mine, usual, strict=True)
-        return {name: value for name, value, other in triples if value != other}
+        found = {name: value for name, value, other in triples if value != other}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     @property
     def ties(self) -> bool:
@@ -93,5 +101,25 @@ def check_objective(config: RewardConfig) -> list[str]:
         problems.append(
             f"`label_smoothing` ({config.label_smoothing:g}) is of comparisons, and `ranking_loss` "
             '("plackett-luce") makes none of a ranking. Type `ranking_loss=pairwise` or `label_smoothing=0`.'
+        )
+    return problems + _about_attributes(config)
+
+
+def _about_attributes(config: RewardConfig) -> list[str]:
+    problems = []
+    bad = [name for name in config.attributes if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
+    if bad:
+        problems.append(
+            f"`attributes` names {bad[0]!r}, and metrics are called by these names. Type names of letters, "
+            "digits, _ and -."
+        )
+    if len(set(config.attributes)) < len(config.attributes):
+        problems.append(
+            f"`attributes` ({', '.join(config.attributes)}) names one of them twice. Delete it once."
+        )
+    if not config.attributes and config.attribute_weight != 1:
+        problems.append(
+            f"`attribute_weight` ({config.attribute_weight:g}) is of `attributes`, and there are none. Type "
+            '`attributes=["helpfulness"]`, or delete it.'
         )
     return problems

@@ -36,6 +36,13 @@ def _no_names(value: Any) -> Any:
     return [] if value is None else value
 
 
+def _name_list(value: Any) -> Any:
+    """Names in a list, or in one word with commas between them; none for None."""
+    if isinstance(value, str):
+        return [] if none_word(value) is None else [name.strip() for name in value.split(",")]
+    return _no_names(value)
+
+
 def switch_word(value: Any) -> Any:
     """A switch that may also be a path: True -> "true"; False, "false" and "none" -> None."""
     word = str(value).lower() if isinstance(value, bool | str) else value
@@ -64,6 +71,7 @@ OptionalCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(no
 OptionalSeed = Annotated[Annotated[int, Field(ge=0, lt=2**32)] | None, BeforeValidator(none_word)]
 OptionalNonNegativeFloat = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(none_word)]
 Names = Annotated[str | list[str], BeforeValidator(_no_names)]
+NameList = Annotated[list[str], BeforeValidator(_name_list)]
 OptionalBool = Annotated[bool | None, BeforeValidator(none_word)]
 OptionalTable = Annotated[dict[str, Any] | None, BeforeValidator(json_value)]
 OptionalTableOrPath = Annotated[dict[str, Any] | str | None, BeforeValidator(json_value)]

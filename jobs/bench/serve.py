@@ -311,7 +311,7 @@ def saved(arguments: argparse.Namespace, tokenizer: Any, form: TextForm, directo
     """The model as a reward model of the texts' form that all sides load: its head may be random."""
     from measuring import open_model
 
-    from rayrm.model.reward_model import save_model
+    from rayrm.model.saving import save_model
 
     model = open_model(arguments)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

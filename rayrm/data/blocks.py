@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -42,7 +43,7 @@ SCHEMA = pa.schema(
         ("ranks", pa.list_(pa.int32())),
         ("margin", pa.float64()),
         ("target", pa.float64()),
-        ("ratings", pa.list_(pa.float64())),  # empty: none
+        ("ratings", pa.list_(pa.float64())),  # empty: none; K scores, then K times each attribute
         ("tokens", pa.int32()),  # distinct ones
         ("attention", pa.int64()),  # of those
         ("prefix_keys", pa.binary(_KEYS_SIZE)),
@@ -161,7 +162,7 @@ def index_of(table: pa.Table) -> BlockIndex:
             kept.column("attention").to_numpy(),
             pa.compute.list_flatten(kept.column("text_keys")).to_numpy(),
             kept.column("target").to_numpy(),
-            _ratings_of(kept),
+            *_ratings_of(kept),
         ),
         np.frombuffer(b"".join(kept.column("digest").to_pylist()), np.uint8).reshape(-1, DIGEST_SIZE),
         forms,
@@ -172,13 +173,31 @@ def index_of(table: pa.Table) -> BlockIndex:
     )
 
 
-def _ratings_of(table: pa.Table) -> npt.NDArray[np.float64]:
-    """The score of each completion, NaN where its row says none, `[N]`."""
+def _ratings_of(table: pa.Table) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The score of each completion `[N]`, and its ratings by attribute `[N, A]`; NaN where there is none."""
     num_completions = pa.compute.list_value_length(table.column("lengths")).to_numpy()
-    is_rated = pa.compute.list_value_length(table.column("ratings")).to_numpy() > 0
-    found = np.full(num_completions.sum(), np.nan)
-    found[np.repeat(is_rated, num_completions)] = pa.compute.list_flatten(table.column("ratings")).to_numpy()
-    return found
+    num_numbers = pa.compute.list_value_length(table.column("ratings")).to_numpy()
+    stored = pa.compute.list_flatten(table.column("ratings")).to_numpy()
+    num_attributes = int((num_numbers // num_completions).max(initial=1)) - 1
+    scores = np.full(num_completions.sum(), np.nan)
+    attributes = np.full((num_completions.sum(), max(0, num_attributes)), np.nan)
+    # Of each number its place in its row: the first K are scores.
+    row_of = np.repeat(np.arange(len(num_numbers)), num_numbers)
+    place = np.arange(len(stored)) - (np.cumsum(num_numbers) - num_numbers)[row_of]
+    first, count = (np.cumsum(num_completions) - num_completions)[row_of], num_completions[row_of]
+    is_score = place < count
+    scores[(first + place)[is_score]] = stored[is_score]
+    if num_attributes > 0:
+        rated = place[~is_score] - count[~is_score]
+        attributes[first[~is_score] + rated // num_attributes, rated % num_attributes] = stored[~is_score]
+    return scores, attributes
+
+
+def _stored_ratings(row: TokenizedRow) -> tuple[float, ...]:
+    """Scores and attributes in one list, which without attributes is that of the scores."""
+    if not row.attributes:
+        return row.ratings
+    return (*(row.ratings or [math.nan] * len(row.ranks)), *row.attributes)
 
 
 def _counts(sources: npt.NDArray[np.integer]) -> dict[int, int]:
@@ -200,15 +219,18 @@ class RowBlock:
     def row(self, offset: int) -> TokenizedRow:
         """The row at a position of the table."""
         source, row = (int(column[offset]) for column in self._places)
+        ranks, stored = self._ranks.at(offset).tolist(), self._ratings.at(offset).tolist()
+        scores, attributes = stored[: len(ranks)], stored[len(ranks) :]
         return TokenizedRow(
             self._ids.at(offset).copy(),
             int(self._prefix_lengths[offset]),
             tuple(self._lengths.at(offset).tolist()),
-            tuple(self._ranks.at(offset).tolist()),
+            tuple(ranks),
             float(self._margins[offset]),
             (source, row),
             float(self._targets[offset]),
-            tuple(self._ratings.at(offset).tolist()),
+            () if all(map(math.isnan, scores)) else tuple(scores),
+            tuple(attributes),
         )
 
 
@@ -251,7 +273,7 @@ def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str |
             "ranks": outcome.ranks,
             "margin": outcome.margin,
             "target": outcome.target,
-            "ratings": outcome.ratings,
+            "ratings": _stored_ratings(outcome),
             "tokens": tokens,
             "attention": attention,
             "prefix_keys": prefix_keys(outcome.ids, outcome.prefix_length).tobytes(),
@@ -283,6 +305,8 @@ def _digest(row: TokenizedRow) -> bytes:
     content.update(f"{row.prefix_length},{row.lengths},{row.ranks},{row.margin!r}".encode())
     if row.target != 1 or row.ratings:
         content.update(f",{row.target!r},{row.ratings!r}".encode())
+    if row.attributes:
+        content.update(f",{row.attributes!r}".encode())
     return content.digest()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from rayrm.data.attributes import COLUMNS as RATED
 from rayrm.data.pieces import Columns, SourceRow
 from rayrm.errors import ConfigError, RowError
 from rayrm.settings import nearest
@@ -24,7 +25,7 @@ _NEEDED = (
     "score",
     "scores",
 )
-FIELDS = ("prompt", *_NEEDED, "margin", "target", "tie", "tools", "chat_template_kwargs")
+FIELDS = ("prompt", *_NEEDED, "margin", "target", "tie", *RATED, "tools", "chat_template_kwargs")
 
 
 def check_columns(columns: Mapping[str, Any] | None) -> Columns:

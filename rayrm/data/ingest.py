@@ -94,6 +94,7 @@ def ingest(
     tokenized = assemble(
         name, plan.names, blocks, indices, plan.group_of, [group.weight for group in plan.groups]
     )
+    tokenized.report = dataclasses.replace(tokenized.report, attributes=labels.attributes)
     for line in [*watch.lines(), *tokenized.shares([group.name for group in plan.groups])]:
         _log.info("%s", line)
     return tokenized

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -18,26 +18,30 @@ from rayrm.objective import Objective, PointwiseLoss
 
 UNRANKED = -1
 """The rank of a completion that is compared with none."""
-_MOST = 3.4e38
+MOST = 3.4e38
 """The loss is float32, in which more is no finite number."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelRules:
-    """Whether a run learns from ties, takes rankings as wholes, and how it learns from scores."""
+    """Whether a run learns from ties, takes rankings as wholes, how it learns from scores; its attributes."""
 
     ties: bool = False
     listwise: bool = False
     pointwise: PointwiseLoss = "none"
+    attributes: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, objective: Objective) -> LabelRules:
-        return cls(objective.ties, objective.listwise, objective.pointwise_loss)
+        return cls(objective.ties, objective.listwise, objective.pointwise_loss, objective.attributes)
 
     @property
     def named(self) -> dict[str, Any]:
         """What tells these rules from the usual ones, for a cache's key: empty where they are those."""
-        return {} if self == USUAL else {"labels": repr(self)}
+        if self == USUAL:
+            return {}
+        attributes = {"attributes": list(self.attributes)} if self.attributes else {}
+        return {"labels": repr(self), **attributes}
 
 
 USUAL = LabelRules()
@@ -105,7 +109,8 @@ def check_tied(row: Mapping[str, Any], ranks: Sequence[int], margin: float, rule
 def scored_columns(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """The columns of a row that scores its completions: (completion or completions, score or scores).
 
-    None where the row is of another form: with a chosen or rejected side, or with ranks.
+    The latter may be absent where the row has `attributes`. None where the row is of another form: with a
+    chosen or rejected side, or with ranks.
     """
     ordered = ("chosen", "rejected", "chosen_ids", "rejected_ids", "chosen_input_ids", "ranks")
     if any(row.get(name) is not None for name in ordered):
@@ -116,7 +121,7 @@ def scored_columns(row: Mapping[str, Any]) -> tuple[str, str] | None:
         ("completion_ids", "score"),
         ("completion", "score"),
     ):
-        if row.get(given) is not None and row.get(score) is not None:
+        if row.get(given) is not None and (row.get(score) is not None or row.get("attributes") is not None):
             return given, score
     return None
 
@@ -135,7 +140,7 @@ def parse_scores(name: str, value: Any, count: int, rules: LabelRules) -> tuple[
             "bad-score",
             f"`scores` ({shown(value)}) must be a list of {count} numbers, one a completion; correct it",
         )
-    least, most = (0.0, 1.0) if rules.pointwise == "bce" else (-_MOST, _MOST)
+    least, most = (0.0, 1.0) if rules.pointwise == "bce" else (-MOST, MOST)
     for number in numbers:
         known = not isinstance(number, bool) and isinstance(number, Real) and math.isfinite(number)
         if not known or not least <= float(number) <= most:

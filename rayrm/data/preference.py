@@ -3,10 +3,11 @@
 A pair: implicit or explicit prompt x plain strings or message lists as `chosen` and `rejected`, or whole
 sides tokenized beforehand (`chosen_ids`, `rejected_ids`). A ranking: `completions` (a list of two or more
 strings or message lists), or `completions_ids`, with `ranks`. A scored row: `completion` with `score`, or
-`completions` with `scores`. With `margin`, `target`, `tie`, `tools`, `chat_template_kwargs`; other columns
-are ignored, but a row with images, videos or sound is refused. A field that is None counts as absent, since
-Arrow fills absent fields with None, inside messages too. Pure: no tokenizer, no torch, no ray. Whether a row
-fits the model's limits is decided in `tokenize`; what a text or a message may be, in `messages`.
+`completions` with `scores`, or either with `attributes`. With `margin`, `target`, `tie`, `tools`,
+`chat_template_kwargs`, and beside an order ratings by attribute; other columns are ignored, but a row with
+images, videos or sound is refused. A field that is None counts as absent, since Arrow fills absent fields
+with None, inside messages too. Pure: no tokenizer, no torch, no ray. Whether a row fits the model's limits is
+decided in `tokenize`; what a text or a message may be, in `messages`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
+from rayrm.data.attributes import check_rated, parse_attributes
 from rayrm.data.labels import (
     UNRANKED,
     USUAL,
@@ -68,7 +70,8 @@ class PreferenceRow:
     texts of a row are of one form. A row tokenized beforehand has `ids`, whole sequences, and no text.
     `names` are what the source calls the completions. `margin` is that of each comparison, and `target` the
     probability that its better completion wins. A row whose completions are scored has `ratings`, one each,
-    and all its ranks are `UNRANKED`; K may be 1.
+    and all its ranks are `UNRANKED`; K may be 1. `attributes`: the ratings of each completion by each of the
+    run's attributes, completion after completion, NaN where there is none; empty where nothing is rated.
     """
 
     completions: tuple[Text, ...]
@@ -81,6 +84,7 @@ class PreferenceRow:
     names: tuple[str, ...] = _PAIR
     target: float = 1.0
     ratings: tuple[float, ...] = ()
+    attributes: tuple[float, ...] = ()
 
 
 _MOST_MARGIN = 3.4e38
@@ -99,8 +103,8 @@ def parse_row(row: Mapping[str, Any], labels: LabelRules = USUAL) -> PreferenceR
 
     Raises `RowError` whose `reason` is one of: not-an-object, missing-chosen, missing-rejected,
     missing-completions, missing-ranks, wrong-type, mixed-forms, empty-completion, too-few-completions,
-    bad-ranks, all-tied, bad-tie, bad-target, bad-score, not-pointwise, bad-roles, bad-margin, bad-tools,
-    bad-template-kwargs, not-utf8, not-text.
+    bad-ranks, all-tied, bad-tie, bad-target, bad-score, not-pointwise, bad-attributes, no-attributes,
+    bad-roles, bad-margin, bad-tools, bad-template-kwargs, not-utf8, not-text.
     """
     if not isinstance(row, (dict, Mapping)):
         raise RowError(
@@ -112,11 +116,24 @@ def parse_row(row: Mapping[str, Any], labels: LabelRules = USUAL) -> PreferenceR
     given = _scored_of(row, margin, labels) or _ranking_of(row) or _pair_of(row)
     names, ranks, values = given.names, given.ranks, given.values
     check_tied(row, ranks, margin, labels)
-    target = 1.0 if given.ratings else parse_target(row, ranks, labels)
+    target = 1.0 if given.scored else parse_target(row, ranks, labels)
+    attributes = parse_attributes(row, names, labels)
+    if given.scored and not given.ratings and not attributes:
+        raise RowError(
+            "bad-attributes",
+            "`attributes` rates no completion of a row without better or worse; drop the row",
+        )
     if given.tokenized:
         ids = tuple(_ids(name, value) for name, value in zip(names, values, strict=True))
         return PreferenceRow(
-            (), ranks, margin=margin, ids=ids, names=names, target=target, ratings=given.ratings
+            (),
+            ranks,
+            margin=margin,
+            ids=ids,
+            names=names,
+            target=target,
+            ratings=given.ratings,
+            attributes=attributes,
         )
     prompt = None if row.get("prompt") is None else parse_text("prompt", row["prompt"])
     completions = tuple(parse_text(name, value) for name, value in zip(names, values, strict=True))
@@ -133,6 +150,7 @@ def parse_row(row: Mapping[str, Any], labels: LabelRules = USUAL) -> PreferenceR
         names=names,
         target=target,
         ratings=given.ratings,
+        attributes=attributes,
     )
 
 
@@ -144,6 +162,7 @@ class _Given(NamedTuple):
     values: list[Any]
     tokenized: bool
     ratings: tuple[float, ...] = ()
+    scored: bool = False
 
 
 def _scored_of(row: Mapping[str, Any], margin: float, labels: LabelRules) -> _Given | None:
@@ -155,8 +174,12 @@ def _scored_of(row: Mapping[str, Any], margin: float, labels: LabelRules) -> _Gi
     check_unpaired(row, margin)
     values = [row[column]] if score == "score" else _completions(column, row[column], least=1)
     names = (column,) if score == "score" else _places(column, len(values))
-    ratings = parse_scores(score, row[score], len(values), labels)
-    return _Given(names, (UNRANKED,) * len(values), values, column.endswith("_ids"), ratings)
+    ratings: tuple[float, ...] = ()
+    if row.get(score) is not None and (labels.pointwise != "none" or not labels.attributes):
+        ratings = parse_scores(score, row[score], len(values), labels)
+    else:
+        check_rated(row, labels)
+    return _Given(names, (UNRANKED,) * len(values), values, column.endswith("_ids"), ratings, True)
 
 
 def _pair_of(row: Mapping[str, Any]) -> _Given:

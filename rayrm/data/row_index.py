@@ -1,7 +1,8 @@
 """What a set knows of its rows without reading their ids: lengths, ranks, margins, keys of shared beginnings.
 
 Enough to order a set, to plan its steps, and to turn scores into metrics. R rows have N completions in all,
-C comparisons between them. Cost: 68 bytes a row and 20 a completion. Pure numpy.
+C comparisons between them, and A attributes by which they are rated. Cost: 68 bytes a row, 20 + 4 A a
+completion. Pure numpy.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class RowIndex:
     `first` int64 `[R + 1]`; `lengths` (whole), `ranks`, `text_keys` uint64 `[N]`. `distinct_tokens` and
     `distinct_attention` `[R]`: what a row costs alone where its completions share what they begin with.
     `targets` `[R]`: the probability that the better of a comparison wins. `ratings` `[N]`: the score that a
-    row says of its completion, or NaN.
+    row says of its completion, or NaN. `attributes` `[N, A]`: its ratings by each attribute, or NaN; A is 0
+    where the rows hold none.
     """
 
     prefix_lengths: Counts
@@ -66,6 +68,7 @@ class RowIndex:
     text_keys: npt.NDArray[np.uint64]
     targets: Singles
     ratings: Singles
+    attributes: Singles
 
     @classmethod
     def of(
@@ -81,10 +84,11 @@ class RowIndex:
         text_keys: npt.ArrayLike,
         targets: npt.ArrayLike | None = None,
         ratings: npt.ArrayLike | None = None,
+        attributes: npt.ArrayLike | None = None,
     ) -> RowIndex:
         """From columns: `num_completions` `[R]`; `lengths`, `ranks`, `text_keys` `[N]`, row after row.
 
-        `targets` None: 1 each; `ratings` None: no completion has one.
+        `targets` None: 1 each; `ratings`, `attributes` None: no completion has one.
         """
         counts = np.asarray(num_completions, np.int64).reshape(-1)
         return cls(
@@ -99,11 +103,15 @@ class RowIndex:
             np.asarray(text_keys, np.uint64),
             np.ones(len(counts), np.float32) if targets is None else np.asarray(targets, np.float32),
             np.full(counts.sum(), np.nan, np.float32) if ratings is None else np.asarray(ratings, np.float32),
+            np.zeros((counts.sum(), 0), np.float32)
+            if attributes is None
+            else np.asarray(attributes, np.float32),
         )
 
     @classmethod
     def joined(cls, parts: Sequence[RowIndex]) -> RowIndex:
         """The rows of all parts, one part after another."""
+        num_attributes = max(part.attributes.shape[1] for part in parts)
         return cls.of(
             np.concatenate([part.prefix_lengths for part in parts]),
             np.concatenate([part.margins for part in parts]),
@@ -116,6 +124,7 @@ class RowIndex:
             np.concatenate([part.text_keys for part in parts]),
             np.concatenate([part.targets for part in parts]),
             np.concatenate([part.ratings for part in parts]),
+            np.concatenate([_widened(part.attributes, num_attributes) for part in parts]),
         )
 
     @property
@@ -155,6 +164,7 @@ class RowIndex:
             self.text_keys[places],
             self.targets[wanted],
             self.ratings[places],
+            self.attributes[places],
         )
 
     def tokens(self, *, share: bool, padded: bool = False) -> Places:
@@ -226,6 +236,11 @@ class RowIndex:
 
     def _sums(self, whole: Places) -> Places:
         return np.bincount(self.row_of, weights=whole, minlength=self.num_rows).astype(np.int64)
+
+
+def _widened(attributes: Singles, count: int) -> Singles:
+    """Of rows that hold no attributes: as many, all NaN."""
+    return attributes if attributes.shape[1] else np.full((len(attributes), count), np.nan, np.float32)
 
 
 def _triangle(lengths: Counts) -> Places:

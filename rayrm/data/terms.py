@@ -1,11 +1,13 @@
-"""The terms of a loss that rows make: comparisons, the stages of rankings, and scored completions.
+"""The terms of a loss that rows make: comparisons, the stages of rankings, scored and rated completions.
 
 Pure numpy. Each row weighs 1 (or what a plan says), shared evenly by its comparisons, its stages, or its
-scored completions. What most runs lack is None: their arrays, and their losses, are those of plain pairs.
+scored completions, and once more by its ratings by attribute. What most runs lack is None: their arrays, and
+their losses, are those of plain pairs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -46,6 +48,22 @@ class Rated:
     row: Indices
 
 
+@dataclass(frozen=True, slots=True)
+class Attributed:
+    """E ratings by attribute: `place` among the scores, `column`: of which attribute, `rating`, `weight`,
+    `row`, each `[E]`.
+
+    `alone` `[E]`: the weight where the row makes no other term, so that metrics count it by its ratings.
+    """
+
+    place: Indices
+    column: Indices
+    rating: Floats
+    weight: Floats
+    alone: Floats
+    row: Indices
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
     """C comparisons: `better`, `worse` `[C]` index into the scores; `margin`, `weight` `[C]`; `row` `[C]`,
@@ -65,11 +83,13 @@ class Terms:
     in_stages: Flags | None = None
     stages: Stages | None = None
     rated: Rated | None = None
+    attributed: Attributed | None = None
 
     @property
     def term_rows(self) -> list[int]:
-        """The row of each term, as its losses are ordered: comparisons, stages, scored completions."""
-        parts = [self.row, *(part.row for part in (self.stages, self.rated) if part is not None)]
+        """The row of each term, as its losses are ordered: comparisons, stages, scores, ratings."""
+        beside = (self.stages, self.rated, self.attributed)
+        parts = [self.row, *(part.row for part in beside if part is not None)]
         return [row for part in parts for row in part.tolist()]
 
 
@@ -84,6 +104,7 @@ class _Growing:
     stages: list[list[int]] = field(default_factory=list)
     stage: list[tuple[float, float, int]] = field(default_factory=list)
     rated: list[tuple[int, float, float, int]] = field(default_factory=list)
+    attributed: list[tuple[int, int, float, float, float, int]] = field(default_factory=list)
 
     def add(self, row: TokenizedRow, number: int, weight: float, first: int, objective: Objective) -> None:
         """`first`: the place of the row's first score."""
@@ -104,6 +125,13 @@ class _Growing:
         ratings = row.ratings if objective.pointwise_loss != "none" else ()
         for place, rating in enumerate(ratings):
             self.rated.append((first + place, rating, weight / len(row.ratings), number))
+        if width := len(objective.attributes):
+            given = [(at, rating) for at, rating in enumerate(row.attributes) if not math.isnan(rating)]
+            alone = not comparisons and not ratings
+            for at, rating in given:
+                share = weight / len(given)
+                entry = (first + at // width, at % width, rating, share, share if alone else 0.0, number)
+                self.attributed.append(entry)
 
     def terms(self) -> Terms:
         better, worse, margin, weight, row = _columns(self.compared, 5)
@@ -118,6 +146,7 @@ class _Growing:
             in_stages=np.asarray(self.in_stages) if any(self.in_stages) else None,
             stages=self._stages() if self.stages else None,
             rated=self._rated() if self.rated else None,
+            attributed=self._attributed() if self.attributed else None,
         )
 
     def _stages(self) -> Stages:
@@ -133,6 +162,17 @@ class _Growing:
             place.astype(np.int64),
             rating.astype(np.float32),
             weight.astype(np.float32),
+            row.astype(np.int64),
+        )
+
+    def _attributed(self) -> Attributed:
+        place, column, rating, weight, alone, row = _columns(self.attributed, 6)
+        return Attributed(
+            place.astype(np.int64),
+            column.astype(np.int64),
+            rating.astype(np.float32),
+            weight.astype(np.float32),
+            alone.astype(np.float32),
             row.astype(np.int64),
         )
 

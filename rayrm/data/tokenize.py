@@ -44,6 +44,8 @@ class TokenizedRow:
     prefix included. A tail may be empty. `ranks`: lower is better, equal ones are ties, and what is
     `UNRANKED` is not compared. `margin` is that of each comparison, `target` the probability that its better
     completion wins. `ratings`: the scores of the completions where the row says them, else empty.
+    `attributes`: their ratings by each of the run's attributes, completion after completion, NaN where there
+    is none; empty where nothing is rated.
     A pair is K = 2 with ranks (0, 1): chosen, rejected. `place`: which source and which row of it, both from
     0, where it came out of a set; no part of what the row says.
     """
@@ -56,6 +58,7 @@ class TokenizedRow:
     place: tuple[int, int] = field(default=(0, -1), compare=False)
     target: float = 1.0
     ratings: tuple[float, ...] = ()
+    attributes: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -66,14 +69,24 @@ class TokenizedRow:
         *,
         target: float = 1.0,
         ratings: Sequence[float] = (),
+        attributes: Sequence[float] = (),
     ) -> TokenizedRow:
         """The row of these whole sequences, int32 `[length]` each, not empty."""
-        assert len(sequences) == len(ranks) >= (1 if ratings else 2)
+        assert len(sequences) == len(ranks) >= (1 if ratings or attributes else 2)
         assert len(ratings) in (0, len(ranks))
         prefix = common_prefix_length(sequences)
         ids = np.concatenate([sequences[0], *(ids[prefix:] for ids in sequences[1:])])
         lengths = tuple(len(ids) for ids in sequences)
-        return cls(ids, prefix, lengths, tuple(ranks), margin, target=target, ratings=tuple(ratings))
+        return cls(
+            ids,
+            prefix,
+            lengths,
+            tuple(ranks),
+            margin,
+            target=target,
+            ratings=tuple(ratings),
+            attributes=tuple(attributes),
+        )
 
     @classmethod
     def pair(cls, chosen_ids: Ids, rejected_ids: Ids, margin: float = 0.0) -> TokenizedRow:
@@ -236,7 +249,14 @@ def _cut(
                 f"`{row.names[first]}` and `{row.names[place]}` are the same {len(ids)} tokens, yet one is "
                 "preferred; what is compared must differ; drop the row",
             )
-    return TokenizedRow.of(sequences, row.ranks, row.margin, target=row.target, ratings=row.ratings)
+    return TokenizedRow.of(
+        sequences,
+        row.ranks,
+        row.margin,
+        target=row.target,
+        ratings=row.ratings,
+        attributes=row.attributes,
+    )
 
 
 def _take_template(tokenizer: Any, path: Path, *, keep_eos: bool) -> None:

@@ -36,6 +36,7 @@ class IngestReport:
     Of `num_rows` read, `num_accepted` are in the set, with `num_completions` completions; a pair has two.
     `num_tokens` counts every completion whole; `num_shared_tokens` of them are prefixes counted again.
     `fingerprint` is a hash of the rows in order: the same for the same rows, however they were read.
+    `attributes`: by which completions are rated, in the order of the index's columns.
     """
 
     name: str
@@ -47,6 +48,7 @@ class IngestReport:
     fingerprint: str
     num_tokens: int
     num_shared_tokens: int
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayrm.data.row_index import Comparisons, Places, RowIndex
+from rayrm.metrics.attributes import attribute_loss, attribute_metrics, rated_weight
 from rayrm.metrics.likelihood import (
     Floats,
     comparison_losses,
@@ -34,11 +35,12 @@ def evaluate_scores(
         loss = sum w * [-log sigmoid(better - worse - m) + center * (better + worse)^2] / R
 
     the loss of Bradley and Terry with margins (Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2)
-    and centring (Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244, eq. 2); soft labels, ties, stages
-    and scores by `model/objectives.py`.
+    and centring (Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244, eq. 2); soft labels, ties, stages,
+    scores and ratings by `model/objectives.py`.
 
     Args:
         scores: of the index's N completions, in its order: for pairs chosen, rejected, chosen, ... `[N]`.
+            With the objective's attributes `[N, 1 + A]`: the ratings foretold beside each score.
         objective: what the model is trained on; None: the usual one.
 
     Returns:
@@ -54,13 +56,17 @@ def evaluate_scores(
         the probability foretold from `target`); `num_ties` and `tie_accuracy` (share of ties where a tie is
         the likeliest outcome); with Plackett-Luce `top_accuracy` (share of rankings whose highest score is a
         best one's); of scored completions `num_rated`, `mse` (with "bce" of the sigmoid) and `pearson`
-        (correlation of scores given and foretold; absent where one of them does not vary).
+        (correlation of scores given and foretold; absent where one of them does not vary); of ratings by
+        attribute those of `attribute_metrics`.
 
     Raises:
         ValueError: no row, another number of scores than of completions, or a score that is no finite number.
     """
     objective = objective or Objective()
-    scores_N = np.asarray(scores, dtype=np.float64).reshape(-1)
+    given, foretold = np.asarray(scores, dtype=np.float64), None
+    if objective.attributes and given.ndim == 2:
+        given, foretold = given[:, 0], given[:, 1:]
+    scores_N = given.reshape(-1)
     if len(scores_N) != len(index.lengths):
         raise ValueError(
             f"cannot evaluate {len(scores_N)} scores of {len(index.lengths)} completions: give one for each."
@@ -73,13 +79,19 @@ def evaluate_scores(
             f"the score of completion {bad[0]} ({scores_N[bad[0]]}) is no finite number; {bad.size} are not."
         )
     compared = index.comparisons(ties=objective.ties)
-    rated, rated_weight = _rated(index)
+    rated, weight_of_rated = _rated(index)
+    loss = _loss(scores_N, index, compared, rated, weight_of_rated, objective)
+    by_attribute: dict[str, float] = {}
+    if foretold is not None:
+        loss += objective.attribute_weight * attribute_loss(foretold, index) / index.num_rows
+        by_attribute = attribute_metrics(foretold, index, objective.attributes)
     return {
-        "loss": _loss(scores_N, index, compared, rated, rated_weight, objective),
+        "loss": loss,
         **_of_winners(scores_N, index, compared),
         **_of_labels(scores_N, index, compared, objective),
-        **_of_ratings(scores_N, index, rated, rated_weight, objective),
-        "mean_reward": _mean_reward(scores_N, compared, rated, rated_weight),
+        **_of_ratings(scores_N, index, rated, weight_of_rated, objective),
+        **by_attribute,
+        "mean_reward": _mean_reward(scores_N, index, compared, rated, weight_of_rated),
         "min_reward": float(scores_N.min()),
         "max_reward": float(scores_N.max()),
         "num_pairs": float(len(compared.row)),
@@ -182,13 +194,21 @@ def _of_ratings(
     return found
 
 
-def _mean_reward(scores: Floats, compared: Comparisons, rated: Places, rated_weight: Floats) -> float:
-    """Over both sides of all comparisons and all scored completions, each row of one weight."""
+def _mean_reward(
+    scores: Floats, index: RowIndex, compared: Comparisons, rated: Places, weight_of_rated: Floats
+) -> float:
+    """Over both sides of all comparisons and all scored completions, each row of one weight.
+
+    A row that is neither compared nor scored counts by its ratings.
+    """
     both = (scores[compared.better] + scores[compared.worse]) / 2
-    total = compared.weight.sum() + rated_weight.sum()
+    alone = np.ones(index.num_rows)
+    alone[compared.row], alone[index.row_of[rated]] = 0.0, 0.0
+    by_ratings = rated_weight(index).sum(axis=1) * alone[index.row_of]
+    total = compared.weight.sum() + weight_of_rated.sum() + by_ratings.sum()
     if not total:
         return float(scores.mean())
-    return float((compared.weight @ both + rated_weight @ scores[rated]) / total)
+    return float((compared.weight @ both + weight_of_rated @ scores[rated] + by_ratings @ scores) / total)
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """Packed arrays -> scores: the one `nn.Module` that every engine wraps and every caller calls.
 
-Shapes: T packed tokens, N scores, C comparisons. The stock forward (`padded`) and the packed ones give the
-same scores; the head's product is in its weights' precision whatever the autocast.
+Shapes: T packed tokens, N scores, C comparisons, A attributes. The stock forward (`padded`) and the packed
+ones give the same scores; the head's product is in its weights' precision whatever the autocast.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rayrm.model.attention import (
     enable_forest_attention,
     restore_attention,
 )
+from rayrm.model.attribute_head import attribute_head_of, compute_instead
 from rayrm.model.head import exact_head
 from rayrm.model.host_copy import copied
 from rayrm.model.last_layer import PooledAttention, pool_last_layer
@@ -117,6 +118,8 @@ class PackedScorer(torch.nn.Module):
     was. A batch without a plan of attention is padded whatever the layout: its rows may be too long to share.
     `path` computes the attention of packed batches (None with the padded layout). `pooled_last_layer=False`
     computes the last layer for every token; so does `part`, by which each batch is one of several ranks'.
+    Where attributes were put beside the model, their heads compute in the place of its own, and are
+    `attributes` here.
     """
 
     def __init__(
@@ -142,6 +145,10 @@ class PackedScorer(torch.nn.Module):
         self._options = {"use_cache": False} if takes_cache else {}
         self._undo = contextlib.ExitStack()
         self._undo.callback(exact_head(model))
+        self.attributes = attribute_head_of(model)
+        if self.attributes is not None:
+            self.attributes.to(next(model.parameters()).device)
+            self._undo.callback(compute_instead(model, self.attributes))
         self._undo.callback(block_norms(model))
         self._undo.callback(fuse_rope(model))
         if self.path is not None:
@@ -159,7 +166,7 @@ class PackedScorer(torch.nn.Module):
         return self.model
 
     def forward(self, batch: DeviceBatch) -> torch.Tensor:
-        """Scores `[N]`, float32."""
+        """Scores `[N]`, float32; with attributes `[N, 1 + A]`, their ratings beside each score."""
         if batch.attention is None:
             return self._forward_padded(batch)
         if self._rope is not None:
@@ -176,11 +183,15 @@ class PackedScorer(torch.nn.Module):
         ).last_hidden_state[0]
         if not self._pools_last_layer:
             hidden = hidden[batch.pooled]
-        scores: torch.Tensor = inner.score(hidden)[:, 0].float()
-        if batch.mine is not None:
-            assert self.part is not None
-            return self.part.summed(torch.where(batch.mine, scores, 0.0))
-        return scores
+        outputs = self._outputs(inner.score(hidden))
+        if batch.mine is None:
+            return outputs
+        assert self.part is not None
+        mine = batch.mine if outputs.dim() == 1 else batch.mine[:, None]
+        return self.part.summed(torch.where(mine, outputs, 0.0))
+
+    def _outputs(self, logits: torch.Tensor) -> torch.Tensor:
+        return (logits[:, 0] if self.attributes is None else logits).float()
 
     def _forward_padded(self, batch: DeviceBatch) -> torch.Tensor:
         """Each row's score as of the row alone, by as many forwards as the model asks for."""
@@ -214,8 +225,7 @@ class PackedScorer(torch.nn.Module):
         ids = F.pad(ids, (0, -ids.shape[1] % multiple), value=pad)
         lengths = copied([len(row) for row in rows], ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-        scores: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, **self._options).logits
-        return scores[:, 0].float()
+        return self._outputs(self.model(input_ids=ids, attention_mask=mask, **self._options).logits)
 
     @property
     def _pad(self) -> int | None:

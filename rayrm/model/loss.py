@@ -1,6 +1,7 @@
 """The loss of a micro-batch's terms: the caller adds up, and divides once, by the step's row count.
 
-Shapes: N scores; C comparisons, Q stages of rankings, V scored completions (see `data/terms.py`).
+Shapes: N scores; C comparisons, Q stages of rankings, V scored completions, E ratings by A attributes (see
+`data/terms.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 
 from rayrm.data.terms import Terms
-from rayrm.model.objectives import comparison_losses, pointwise_losses, stage_losses
+from rayrm.model.attribute_head import split_outputs
+from rayrm.model.objectives import attribute_losses, comparison_losses, pointwise_losses, stage_losses
 from rayrm.objective import Objective
 
 
@@ -34,6 +36,17 @@ class DeviceRated:
     weight: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceAttributed:
+    """`Attributed` as tensors, each `[E]`."""
+
+    place: torch.Tensor
+    column: torch.Tensor
+    rating: torch.Tensor
+    weight: torch.Tensor
+    alone: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceTerms:
     """`Terms` as tensors, each `[C]`; what no row of the batch has is None."""
@@ -47,6 +60,7 @@ class DeviceTerms:
     in_stages: torch.Tensor | None = None
     stages: DeviceStages | None = None
     rated: DeviceRated | None = None
+    attributed: DeviceAttributed | None = None
 
 
 def tensors_of(terms: Terms, tensor: Callable[[object], torch.Tensor]) -> dict[str, Any]:
@@ -59,22 +73,28 @@ def tensors_of(terms: Terms, tensor: Callable[[object], torch.Tensor]) -> dict[s
         found["stages"] = DeviceStages(*map(tensor, (stages.members, stages.margin, stages.weight)))
     if rated is not None:
         found["rated"] = DeviceRated(*map(tensor, (rated.place, rated.rating, rated.weight)))
+    if (by := terms.attributed) is not None:
+        found["attributed"] = DeviceAttributed(
+            *map(tensor, (by.place, by.column, by.rating, by.weight, by.alone))
+        )
     return found
 
 
-def row_losses(scores: torch.Tensor, terms: DeviceTerms, objective: Objective) -> torch.Tensor:
-    """The weighted loss of each term, `[C + Q + V]`: comparisons, stages, scored completions.
+def row_losses(outputs: torch.Tensor, terms: DeviceTerms, objective: Objective) -> torch.Tensor:
+    """The weighted loss of each term, `[C + Q + V + E]`: comparisons, stages, scored completions, ratings.
 
         w_c * [ L(r_better - r_worse - m_c)  +  k * (r_better + r_worse)^2 ]
 
     for a comparison c, where L is -log sigmoid for plain pairs: the Bradley-Terry likelihood as InstructGPT
     trains it (https://arxiv.org/abs/2203.02155, section 3.5), with the margin m of Llama 2
     (https://arxiv.org/abs/2307.09288, equation 2); the second term centers the rewards
-    (https://arxiv.org/abs/2312.09244, equation 2) with `objective.center` k. Soft labels, ties, stages and
-    scores: `model/objectives.py`. A comparison of a ranking that has stages keeps only its second term.
+    (https://arxiv.org/abs/2312.09244, equation 2) with `objective.center` k. Soft labels, ties, stages,
+    scores and ratings: `model/objectives.py`. A comparison of a ranking that has stages keeps only its second
+    term.
 
-    `scores` `[N]` in float32.
+    `outputs` in float32: scores `[N]`, or with attributes `[N, 1 + A]`, the scores first.
     """
+    scores, foretold = split_outputs(outputs)
     r_better, r_worse = scores[terms.better], scores[terms.worse]
     losses = comparison_losses(r_better - r_worse - terms.margin, objective, terms.target, terms.tie)
     if terms.in_stages is not None:
@@ -87,4 +107,8 @@ def row_losses(scores: torch.Tensor, terms: DeviceTerms, objective: Objective) -
     if (rated := terms.rated) is not None:
         losses = pointwise_losses(scores[rated.place], rated.rating, objective.pointwise_loss)
         parts.append(losses * rated.weight)
+    if (by := terms.attributed) is not None:
+        assert foretold is not None
+        losses = attribute_losses(foretold[by.place, by.column], by.rating)
+        parts.append(objective.attribute_weight * losses * by.weight)
     return parts[0] if len(parts) == 1 else torch.cat(parts)

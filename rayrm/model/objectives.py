@@ -109,6 +109,18 @@ def pointwise_losses(rewards: torch.Tensor, rating: torch.Tensor, kind: Pointwis
     return (rewards - rating).square()
 
 
+def attribute_losses(foretold: torch.Tensor, rating: torch.Tensor) -> torch.Tensor:
+    """The loss of each rating by attribute, `[E]`: (w_a . h + b_a - y)^2, the squared error of what its head
+    foretells.
+
+    HelpSteer2's and ArmoRM's reward models learn ratings so (https://arxiv.org/abs/2406.08673,
+    https://arxiv.org/abs/2406.12845). All ratings of a row together weigh `objective.attribute_weight` times
+    the row. The reward that comparisons are of is the heads' mean under a gate (`model/attribute_head.py`):
+    their loss reaches the heads and the gate, that of the ratings the heads alone.
+    """
+    return (foretold - rating).square()
+
+
 def rating_of(rewards: torch.Tensor, kind: PointwiseLoss) -> torch.Tensor:
     """The score that a reward foretells: itself, or with "bce" its sigmoid."""
     return torch.sigmoid(rewards) if kind == "bce" else rewards

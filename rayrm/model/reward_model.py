@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,36 +23,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from rayrm.errors import ModelError
-from rayrm.model.adapters import ADAPTER_CONFIG, open_adapter, save_adapter, settings_of
-from rayrm.model.attention import restore_attention
-from rayrm.model.card import CARD, TAGS, write_card
+from rayrm.model.adapters import ADAPTER_CONFIG, open_adapter, settings_of
 from rayrm.model.head import is_of_head, is_of_language_model
 from rayrm.model.layout import unwrapped
-from rayrm.model.quantization import is_quantized, quantization_from
+from rayrm.model.quantization import quantization_from
+from rayrm.model.saving import FACTS, TextForm, quiet_transformers
 from rayrm.model.text_only import check_classifies, check_text_only
 
 logger = logging.getLogger("rayrm.model")
-
-FACTS = "rayrm.json"
-TextForm = Literal["standard", "conversational"]
-_SAVED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*config.json",
-    "token*.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    FACTS,
-    CARD,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +49,6 @@ class LoadedModel:
     pad_token_id: int | None
     max_positions: int | None
     objective: Mapping[str, Any] = field(default_factory=dict)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' load report: a new head and a dropped LM head are what a reward model is."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _check_source(name: str) -> None:
@@ -185,7 +148,7 @@ def load_model(name: str, *, new_head: bool = True, **init: Any) -> PreTrainedMo
     if isinstance(init["dtype"], str) and init["dtype"] != "auto":
         init["dtype"] = _dtype(init["dtype"])
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True, **init
             )
@@ -241,76 +204,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
         ) from error
 
 
-def add_tags(model: torch.nn.Module) -> None:
-    """Tag the model as what it becomes; transformers writes the tags where it writes a card."""
-    add = getattr(unwrapped(model), "add_model_tags", None)
-    if add is not None:
-        add(list(TAGS))
-
-
 def set_pad_token(model: torch.nn.Module, pad_token_id: int) -> None:
     """Pooling reads the rightmost id that is not this one; it must be in the saved config."""
     unwrapped(model).config.get_text_config().pad_token_id = pad_token_id
-
-
-def save_model(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    directory: Path,
-    *,
-    text_form: TextForm,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-    objective: Mapping[str, Any] | None = None,
-) -> None:
-    """Save model and tokenizer as transformers does (PEFT: the adapter), plus `rayrm.json`.
-
-    `state_dict` replaces the model's own where its parameters are sharded. `objective`: the settings of what
-    it was trained on (`Objective.settings`), which its evaluation reads.
-    """
-    inner = unwrapped(model)
-    implementation = inner.config._attn_implementation
-    restore_attention(inner)
-    # Says that the logit is the result: servers such as vLLM then apply no sigmoid to it.
-    inner.config.problem_type = "regression"
-    add_tags(inner)
-    try:
-        with _quiet_transformers():
-            if hasattr(model, "get_base_model"):
-                save_adapter(model, directory, state_dict=state_dict)
-            else:
-                model.save_pretrained(str(directory), state_dict=state_dict)  # type: ignore[operator]
-    finally:
-        inner.config._attn_implementation = implementation
-    tokenizer.save_pretrained(str(directory))
-    facts: dict[str, Any] = {
-        "format": 1,
-        "text_form": text_form,
-        "pad_token_id": inner.config.get_text_config().pad_token_id,
-    }
-    if is_quantized(inner):
-        facts["quantization"] = inner.config.quantization_config.to_dict()
-    if objective:
-        facts["objective"] = dict(objective)
-    (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-    base = inner.config._name_or_path
-    write_card(
-        directory,
-        base_model=None if not base or Path(base).is_dir() else base,
-        is_adapter=(directory / ADAPTER_CONFIG).exists(),
-        text_form=text_form,
-        is_quantized=is_quantized(inner),
-    )
-
-
-def copy_saved(source: Path, target: Path) -> None:
-    """Copy the files that `save_model` wrote in `source`, and nothing else that lies beside them."""
-    if source.resolve() == target.resolve():
-        return
-    files = [file for pattern in _SAVED for file in source.glob(pattern)]
-    for file in files:
-        copy = target / file.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copy2(file, copy)
 
 
 def load_saved(
@@ -382,7 +278,7 @@ def load_adapted(
         init |= {"quantization_config": quantization_from(quantized), "device_map": {"": "cpu"}}
     base = load_model(settings_of(directory).base_model_name_or_path, new_head=False, **init)
     if quantized is not None:
-        with _quiet_transformers():
+        with quiet_transformers():
             base = base.dequantize(dtype=base.dtype)
     if (directory / "tokenizer_config.json").exists():
         # Tokens may have been added; what is trained of their embeddings is the adapter's.

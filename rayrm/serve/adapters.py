@@ -26,13 +26,13 @@ from rayrm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, misfit, name_i
 from rayrm.model.layout import unwrapped
 from rayrm.model.reward_model import (
     LoadedModel,
-    TextForm,
     load_model,
     load_tokenizer,
     position_limit,
     read_facts,
     set_pad_token,
 )
+from rayrm.model.saving import TextForm
 from rayrm.serve.registry import MANIFEST, open_published
 from rayrm.serve.scorer import RewardModel
 

@@ -296,7 +296,8 @@ def _merge_adapter(saved: SavedFiles, into: Path) -> None:
 
     Merged in float32, the dtype the adapter was trained in, so that the scores stay what they were.
     """
-    from rayrm.model.reward_model import load_saved, save_model
+    from rayrm.model.reward_model import load_saved
+    from rayrm.model.saving import save_model
 
     try:
         loaded = load_saved(saved.directory, device="cpu")

@@ -30,7 +30,6 @@ from rayrm.model.layout import disable_dropout, unwrapped
 from rayrm.model.precision import bf16_usable
 from rayrm.model.quantization import bitsandbytes_config, check_quantization, compute_exactly, is_quantized
 from rayrm.model.reward_model import (
-    add_tags,
     check_name,
     check_num_labels,
     check_router,
@@ -38,8 +37,10 @@ from rayrm.model.reward_model import (
     load_model,
     set_pad_token,
 )
+from rayrm.model.saving import add_tags
 from rayrm.model.sharded import whole_shape
 from rayrm.model.text_only import check_text_only
+from rayrm.train.attributes import check_head, give_attributes
 from rayrm.train.rank import Rank
 from rayrm.train.sequence import check_heads
 from rayrm.train.zero_init import check_zero_init_of
@@ -124,6 +125,7 @@ def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> to
     if source.peft_config is not None:
         model = add_adapter(inner, source.peft_config, new_tokens)
         adapted = True
+    give_attributes(model, config, source.name)
     if config.disable_dropout:
         _zero_dropouts(model)
     if config.gradient_checkpointing:
@@ -224,6 +226,7 @@ def check_source(source: ModelSource, config: RewardConfig) -> None:
         if found is not None:
             check_router(source.model, found, init)
             check_heads(found, config)
+        check_head(found, config)
         _check_quantized(source, config, found)
     else:
         check_text_only(source.name, source.model.config)

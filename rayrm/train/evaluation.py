@@ -66,14 +66,15 @@ def score_rows(
 ) -> Scores:
     """The scores of all completions, in the order of `rows.index`, `[N]`, on every rank.
 
-    `part`: of ranks that score each micro-batch together, of which each computes up to `max_tokens`.
+    With attributes `[N, 1 + A]`: the ratings foretold beside each score. `part`: of ranks that score each
+    micro-batch together, of which each computes up to `max_tokens`.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     parts = 1 if part is None else part.size
     groups, group = world // parts, rank // parts
     shares = layout.name == "shared"
-    found = np.zeros(len(rows.index.lengths))
+    found: Scores | None = None
     for begin in range(0, rows.num_rows, _ROWS_PER_ROUND * groups):
         chosen = np.arange(begin, min(begin + _ROWS_PER_ROUND * groups, rows.num_rows))
         costs = rows.index.take(chosen).costs(share=shares, padded=layout.name == "padded")
@@ -84,10 +85,14 @@ def score_rows(
             batch = pack_rows(rows.fetch(places), pad_token_id, share=shares)
             with torch.inference_mode():
                 scores = scores_of(to_device(batch, device, path, part)).double().cpu().numpy()
+            if found is None:
+                found = np.zeros((len(rows.index.lengths), *scores.shape[1:]))
             if microbatch.weights[0] > 0 and (part is None or part.counts):
                 found[rows.index.places(places)] = scores
         if on_progress is not None:
             on_progress(int(chosen[-1]) + 1)
+    if found is None:
+        return np.zeros(0)
     if world > 1:
         # Each row was scored by one rank and is zero on the others.
         total = torch.from_numpy(found).to(device)

@@ -21,7 +21,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rayrm.errors import CheckpointError
 from rayrm.model.adapters import ADAPTER_CONFIG
-from rayrm.model.reward_model import TextForm, save_model
+from rayrm.model.attribute_head import AttributeWeights
+from rayrm.model.saving import TextForm, save_model
 from rayrm.model.sharded import whole_shape
 from rayrm.train.checkpoint import checkpoints, is_of_the_disk, sync_directory
 from rayrm.train.engine_state import WEIGHT, key_of
@@ -59,6 +60,7 @@ class ModelExport:
         model: torch.nn.Module,
         gathered: dict[str, torch.Tensor] | None,
         host: HostMemory,
+        attributes: AttributeWeights | None = None,
     ) -> Callable[[Path], None]:
         """Copy the weights (`gathered`, where the model holds parts only); returns what writes the files.
 
@@ -69,6 +71,8 @@ class ModelExport:
         parts = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         parts |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
         keys: dict[torch.Tensor, str] = {}
+        if gathered is not None and attributes is not None:
+            gathered = gathered | attributes.of_reward  # not trained itself, and so maybe left out
         for name, value in (gathered or model.state_dict(keep_vars=True)).items():
             if gathered is None and name not in parts:
                 continue
@@ -80,14 +84,16 @@ class ModelExport:
             key = keys.setdefault(value, whole if gathered is None else f"gathered {name}")
             weights[name] = host.hold(key, value).view(value.shape)
 
-        return partial(self.save, weights=weights)
+        return partial(self.save, weights=weights, attributes=attributes)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What the model's files hold, by name: empty tensors of those shapes, one where weights are tied."""
         named: dict[str, torch.Tensor] = self._stand_in.state_dict(keep_vars=True)
         return named
 
-    def save(self, directory: Path, weights: dict[str, torch.Tensor]) -> None:
+    def save(
+        self, directory: Path, weights: dict[str, torch.Tensor], attributes: AttributeWeights | None
+    ) -> None:
         """Write these weights, or a part of them, and what comes with a model."""
         save_model(
             self._stand_in,
@@ -95,6 +101,7 @@ class ModelExport:
             directory,
             text_form=self._text_form,
             state_dict=weights,
+            attributes=attributes,
             objective=self._objective,
         )
 
@@ -135,6 +142,7 @@ def save_trained(
     *,
     text_form: TextForm,
     gathered: dict[str, torch.Tensor] | None,
+    attributes: AttributeWeights | None = None,
     objective: Mapping[str, Any] | None = None,
 ) -> None:
     """Save the model at the end of its run; `gathered` are its weights where it holds parts only.
@@ -146,7 +154,17 @@ def save_trained(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
-        save_model(model, tokenizer, aside, text_form=text_form, state_dict=gathered, objective=objective)
+        if gathered is not None and attributes is not None:
+            gathered = gathered | attributes.of_reward
+        save_model(
+            model,
+            tokenizer,
+            aside,
+            text_form=text_form,
+            state_dict=gathered,
+            attributes=attributes,
+            objective=objective,
+        )
         move_saved(aside, output_dir)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)

@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, ModelCard
 from rayrm.config import RewardConfig
 from rayrm.errors import ConfigError, RayrmError
 from rayrm.model.card import CARD
-from rayrm.model.reward_model import copy_saved
+from rayrm.model.saving import copy_saved
 
 logger = logging.getLogger("rayrm.train")
 _ASIDE = ".push-"

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from rayrm.config import RewardConfig
 from rayrm.data.stream_steps import StreamedSteps
 from rayrm.data.tokenized_set import TokenizedSet
-from rayrm.model.reward_model import TextForm
+from rayrm.model.saving import TextForm
 from rayrm.train.build import ModelSource
 from rayrm.train.evaluation import RowSet
 from rayrm.train.leg import Leg

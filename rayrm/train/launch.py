@@ -26,10 +26,12 @@ from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ClusterError, ConfigError, DataError, MissingExtraError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.model.attribute_head import attribute_head_of
 from rayrm.model.reward_model import LoadedModel, load_saved
-from rayrm.objective import OBJECTIVE_SETTINGS, Objective
+from rayrm.objective import OBJECTIVE_SETTINGS, Objective, PointwiseLoss
 from rayrm.own_ray import ensure_ray, keeping_handlers
 from rayrm.runfile import Run, dump_run, read_run
+from rayrm.train.attributes import reopen_attributes
 from rayrm.train.build import ModelSource, check_source
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.leg import Leg
@@ -245,7 +247,8 @@ def evaluate_model(
 
     They are those of the run that trained it: its objective is kept with the model (`rayrm.json`), and is
     TRL's where nothing is. A model trained without a loss of scores is measured against them as
-    `pointwise_loss` "mse" trains.
+    `pointwise_loss` "mse" trains. Ratings by attribute are measured where the model has their heads
+    (`attributes/heads.safetensors`).
 
     Args:
         objective: settings of `RewardConfig` (`OBJECTIVE_SETTINGS`) to take instead of the model's own.
@@ -261,7 +264,8 @@ def evaluate_model(
     if not sources:
         raise DataError("there is nothing to evaluate on. Give at least one path, glob or hub name.")
     loaded = load_saved(model)
-    chosen = _objective_of(loaded.objective, objective or {})
+    reopen_attributes(loaded.model, Path(model))
+    chosen = _objective_of(loaded, objective or {})
     metrics: dict[str, dict[str, float]] = {}
     parts: list[_ScoredSet] = []
     for source in sources:
@@ -275,17 +279,21 @@ def evaluate_model(
     return metrics
 
 
-def _objective_of(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> Objective:
-    settings = {**saved, **asked}
+def _objective_of(loaded: LoadedModel, asked: Mapping[str, Any]) -> Objective:
+    # Attributes are those that the model has heads of: a published one has none.
+    heads = ("attributes", "attribute_weight")
+    names = [name for name in OBJECTIVE_SETTINGS if name not in heads]
+    settings = {name: value for name, value in loaded.objective.items() if name not in heads} | dict(asked)
     if "tie_model" in asked and "tie_parameter" not in asked:
         settings.pop("tie_parameter", None)  # of the model's own way with ties
-    if unknown := sorted(set(settings) - set(OBJECTIVE_SETTINGS)):
-        raise ConfigError(
-            f"`{unknown[0]}` is no setting of an objective. Type one of {', '.join(OBJECTIVE_SETTINGS)}."
-        )
+    if unknown := sorted(set(settings) - set(names)):
+        raise ConfigError(f"`{unknown[0]}` is no setting to evaluate by. Type one of {', '.join(names)}.")
     chosen = Objective.of(RewardConfig(bf16=False, **settings))
     # Scores of completions are measured, whatever the model was trained on.
-    return chosen if chosen.pointwise_loss != "none" else dataclasses.replace(chosen, pointwise_loss="mse")
+    pointwise: PointwiseLoss = "mse" if chosen.pointwise_loss == "none" else chosen.pointwise_loss
+    head = attribute_head_of(loaded.model)
+    attributes = () if head is None else head.names
+    return dataclasses.replace(chosen, pointwise_loss=pointwise, attributes=attributes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ Optimizers = tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler |
 
 # What transformers' Trainer leaves without weight decay.
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+# Beside the model, where attributes are: a gate would be drawn even, and offsets are biases.
+_NO_DECAY.append(r"^attributes\.(?:gate|offset)$")
 
 
 def make_optimizer(
@@ -88,6 +90,11 @@ def check_optimizers(
         refused = (
             "was made before the adapter of `peft_config`, so that it does not hold its parameters. Make the "
             "`PeftModel` yourself and leave `peft_config` out, or pass `optimizer_cls_and_kwargs`"
+        )
+    elif config.attributes:
+        refused = (
+            "was made before the heads of `attributes`, so that it does not hold their parameters. Pass "
+            "`optimizer_cls_and_kwargs`"
         )
     elif not isinstance(optimizer, torch.optim.Optimizer):
         refused = f"has a {type(optimizer).__name__}, which is no `torch.optim.Optimizer`"

@@ -17,8 +17,9 @@ from rayrm.data.selection import EVERY_ROW, Selection
 from rayrm.data.streaming import StreamSource, open_stream
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import DataError
-from rayrm.model.reward_model import TextForm
+from rayrm.model.saving import TextForm
 from rayrm.objective import Objective
+from rayrm.train.attributes import check_rated
 
 logger = logging.getLogger("rayrm.train")
 
@@ -34,10 +35,13 @@ class RunData:
 
     def training(self, source: Any, selection: Selection, mode: str) -> TokenizedSet | StreamSource:
         """What the run trains on: a whole set (`mode` "indexed"), or a stream that is read as it trains."""
+        names = self._labels.attributes
         if mode == "indexed":
-            return self.ingest(source, "train", self.settings.max_pairs, selection)
+            whole = self.ingest(source, "train", self.settings.max_pairs, selection)
+            check_rated(whole.index, names, whole.report.name)
+            return whole
         assert self.args.max_length is not None
-        return open_stream(
+        stream = open_stream(
             source,
             self.tokenizer,
             max_length=self.args.max_length,
@@ -48,6 +52,8 @@ class RunData:
             token_cache=self.settings.token_cache,
             labels=self._labels,
         )
+        check_rated(stream.sample.index, names, stream.report.name, is_sample=True)
+        return stream
 
     @property
     def _labels(self) -> LabelRules:
@@ -61,6 +67,10 @@ class RunData:
         if isinstance(source, dict):
             return {name: self.ingest(one, name, most) for name, one in source.items()}
         return {"": self.ingest(source, "eval", most)}
+
+    def held_out(self, train_source: Any, selection: Selection) -> dict[str, TokenizedSet]:
+        """The evaluation set that `eval_fraction` takes from the training rows."""
+        return {"": self.ingest(train_source, "eval", self.settings.max_split_pairs, selection)}
 
     def ingest(
         self, source: Any, name: str, max_rows: int | None, selection: Selection = EVERY_ROW
@@ -107,10 +117,17 @@ class RunData:
 def _check_usable(rows: TokenizedSet, labels: LabelRules) -> None:
     """Raise DataError for a set, read under other settings, with rows that this run can't learn from."""
     index = rows.index
+    if index.attributes.shape[1] and rows.report.attributes != labels.attributes:
+        raise DataError(
+            f"`{rows.report.name}` was read for `attributes` ({', '.join(rows.report.attributes)}), and this "
+            f"run has {', '.join(labels.attributes) or 'none'}. Set the same, or read the set anew."
+        )
     rated = np.flatnonzero(~np.isnan(index.ratings))
     has_term = np.bincount(index.comparisons(ties=labels.ties).row, minlength=index.num_rows) > 0
     if labels.pointwise != "none":
         has_term[index.row_of[rated]] = True
+    if labels.attributes:
+        has_term[index.row_of[~np.isnan(index.attributes).all(axis=1)]] = True
     if not has_term.all():
         raise DataError(
             f"`{rows.report.name}` has {int((~has_term).sum())} rows without better and worse: set "

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import log_metrics, save_metrics, save_state
 
 from rayrm.config import RewardConfig
-from rayrm.model.reward_model import FACTS
+from rayrm.model.saving import FACTS
 from rayrm.train.callbacks import check_callbacks
 from rayrm.train.hub import HubRepository
 from rayrm.train.script_words import MainProcess, missing

@@ -83,6 +83,9 @@ class Rows(Sequence[dict[str, Any]]):
             found = {"completion_ids": texts, "scores": list(row.ratings)}
         else:
             found = {"completion_ids": texts, "ranks": list(row.ranks)}
+        if row.attributes:
+            width = len(row.attributes) // len(texts)
+            found["attributes"] = [row.attributes[n * width : (n + 1) * width] for n in range(len(texts))]
         found |= {"margin": row.margin} if row.margin else {}
         return found | ({"target": row.target} if row.target != 1 else {})
 

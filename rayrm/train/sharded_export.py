@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import gathers_model, resolved_stage
 from rayrm.errors import CheckpointError
+from rayrm.model.attribute_head import AttributeWeights
 from rayrm.model.layout import unwrapped
 from rayrm.train.checkpoint import is_of_the_disk
 from rayrm.train.export import ASIDE, INDEX, ModelExport, move_saved, why_not_saved
@@ -68,7 +69,9 @@ class ShardExport:
                 self._owners[name] = self._owners[first]
         self._num_bytes = sum(held)
 
-    def take(self, model: torch.nn.Module, host: HostMemory) -> Callable[[Path], None]:
+    def take(
+        self, model: torch.nn.Module, host: HostMemory, attributes: AttributeWeights | None = None
+    ) -> Callable[[Path], None]:
         """Copy this rank's share of the weights; returns what writes its file. Every rank calls it."""
         mine: dict[str, torch.Tensor] = {}
         for name, weight in whole_one_by_one(model, self._owners):
@@ -80,7 +83,7 @@ class ShardExport:
             if self._rank > 0:
                 self._export.save_weights(directory / self._file(""), mine)
                 return
-            self._export.save(directory, mine)
+            self._export.save(directory, mine, attributes)
             (directory / INDEX).unlink(missing_ok=True)
             files = sorted(directory.glob("model*.safetensors"))  # above 50 GB transformers makes several
             for number, file in enumerate(files):
@@ -103,14 +106,20 @@ class ShardExport:
     def _file(self, more: str) -> str:
         return f"model-{self._rank + 1:05d}-of-{self._num_ranks:05d}{more}.safetensors"
 
-    def save_trained(self, model: torch.nn.Module, output_dir: Path, hosts: Hosts) -> None:
+    def save_trained(
+        self,
+        model: torch.nn.Module,
+        output_dir: Path,
+        hosts: Hosts,
+        attributes: AttributeWeights | None = None,
+    ) -> None:
         """Save the model at the end of its run; all ranks call it.
 
         Raises:
             CheckpointError: it could not be written, by whichever rank. Nothing of it stays.
         """
         aside, mine = output_dir / ASIDE, output_dir / ASIDE / f"of-{self._rank}"
-        write = self.take(model, HostMemory())
+        write = self.take(model, HostMemory(), attributes)
 
         def begin() -> None:
             shutil.rmtree(aside, ignore_errors=True)

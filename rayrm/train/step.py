@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from rayrm.data.packing import PackedBatch
+from rayrm.model.attribute_head import split_outputs
 from rayrm.model.forward import to_device
 from rayrm.model.loss import DeviceTerms, row_losses
 from rayrm.model.objectives import rating_of
@@ -73,8 +74,8 @@ def train_step(
     part = engine.module.part
     for microbatch in microbatches:
         batch = to_device(microbatch, engine.device, engine.module.path, part)
-        scores = engine.scores(batch)
-        losses = row_losses(scores, batch, objective)
+        outputs = engine.scores(batch)
+        losses = row_losses(outputs, batch, objective)
         loss = losses.sum()
         if spoils:
             loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
@@ -83,6 +84,7 @@ def train_step(
         with torch.no_grad():
             nonfinite.append(~torch.isfinite(losses))
             if part is None or part.counts:
+                scores, _ = split_outputs(outputs)
                 _add_totals(sums, extremes, loss / num_rows, scores, batch, objective)
     return StepTotals(sums, extremes, engine.step(), torch.cat(nonfinite))
 
@@ -128,6 +130,10 @@ def _add_totals(
                 weight.sum(),
             ]
         )
+        _add_extremes(extremes, rewards, rewards, weight)
+    if (by := terms.attributed) is not None:
+        rewards, weight = scores[by.place].double(), by.alone.double()
+        sums[3:5] += torch.stack([(rewards * weight).sum(), weight.sum()])
         _add_extremes(extremes, rewards, rewards, weight)
 
 

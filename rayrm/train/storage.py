@@ -26,6 +26,7 @@ from pyarrow import fs
 from rayrm.config import RewardConfig
 from rayrm.data.remote import connect, s3_environment
 from rayrm.errors import CheckpointError, ConfigError, DataError
+from rayrm.model.attribute_head import HEADS_FILE
 from rayrm.train.checkpoint import IDENTITY, MANIFEST, STATE
 
 logger = logging.getLogger("rayrm.train")
@@ -126,6 +127,7 @@ class RunStorage:
         files = [file for file in self._output_dir.iterdir() if file.is_file() and file.name[0] != "."]
         try:
             self._put_all(self._output_dir.glob("tensorboard/**/events.*"))
+            self._put_all(self._output_dir.glob(HEADS_FILE))
             self._put_all(
                 sorted(files, key=lambda file: _LAST.index(file.name) if file.name in _LAST else -1)
             )

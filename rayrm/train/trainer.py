@@ -28,10 +28,13 @@ from rayrm.data.streaming import StreamSource
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, RayrmError
 from rayrm.logs import show_logs
+from rayrm.metrics.attributes import rewards_of
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.adapters import is_adapted
-from rayrm.model.reward_model import FACTS, TextForm, copy_saved, load_saved, save_model
+from rayrm.model.reward_model import load_saved
+from rayrm.model.saving import FACTS, TextForm, copy_saved, save_model
 from rayrm.objective import Objective
+from rayrm.train.attributes import reopen_attributes
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.callbacks import CallbackArgs, call_all, check_callbacks
 from rayrm.train.display import Display
@@ -116,25 +119,21 @@ class RewardTrainer(ScriptCalls):
         warn_of_old_columns((train_dataset, eval_dataset))
         self.args = resolved_args(args, self._source, train_dataset)
         self.output_dir = Path(self.args.output_dir or "trainer_output").expanduser().absolute()
-        self._scaling, self._run_config, self._run = scaling_config, run_config, run
-        self._auto_resume, self._leg = auto_resume, leg
-        self._optimizer = optimizer_cls_and_kwargs
+        self._scaling, self._run_config, self._run, self._leg = scaling_config, run_config, run, leg
+        self._auto_resume, self._optimizer = auto_resume, optimizer_cls_and_kwargs
         self._callbacks = check_callbacks(callbacks or [])
         self._metrics = user_metrics(compute_metrics, preprocess_logits_for_metrics, self.args)
         self.num_workers = 0 if scaling_config is None else int(scaling_config.num_workers or 0)
         check_workers(self.args, self.num_workers)
+        given = (optimizers, optimizer_cls_and_kwargs, self.args)
         self._optimizers = check_optimizers(
-            optimizers,
-            optimizer_cls_and_kwargs,
-            self.args,
-            num_workers=self.num_workers,
-            has_adapter=peft_config is not None,
+            *given, num_workers=self.num_workers, has_adapter=peft_config is not None
         )
         check_run_config(run_config, self.num_workers)
         self._mode = choose_mode(self._data, train_dataset, self.args)
         check_source(self._source, self.args)
-        self.processing_class, added = tokenizer_of(processing_class, self._source, self.args)
         self._adapter = self._source.adapter
+        self.processing_class, added = tokenizer_of(processing_class, self._source, self.args)
         self._source = dataclasses.replace(self._source, new_tokens=added)
         check_tokens(self._source, self.args, self.processing_class, scaling_config)
         self.args = with_collator(self.args, data_collator, self.processing_class)
@@ -147,7 +146,7 @@ class RewardTrainer(ScriptCalls):
         for_training, for_evaluation = selections(self._data)
         self.train_set = self._sets.training(train_dataset, for_training, self._mode)
         self.eval_sets = (
-            {"": self._sets.ingest(train_dataset, "eval", self._data.max_split_pairs, for_evaluation)}
+            self._sets.held_out(train_dataset, for_evaluation)
             if self._data.eval_fraction
             else self._sets.evaluation(eval_dataset)
         )
@@ -177,6 +176,7 @@ class RewardTrainer(ScriptCalls):
                     "the workers hold the model; call `train()` first, and `model` loads its result."
                 )
             self._model = load_saved(self.output_dir).model
+            reopen_attributes(self._model, self.output_dir)
         return self._model
 
     def train(
@@ -298,9 +298,9 @@ class RewardTrainer(ScriptCalls):
         scores = score_model(self.model, rows, self.args)
         found = evaluate_scores(scores, rows.index, Objective.of(self.args))
         if self._metrics is not None:
-            found |= self._metrics.of(scores, rows.index)
+            found |= self._metrics.of(rewards_of(scores), rows.index)
         speed = speed_of(prefix, began, rows.num_rows, self.args.per_device_eval_batch_size)
-        return scores, prefixed(prefix, found) | speed
+        return rewards_of(scores), prefixed(prefix, found) | speed
 
     def _sent(self) -> dict[str, Any]:
         """Whatever of the arguments workers are given, by name."""

@@ -16,10 +16,12 @@ from transformers import set_seed
 from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
 from rayrm.deepspeed_rules import resolved_stage
 from rayrm.errors import CheckpointError, RayrmError
+from rayrm.metrics.attributes import rewards_of
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.adapters import needs_frozen
 from rayrm.objective import Objective
 from rayrm.train.allocator import give_freed_memory_back, keep_freed_memory
+from rayrm.train.attributes import gate_record, settle_attributes
 from rayrm.train.callbacks import UserCallbacks
 from rayrm.train.checkpoint import (
     TrainState,
@@ -160,7 +162,9 @@ class _RankRun:
         )
         steps = packer.ahead(self.source.steps(state.cursor))
         told = self.callbacks
-        events = Events(self._progress, self._log, self._evaluate, self._save, self._trained, self._leaves)
+        events = Events(
+            self._progress, self._log_steps, self._evaluate, self._save, self._trained, self._leaves
+        )
         if told is not None:
             model = self.model.module.model
             records = read_records(self.job.output_dir) if self.rank.index == 0 else []
@@ -259,6 +263,9 @@ class _RankRun:
         if self.rank.index == 0:
             self.log.progress(step, self.schedule.num_steps)
 
+    def _log_steps(self, record: Record) -> None:
+        self._log(record | gate_record(self.model.module))
+
     def _log(self, record: Record) -> None:
         self.log.write(record)
         if self.callbacks is not None:
@@ -291,7 +298,7 @@ class _RankRun:
             metrics = evaluate_scores(scores, rows.index, self.objective)
             prefix = f"eval_{name}_" if name else "eval_"
             if self.job.metrics is not None:
-                metrics |= self.job.metrics.of(scores, rows.index)
+                metrics |= self.job.metrics.of(rewards_of(scores), rows.index)
             record = prefixed(prefix, metrics) | speed_of(prefix, began, rows.num_rows, batch_rows)
             record |= {f"{prefix}num_tokens": state.num_tokens, "step": state.step, "epoch": state.epoch}
             found |= record
@@ -312,13 +319,14 @@ class _RankRun:
         def take(host: HostMemory) -> Snapshot:
             engine = self.engine.state(host)
             export, model = self.model.export, self.model.module.model
+            attributes = settle_attributes(self.model.module)
             if isinstance(export, ShardExport):
-                part = export.take(model, host)
+                part = export.take(model, host, attributes)
                 return Snapshot(engine, part, export.join if self.rank.index == 0 else None)
             gathered = self.engine.model_state(frozen=self.saves_frozen)
             if export is None:
                 return Snapshot(engine)
-            return Snapshot(engine, export.take(model, gathered, host))
+            return Snapshot(engine, export.take(model, gathered, host, attributes))
 
         if self.callbacks is not None:
             state.callbacks = self.callbacks.exported()
@@ -336,8 +344,9 @@ class _RankRun:
     def _write_model(self) -> None:
         """Rank 0, or each its part, saves the model; where one cannot, all ranks end."""
         export, model = self.model.export, self.model.module.model
+        attributes = settle_attributes(self.model.module)
         if isinstance(export, ShardExport):
-            export.save_trained(model, self.job.output_dir, self.hosts)
+            export.save_trained(model, self.job.output_dir, self.hosts, attributes)
             return
         merges = self.config.merge_on_save
         gathered = self.engine.model_state(frozen=merges or self.saves_frozen)
@@ -352,6 +361,7 @@ class _RankRun:
                     self.job.output_dir,
                     text_form=self.job.text_form,
                     gathered=gathered,
+                    attributes=attributes,
                     objective=self.objective.settings,
                 )
             except CheckpointError as error:

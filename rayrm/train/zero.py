@@ -130,6 +130,14 @@ def gathered(parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContext
     return around
 
 
+def written(parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+    """Whole inside, and kept as rank 0 leaves them; all ranks enter."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    around: contextlib.AbstractContextManager[None] = GatheredParameters(parameters, modifier_rank=0)
+    return around
+
+
 def exchange_in(group: dist.ProcessGroup, model_config: Any, device: torch.device) -> Exchange:
     """Attention over the tokens of a group's ranks, by DeepSpeed's Ulysses, for either engine.
 
@@ -254,23 +262,32 @@ class DeepSpeedEngine:
         return float(self.scheduler.get_last_lr()[0])
 
     def model_state(self, *, frozen: bool = True) -> dict[str, torch.Tensor] | None:
-        if self._stage < 3:
-            return None
-        # Gathers on every rank's behalf; rank 0 gets the result, without the engine's "model." prefix.
-        state = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=not frozen)
+        state = self._module_state(frozen=frozen)
         if state is None:
             return None
-        return {name.removeprefix("model."): value for name, value in state.items()}
+        # Without what is beside the model.
+        return {
+            name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")
+        }
+
+    def _module_state(self, *, frozen: bool) -> dict[str, torch.Tensor] | None:
+        if self._stage < 3:
+            return None
+        # Gathers on every rank's behalf; rank 0 gets the result.
+        state: dict[str, torch.Tensor] | None = self._engine._zero3_consolidated_16bit_state_dict(
+            exclude_frozen_parameters=not frozen
+        )
+        return state
 
     def release(self) -> None:
-        state = self.model_state()
+        state = self._module_state(frozen=True)
         self._engine.destroy()
         for parameter in self._trainable:
             parameter.grad = None  # of a step that raised
         if state is None:
             return
         with torch.no_grad():
-            for name, parameter in self.module.model.named_parameters():
+            for name, parameter in self.module.named_parameters():
                 # Partitioned parameters are empty, and marked as DeepSpeed's, which would gather them again.
                 parameter.data = state[name].to(self.device)
                 for mark in [key for key in vars(parameter) if key.startswith("ds_")]:

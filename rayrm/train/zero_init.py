@@ -92,6 +92,8 @@ def _what_is_against(name: str | None, config: RewardConfig) -> str:
     init = config.model_init_kwargs or {}
     if name is None:
         return "it is in memory already, whole"
+    if config.attributes:
+        return "`attributes` are made around its own head, whole"
     if (Path(name) / ADAPTER_CONFIG).exists():
         return f"`{name}` is an adapter"
     if init.get("dtype", "float32") not in _DTYPES:

@@ -23,7 +23,8 @@ from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, ModelError
 from rayrm.model.adapters import add_adapter
 from rayrm.model.head import head_parts
-from rayrm.model.reward_model import load_adapted, load_saved, save_model
+from rayrm.model.reward_model import load_adapted, load_saved
+from rayrm.model.saving import save_model
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.evaluation import score_model
 from rayrm.train.worker import train_rank

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from rayrm.model.adapters import add_adapter
-from rayrm.model.reward_model import save_model
+from rayrm.model.saving import save_model
 from rayrm.serve.scorer import RewardModel
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 

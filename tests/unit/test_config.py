@@ -38,6 +38,8 @@ OURS = {
     "tie_parameter",
     "ranking_loss",
     "pointwise_loss",
+    "attributes",
+    "attribute_weight",
     "sequence_parallel_size",
     "zero_init",
     "nonfinite_loss",

@@ -11,7 +11,7 @@ import pytest
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.errors import ConfigError, RayrmError
-from rayrm.model.reward_model import save_model
+from rayrm.model.saving import save_model
 from rayrm.runfile import Run, dump_run
 from rayrm.train.hub import HubRepository
 from rayrm.train.rundir import identity_of

@@ -18,7 +18,8 @@ from peft import LoraConfig
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import DataError, PublishError, ScoreError
 from rayrm.model.adapters import add_adapter
-from rayrm.model.reward_model import load_model, save_model
+from rayrm.model.reward_model import load_model
+from rayrm.model.saving import save_model
 from rayrm.serve.drift import Distribution
 from rayrm.serve.probe import MOST_TEXTS, PROBE, built_in_inputs, check_probe, probe_scores, read_probe
 from rayrm.serve.registry import PublishedModel, content_version, current_version, open_published, publish

@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification
 
 from rayrm.errors import PublishError
 from rayrm.model.adapters import add_adapter
-from rayrm.model.reward_model import load_model, save_model
+from rayrm.model.reward_model import load_model
+from rayrm.model.saving import save_model
 from rayrm.serve import registry as registry_module
 from rayrm.serve.registry import (
     content_version,

@@ -19,15 +19,8 @@ from transformers import (
 from rayrm.config import RewardConfig
 from rayrm.errors import ModelError
 from rayrm.model.adapters import add_adapter, head_name
-from rayrm.model.reward_model import (
-    check_name,
-    check_num_labels,
-    copy_saved,
-    load_model,
-    load_saved,
-    load_tokenizer,
-    save_model,
-)
+from rayrm.model.reward_model import check_name, check_num_labels, load_model, load_saved, load_tokenizer
+from rayrm.model.saving import copy_saved, save_model
 from rayrm.objective import Objective
 from rayrm.train.build import ModelSource, build_model, check_source
 from tests.tiny import CHAT_TEMPLATE, save_tiny, tiny_llama_config, tiny_model, tiny_tokenizer

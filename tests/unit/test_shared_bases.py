@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import ModelError, PublishError
 from rayrm.model.adapters import add_adapter
-from rayrm.model.reward_model import load_model, load_tokenizer, save_model, set_pad_token
+from rayrm.model.reward_model import load_model, load_tokenizer, set_pad_token
+from rayrm.model.saving import save_model
 from rayrm.serve.adapters import AdapterModel, SharedBases, SharedWeights, bases_of
 from rayrm.serve.batch_loop import BatchLoop
 from rayrm.serve.loaded import LoadedModel
