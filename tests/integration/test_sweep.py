@@ -111,6 +111,15 @@ def test_a_trial_that_halving_stops_frees_its_workers_and_their_placement_group(
     words = ["cluster.num_workers=2", "eval_strategy=steps", "eval_steps=20", "sweep.scheduler=asha"]
     settings = ["sweep.grace=25", "sweep.reduction=2", "sweep.metric=eval_near_loss", "max_steps=400"]
     file = read_sweep(None, [*base, *words, *settings, "sweep.max_concurrent=4"])
+    # Without an address `list_actors` asks the Ray that this machine started last, whoever's it is.
+    own = ray.get_runtime_context().gcs_address
+
+    def alive() -> set[str]:
+        actors = list_actors(own, filters=[("state", "=", "ALIVE")])
+        names = ("RayTrainWorker", "TrainController", "SweepTrial")
+        return {actor.actor_id for actor in actors if actor.class_name in names}
+
+    before = alive()
     # One after the other: four CPUs have room for one trial of two workers. The others train nothing.
     sweep = run_sweep(file, ["learning_rate=1e-3,0,0.0"])
     whole, *stopped = sweep.trials
@@ -127,14 +136,8 @@ def test_a_trial_that_halving_stops_frees_its_workers_and_their_placement_group(
     until(lambda: ray.available_resources().get("CPU") == 4, "CPUs are not free")
     groups = placement_group_table().values()
     assert {group["state"] for group in groups} == {"REMOVED"}
-    # Without an address `list_actors` asks the Ray that this machine started last, whoever's it is.
-    own = ray.get_runtime_context().gcs_address
-
-    def alive() -> set[str]:
-        return {actor.class_name for actor in list_actors(own, filters=[("state", "=", "ALIVE")])}
-
     # The record of an actor that ends comes a moment after its CPUs.
-    until(lambda: not {"RayTrainWorker", "TrainController", "SweepTrial"} & alive(), "actors are left")
+    until(lambda: not alive() - before, "actors are left")
 
 
 SWEEP = """

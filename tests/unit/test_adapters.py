@@ -256,14 +256,14 @@ def test_embeddings_of_added_tokens_are_trained_and_saved(
     settings: dict[str, Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gathered = []
-    whole = DeepSpeedEngine.model_state
+    whole = DeepSpeedEngine._module_state
 
     def seen(engine: DeepSpeedEngine, *, frozen: bool = True) -> Any:
         state = whole(engine, frozen=frozen)
         gathered.append((frozen, state))
         return state
 
-    monkeypatch.setattr(DeepSpeedEngine, "model_state", seen)
+    monkeypatch.setattr(DeepSpeedEngine, "_module_state", seen)
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<used>", "<unused>"])
     tokens = (400, 401)
