@@ -45,6 +45,10 @@ class Range:
             drawn = source.uniform(self.low, self.high)
         return f"{drawn:.4g}"
 
+    def number(self, text: str) -> float:
+        """A value as typed, as a number."""
+        return int(text) if self.kind == "int" else float(text)
+
     def ends(self) -> tuple[str, str]:
         return (f"{self.low:.12g}", f"{self.high:.12g}")
 

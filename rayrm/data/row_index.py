@@ -137,6 +137,12 @@ class RowIndex:
         return np.diff(self.first)
 
     @property
+    def is_ranking(self) -> npt.NDArray[np.bool_]:
+        """Whether each row has three or more ranked completions, bool `[R]`."""
+        found: npt.NDArray[np.bool_] = self.ranks[self.first[:-1]] != UNRANKED
+        return found & (self.num_completions > 2)
+
+    @property
     def row_of(self) -> Places:
         """The row of each completion, int64 `[N]`."""
         return np.repeat(np.arange(self.num_rows), self.num_completions)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
 _PAIR = 2
+_INT, _FLOAT = np.int64, np.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,47 +135,28 @@ class _Growing:
                 self.attributed.append(entry)
 
     def terms(self) -> Terms:
-        better, worse, margin, weight, row = _columns(self.compared, 5)
+        better, worse, margin, weight, row = _columns(self.compared, _INT, _INT, _FLOAT, _FLOAT, _INT)
         return Terms(
-            better=better.astype(np.int64),
-            worse=worse.astype(np.int64),
-            margin=margin.astype(np.float32),
-            weight=weight.astype(np.float32),
-            row=row.astype(np.int64),
+            better=better,
+            worse=worse,
+            margin=margin,
+            weight=weight,
+            row=row,
             target=np.asarray(self.target, np.float32) if any(t != 1 for t in self.target) else None,
             tie=np.asarray(self.tie) if any(self.tie) else None,
             in_stages=np.asarray(self.in_stages) if any(self.in_stages) else None,
             stages=self._stages() if self.stages else None,
-            rated=self._rated() if self.rated else None,
-            attributed=self._attributed() if self.attributed else None,
+            rated=Rated(*_columns(self.rated, _INT, _FLOAT, _FLOAT, _INT)) if self.rated else None,
+            attributed=Attributed(*_columns(self.attributed, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, _INT))
+            if self.attributed
+            else None,
         )
 
     def _stages(self) -> Stages:
         members = np.full((len(self.stages), max(map(len, self.stages))), -1, np.int64)
         for stage, places in zip(members, self.stages, strict=True):
             stage[: len(places)] = places
-        margin, weight, row = _columns(self.stage, 3)
-        return Stages(members, margin.astype(np.float32), weight.astype(np.float32), row.astype(np.int64))
-
-    def _rated(self) -> Rated:
-        place, rating, weight, row = _columns(self.rated, 4)
-        return Rated(
-            place.astype(np.int64),
-            rating.astype(np.float32),
-            weight.astype(np.float32),
-            row.astype(np.int64),
-        )
-
-    def _attributed(self) -> Attributed:
-        place, column, rating, weight, alone, row = _columns(self.attributed, 6)
-        return Attributed(
-            place.astype(np.int64),
-            column.astype(np.int64),
-            rating.astype(np.float32),
-            weight.astype(np.float32),
-            alone.astype(np.float32),
-            row.astype(np.int64),
-        )
+        return Stages(members, *_columns(self.stage, _FLOAT, _FLOAT, _INT))
 
 
 def terms_of(rows: Sequence[TokenizedRow], weights: Sequence[float], objective: Objective) -> Terms:
@@ -194,9 +176,10 @@ def _stages(ranks: Sequence[int]) -> Iterator[list[int]]:
             yield [place, *worse]
 
 
-def _columns(rows: Sequence[Sequence[float]], count: int) -> npt.NDArray[np.float64]:
-    """`[count, len(rows)]`; places are far below where float64 has gaps."""
-    return np.asarray(rows, np.float64).reshape(-1, count).T
+def _columns(rows: Sequence[Sequence[float]], *types: type[np.generic]) -> list[npt.NDArray[Any]]:
+    """A column of each type; places are far below where float64 has gaps."""
+    columns = np.asarray(rows, np.float64).reshape(-1, len(types)).T
+    return [column.astype(kind) for column, kind in zip(columns, types, strict=True)]
 
 
 NO_TERMS = _Growing().terms()

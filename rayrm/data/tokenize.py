@@ -103,13 +103,11 @@ class TokenizedRow:
             begin = end
         return whole
 
-    @property
-    def comparisons(self) -> list[tuple[int, int]]:
-        """Which completion is better than which, as (better, worse) places in the row; a tie is none."""
-        return self.compared()
-
     def compared(self, *, ties: bool = False) -> list[tuple[int, int]]:
-        """`comparisons`, and with `ties` also each two of equal rank, once, in the order of both places."""
+        """Which completion is better than which, as (better, worse) places in the row.
+
+        With `ties` also each two of equal rank, once, in the order of both places.
+        """
         ranked = [place for place, rank in enumerate(self.ranks) if rank != UNRANKED]
         return [
             (i, j)

@@ -169,7 +169,7 @@ def _of_labels(
         tied = compared.weight * compared.tie
         found |= {"num_ties": float(compared.tie.sum()), "tie_accuracy": float(tied @ likeliest / tied.sum())}
     if objective.listwise:
-        is_ranking = (index.num_completions > 2) & (index.ranks[index.first[:-1]] >= 0)
+        is_ranking = index.is_ranking
         if is_ranking.any():
             hits = [
                 index.ranks[first + np.argmax(scores[first:end])] == 0

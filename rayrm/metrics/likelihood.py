@@ -42,7 +42,7 @@ def stages_loss(scores: Floats, index: RowIndex) -> tuple[float, npt.NDArray[np.
 
     One pass over the rows: a ranking is a row of three or more ranked completions.
     """
-    is_ranking = (index.num_completions > 2) & (index.ranks[index.first[:-1]] >= 0)
+    is_ranking = index.is_ranking
     total = 0.0
     for row in np.flatnonzero(is_ranking):
         places = slice(index.first[row], index.first[row + 1])

@@ -34,6 +34,7 @@ from rayrm.errors import ModelError
 from rayrm.model.adapters import active_adapter, head_name
 from rayrm.model.layout import unwrapped
 from rayrm.model.replaced_forward import replace_forward
+from rayrm.model.sharded import is_sharded
 
 HEADS_FILE = "attributes/heads.safetensors"
 _BESIDE = "attribute_head"
@@ -153,7 +154,7 @@ def compute_instead(model: torch.nn.Module, head: AttributeHead) -> Callable[[],
 
     def undo() -> None:
         restore()
-        if not any(hasattr(parameter, "ds_id") for parameter in (*layer.parameters(), *head.parameters())):
+        if not any(map(is_sharded, (*layer.parameters(), *head.parameters()))):
             put_reward(layer, reward_of(head))
         for parameter in trained:
             parameter.requires_grad_(True)

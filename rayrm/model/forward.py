@@ -37,6 +37,7 @@ from rayrm.model.rms_norm import block_norms
 from rayrm.model.rope import fuse_rope
 from rayrm.model.scaling_rope import ScalingRope, forget_longer_texts
 from rayrm.model.sequence import AttentionInParts, SequencePart
+from rayrm.model.sharded import is_sharded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +235,7 @@ class PackedScorer(torch.nn.Module):
 
     def _check_sharding(self, rope: ScalingRope) -> None:
         """Ranks that share weights must make equally many forwards; here that depends on the rows."""
-        sharded = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
+        sharded = any(map(is_sharded, self.model.parameters()))
         if sharded and dist.is_initialized() and dist.get_world_size() > 1:
             raise ConfigError(
                 f"`zero_stage` (3) on {dist.get_world_size()} workers cannot train a model whose rope "

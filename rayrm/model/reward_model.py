@@ -7,6 +7,7 @@ safetensors, in and out.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Mapping
@@ -173,6 +174,24 @@ def load_model(name: str, *, new_head: bool = True, **init: Any) -> PreTrainedMo
     return model
 
 
+def hollow_model(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The classifier with one label that a configuration makes, without its weights; nothing is drawn."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    trusted = {"trust_remote_code": True} if trust_remote_code else {}
+    with torch.device("meta"), torch.random.fork_rng([]):
+        made: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, **trusted)
+    return made
+
+
+def saved_form(facts: Mapping[str, Any], tokenizer: Any) -> TextForm:
+    """The text form of a saved model; where it says none, by whether its tokenizer has a chat template."""
+    form: TextForm = facts.get("text_form") or (
+        "conversational" if getattr(tokenizer, "chat_template", None) else "standard"
+    )
+    return form
+
+
 def _dtype(name: str) -> torch.dtype:
     if name not in ("float32", "bfloat16", "float16"):
         raise ModelError(f'`dtype` ({name}) is not known. Use "float32", "bfloat16", "float16" or "auto".')
@@ -231,9 +250,7 @@ def load_saved(
     pad_token_id = facts.get("pad_token_id", model.config.get_text_config().pad_token_id)
     if pad_token_id is not None:
         set_pad_token(model, pad_token_id)
-    text_form: TextForm = facts.get("text_form") or (
-        "conversational" if getattr(tokenizer, "chat_template", None) else "standard"
-    )
+    text_form = saved_form(facts, tokenizer)
     if "text_form" not in facts:
         logger.info("%s does not say its text form: taken as %s", name, text_form)
     model = model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))).eval()

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from rayrm.errors import ModelError
-from rayrm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, misfit, name_in_base
+from rayrm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, misfit, name_in_base, settings_of
 from rayrm.model.layout import unwrapped
 from rayrm.model.reward_model import (
     LoadedModel,
@@ -30,9 +30,9 @@ from rayrm.model.reward_model import (
     load_tokenizer,
     position_limit,
     read_facts,
+    saved_form,
     set_pad_token,
 )
-from rayrm.model.saving import TextForm
 from rayrm.serve.registry import MANIFEST, open_published
 from rayrm.serve.scorer import RewardModel
 
@@ -132,12 +132,10 @@ class SharedBases:
         One of a kind that changes its base's weights is merged into a base of its own, and the log says so.
         Raises PublishError for damaged files, ModelError for a base that is missing or does not fit.
         """
-        from peft import PeftConfig
-
         directory = Path(path)
         if (directory / MANIFEST).is_file():
             directory = open_published(directory).path
-        config = PeftConfig.from_pretrained(str(directory))
+        config = settings_of(directory)
         if reason := _not_apart(config):
             logger.info("%s has a base of its own: %s", directory, reason)
             return RewardModel.from_pretrained(
@@ -157,10 +155,6 @@ class SharedBases:
     def _base_of(self, directory: Path, config: Any) -> SharedWeights:
         """The base in memory, or loaded; one whose files were replaced since is another."""
         name = config.base_model_name_or_path
-        if not name:
-            raise ModelError(
-                f"adapter `{directory}` does not say its base model (`base_model_name_or_path`)."
-            )
         key = (str(Path(name).resolve()) if Path(name).is_dir() else name, config.revision, _stamps(name))
         base = self._bases.get(key)
         if base is None:
@@ -225,9 +219,7 @@ def _load_adapter(directory: Path, config: Any, base: SharedWeights) -> LoadedMo
     if pad_token_id is not None:
         set_pad_token(adapted, pad_token_id)
     limit = position_limit(unwrapped(adapted))
-    form: TextForm = facts.get("text_form") or (
-        "conversational" if getattr(tokenizer, "chat_template", None) else "standard"
-    )
+    form = saved_form(facts, tokenizer)
     return LoadedModel(adapted.to(base.device).eval(), tokenizer, form, pad_token_id, limit)
 
 

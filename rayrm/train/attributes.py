@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from rayrm.config import RewardConfig
 from rayrm.data.row_index import RowIndex
@@ -30,6 +28,8 @@ from rayrm.model.attribute_head import (
 )
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import unwrapped
+from rayrm.model.reward_model import hollow_model
+from rayrm.model.sharded import is_sharded
 
 logger = logging.getLogger("rayrm.train")
 _SPREAD = 0.02
@@ -75,11 +75,7 @@ def check_head(found: Any, config: RewardConfig) -> None:
     """
     if not config.attributes or found is None:
         return
-    found = copy.deepcopy(found)
-    found.num_labels = 1
-    trusted = {"trust_remote_code": True} if config.trust_remote_code else {}
-    with torch.device("meta"), torch.random.fork_rng([]):
-        own_layer(AutoModelForSequenceClassification.from_config(found, **trusted))
+    own_layer(hollow_model(found, trust_remote_code=config.trust_remote_code))
 
 
 def reopen_attributes(model: torch.nn.Module, directory: Path) -> None:
@@ -125,10 +121,10 @@ def settle_attributes(module: PackedScorer) -> AttributeWeights | None:
     with _whole(list(head.parameters())):
         copies, reward = head.copies(), reward_of(head)
     layer = own_layer(model)
-    if _is_sharded(layer.weight):
-        from rayrm.train.zero import written
+    if is_sharded(layer.weight):
+        from rayrm.train.zero import gathered
 
-        with written(list(layer.parameters())), torch.no_grad():
+        with gathered(list(layer.parameters()), changed=True), torch.no_grad():
             for key, value in reward.items():
                 getattr(layer, key).copy_(value)
     else:
@@ -150,13 +146,9 @@ def gate_record(module: PackedScorer) -> dict[str, float]:
     return {f"gate_{name}": weight for name, weight in zip(head.names, weights, strict=True)}
 
 
-def _is_sharded(parameter: Any) -> bool:
-    return hasattr(parameter, "ds_id")
-
-
 def _whole(parameters: list[Any]) -> contextlib.AbstractContextManager[None]:
     """Inside, these parameters are whole on every rank."""
-    if not any(map(_is_sharded, parameters)):
+    if not any(map(is_sharded, parameters)):
         return contextlib.nullcontext()
     from rayrm.train.zero import gathered
 

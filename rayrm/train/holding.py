@@ -33,6 +33,10 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 Flock = Callable[[IO[str], int], None]
 
 
+LOCK = ".lock"
+"""The file by which a directory is held."""
+
+
 @contextmanager
 def holding(file: Path, taken: Callable[[str], None], *, flock: Flock = fcntl.flock) -> Iterator[None]:
     """Hold `file` within the block; its directory is made where there is none.

@@ -22,12 +22,12 @@ from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import read_deepspeed
 from rayrm.deepspeed_sections import uses_nvme
 from rayrm.errors import ConfigError
-from rayrm.train.holding import holding
+from rayrm.train.holding import LOCK, holding
 from rayrm.train.rank import Hosts, Rank
 
 logger = logging.getLogger("rayrm.train")
 _SECTIONS = ("offload_optimizer", "offload_param")
-_PREFIX, _LOCK = "rayrm-", ".lock"
+_PREFIX = "rayrm-"
 _OR = 'Or set `device` to "cpu".'
 
 
@@ -115,7 +115,7 @@ def _folder(nvme_path: str) -> Iterator[None]:
     def taken(holder: str) -> None:
         raise ConfigError(f"`nvme_path`: {own} is written to by {holder}. Let that run end.")
 
-    with holding(own / _LOCK, taken):
+    with holding(own / LOCK, taken):
         try:
             yield
         finally:
@@ -124,9 +124,9 @@ def _folder(nvme_path: str) -> Iterator[None]:
 
 def _delete_if_left(folder: Path) -> None:
     """Delete a folder whose process has ended; one without a lock is not known to be left."""
-    if not (folder / _LOCK).exists():
+    if not (folder / LOCK).exists():
         return
-    with contextlib.suppress(_Lives), holding(folder / _LOCK, _lives):
+    with contextlib.suppress(_Lives), holding(folder / LOCK, _lives):
         shutil.rmtree(folder, ignore_errors=True)
         logger.info("deleted %s, which a killed run left", folder)
 

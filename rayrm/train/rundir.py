@@ -22,7 +22,7 @@ from rayrm.deepspeed_rules import shaping
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from rayrm.runfile import dump_run, read_run
 from rayrm.train.checkpoint import IDENTITY, MANIFEST, RUN, checkpoints, read_state, verify_checkpoint
-from rayrm.train.holding import holding
+from rayrm.train.holding import LOCK, holding
 from rayrm.train.records import METRICS, PROGRESS, replace_text
 from rayrm.train.storage import storage_environment, storage_of
 
@@ -246,7 +246,7 @@ def only_run(output_dir: Path) -> Iterator[None]:
         )
 
     try:
-        with holding(output_dir / ".lock", refuse):
+        with holding(output_dir / LOCK, refuse):
             yield
     finally:
         with contextlib.suppress(OSError):  # it is not empty: something was written
@@ -316,7 +316,7 @@ def _refuse_foreign(output_dir: Path) -> None:
 
 
 def _refuse_other(output_dir: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    if differing := _differing(before, now):
+    if differing := differing_in(before, now):
         raise RunDirectoryError(
             f"`output_dir` ({output_dir}) holds another run. They differ in {differing}. Choose another "
             "`output_dir`, or set these back to resume it."
@@ -329,7 +329,7 @@ def _refuse_checkpoint_of_other(checkpoint: Path, now: dict[str, Any], may_diffe
     known = next((place for place in places if place.exists()), None)
     if known is None:
         logger.warning("%s does not say which run it is of: it goes on with its own schedule", checkpoint)
-    elif differing := _differing(_read(known).get("identity", {}), now, may_differ):
+    elif differing := differing_in(_read(known).get("identity", {}), now, may_differ):
         raise CheckpointError(
             f"`resume_from_checkpoint` ({checkpoint}) is a checkpoint of another run. They differ in "
             f"{differing}. Set these back to go on with it, or begin a run of its model: type "
@@ -337,7 +337,10 @@ def _refuse_checkpoint_of_other(checkpoint: Path, now: dict[str, Any], may_diffe
         )
 
 
-def _differing(before: dict[str, Any], now: dict[str, Any], may_differ: frozenset[str] = frozenset()) -> str:
+def differing_in(
+    before: dict[str, Any], now: dict[str, Any], may_differ: frozenset[str] = frozenset()
+) -> str:
+    """The keys in which two identities differ, with both values; empty where they are one."""
     found = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
         for key in sorted({*before, *now} - may_differ)

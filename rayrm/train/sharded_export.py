@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import gathers_model, resolved_stage
 from rayrm.errors import CheckpointError
+from rayrm.model.adapters import is_adapted
 from rayrm.model.attribute_head import AttributeWeights
 from rayrm.model.layout import unwrapped
 from rayrm.train.checkpoint import is_of_the_disk
@@ -34,7 +35,7 @@ def shards_files(config: RewardConfig, model: torch.nn.Module, num_ranks: int) -
     """Whether each rank writes its own file of weights; asked before an engine takes the model."""
     if num_ranks == 1 or resolved_stage(config) != 3 or gathers_model(config):
         return False
-    return not hasattr(model, "peft_config") and not _joins_weights(unwrapped(model))
+    return not is_adapted(model) and not _joins_weights(unwrapped(model))
 
 
 def _joins_weights(model: PreTrainedModel) -> bool:

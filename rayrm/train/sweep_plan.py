@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Mapping
+from typing import Any
 
 from rayrm.errors import ConfigError
 from rayrm.sweep_settings import Range, Space, SweepConfig
@@ -83,6 +84,16 @@ def corners(space: Space) -> list[Words]:
         tuple(f"{key}={values[min(place, len(values) - 1)]}" for key, values in kept.items())
         for place in range(longest)
     ]
+
+
+def values_by_key(space: Space, words: Words) -> dict[str, Any]:
+    """What a trial's words set: numbers of ranges, and of lists the words that they have."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        allowed = space[key]
+        found[key] = allowed.number(text) if isinstance(allowed, Range) else text
+    return found
 
 
 def _drawn(values: tuple[str, ...] | Range, draw: random.Random) -> str:

@@ -32,7 +32,7 @@ from rayrm.runfile import Run
 from rayrm.sweep_settings import Range, Space, SweepConfig
 from rayrm.train.checkpoint import IDENTITY, checkpoints
 from rayrm.train.leg import Leg
-from rayrm.train.sweep_plan import Words
+from rayrm.train.sweep_plan import Words, values_by_key
 from rayrm.train.sweep_record import Exchange, Record, Trial, stands_at
 from rayrm.train.sweep_trial import PROGRESS, VALUE
 
@@ -138,7 +138,7 @@ def choose(
             synch=True,
         )
         population = [
-            _Member(number, value is not None, _config(space, words[number]))
+            _Member(number, value is not None, values_by_key(space, words[number]))
             for number, value in sorted(values.items())
         ]
         controller = SimpleNamespace(
@@ -201,21 +201,7 @@ def _seeded(text: str) -> Iterator[random.Random]:
 
 
 def _mutation(allowed: tuple[str, ...] | Range, source: random.Random) -> Any:
-    return (lambda: _number(allowed, allowed.draw(source))) if isinstance(allowed, Range) else list(allowed)
-
-
-def _config(space: Space, words: Words) -> dict[str, Any]:
-    """Ranges by numbers, lists by the words that they have."""
-    found: dict[str, Any] = {}
-    for word in words:
-        key, _, text = word.partition("=")
-        allowed = space[key]
-        found[key] = _number(allowed, text) if isinstance(allowed, Range) else text
-    return found
-
-
-def _number(allowed: Range, text: str) -> float | int:
-    return int(text) if allowed.kind == "int" else float(text)
+    return (lambda: allowed.number(allowed.draw(source))) if isinstance(allowed, Range) else list(allowed)
 
 
 def _within(allowed: tuple[str, ...] | Range, value: Any) -> Any:

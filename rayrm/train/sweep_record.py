@@ -17,12 +17,14 @@ from typing import Any
 from rayrm.errors import ConfigError, RunDirectoryError, writing
 from rayrm.sweep_settings import Mode
 from rayrm.train.checkpoint import checkpoints, step_of
+from rayrm.train.holding import LOCK
 from rayrm.train.records import read_progress, read_records, replace_text
+from rayrm.train.rundir import differing_in
 
 SUMMARY = "sweep.json"
 REPORT = "sweep.html"
 # What a sweep's directory may hold before its record: the lock of the process that asks.
-_OURS = {".lock"}
+_OURS = {LOCK}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +175,9 @@ class Record:
                 f"sweep record `{file}` is damaged ({type(error).__name__}: {error}). Choose another "
                 "`output_dir`."
             ) from error
-        differing = [
-            f"{key}: {identity.get(key)!r} there, {self._identity.get(key)!r} here"
-            for key in sorted({*identity, *self._identity})
-            if identity.get(key) != self._identity.get(key)
-        ]
-        if differing:
+        if differing := differing_in(identity, self._identity):
             raise RunDirectoryError(
-                f"`output_dir` ({self.home}) holds another sweep. They differ in {'; '.join(differing[:5])}. "
+                f"`output_dir` ({self.home}) holds another sweep. They differ in {differing}. "
                 "Choose another `output_dir`, or set these back to go on with it."
             )
 

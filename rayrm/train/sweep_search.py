@@ -22,9 +22,9 @@ from rayrm.errors import CheckpointError, ConfigError, MissingExtraError
 from rayrm.runfile import Run
 from rayrm.sweep_settings import Range, Space, SweepConfig
 from rayrm.train.leg import Leg
-from rayrm.train.sweep_plan import Words
+from rayrm.train.sweep_plan import Words, values_by_key
 from rayrm.train.sweep_record import Record, Trial, curve_of
-from rayrm.train.sweep_trial import ENDING, FAILURE, PROGRESS, STOP, VALUE, Held
+from rayrm.train.sweep_trial import ENDING, FAILURE, PROGRESS, STOP, VALUE, Held, last_line
 
 logger = logging.getLogger("rayrm.train")
 
@@ -85,7 +85,7 @@ class Optuna:
         return tuple(f"{key}={values[key]}" for key in self._space)
 
     def again(self, number: int, words: Words) -> None:
-        self._study.enqueue_trial(self._values(words))
+        self._study.enqueue_trial(values_by_key(self._space, words))
         self._asked[number] = self._study.ask(fixed_distributions=self._distributions)
 
     def tell(self, number: int, trial: Trial, progress: float) -> None:
@@ -109,17 +109,6 @@ class Optuna:
         if values.kind == "int":
             return kinds.IntDistribution(int(values.low), int(values.high))
         return kinds.FloatDistribution(values.low, values.high, log=values.kind == "log")
-
-    def _values(self, words: Words) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for word in words:
-            key, _, text = word.partition("=")
-            values = self._space[key]
-            if isinstance(values, Range):
-                found[key] = int(text) if values.kind == "int" else float(text)
-            else:
-                found[key] = text
-        return found
 
 
 class Search(Searcher):  # type: ignore[misc]
@@ -197,8 +186,7 @@ class Ends(tune.Callback):  # type: ignore[misc]
             self._end(number, 100.0, metric=last[VALUE])
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        lines = [line for line in str(trial.get_error() or "").splitlines() if line.strip()]
-        said = lines[-1].strip() if lines else "its process was lost"
+        said = last_line(str(trial.get_error() or ""), "its process was lost")
         self._end(trial.config["number"], 0.0, failure=said)
 
     def _end(self, number: int, progress: float, **outcome: Any) -> None:

@@ -21,7 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from rayrm.errors import ConfigError, PreemptedError, RayrmError, RunDirectoryError
 from rayrm.runfile import Run
-from rayrm.train.holding import holding
+from rayrm.train.holding import LOCK, holding
 from rayrm.train.leg import Leg
 from rayrm.train.preemption import tell_to_leave
 from rayrm.train.sweep_record import curve_of, stands_at, value_of
@@ -112,11 +112,11 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
                 return {**self._last, ENDING: "stopped"}
             if isinstance(error.cause, PreemptedError) and self._leg is not None:
                 return self._paused(self._leg)
-            said = str(error.cause) if isinstance(error.cause, RayrmError) else _last_line(error)
+            said = str(error.cause) if isinstance(error.cause, RayrmError) else _told_by(error)
         except RayrmError as error:
             said = str(error)
         except RayError as error:  # the process was lost
-            said = f"{type(error).__name__}: {_last_line(error)}"
+            said = f"{type(error).__name__}: {_told_by(error)}"
         return {VALUE: math.nan, FAILURE: said}
 
     def _paused(self, leg: Leg) -> dict[str, Any]:
@@ -153,10 +153,15 @@ def _train(run: Run, leg: Leg | None) -> None:
         time.sleep(_LOOK_S)
 
     # What a killed sweep left in the directory ends with its Ray, a moment later than the sweep itself.
-    with holding(directory / ".lock", wait):
+    with holding(directory / LOCK, wait):
         pass
     train_run(run, leg=leg)
 
 
-def _last_line(error: Exception) -> str:
-    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
+def _told_by(error: Exception) -> str:
+    return last_line(str(error), type(error).__name__)
+
+
+def last_line(text: str, otherwise: str) -> str:
+    """The last line of an error's text that says something."""
+    return ([line.strip() for line in text.splitlines() if line.strip()] or [otherwise])[-1]

@@ -122,19 +122,18 @@ def async_io_builder(device: torch.device) -> Any:
     return AsyncIOBuilder()
 
 
-def gathered(parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[None]:
-    """Whole, inside, are these parameters of a sharded model; all ranks enter, and none changes them."""
+def gathered(
+    parameters: list[torch.nn.Parameter], *, changed: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """Whole, inside, are these parameters of a sharded model; all ranks enter.
+
+    `changed`: they are kept as rank 0 leaves them; otherwise none changes them.
+    """
     from deepspeed.runtime.zero import GatheredParameters
 
-    around: contextlib.AbstractContextManager[None] = GatheredParameters(parameters)
-    return around
-
-
-def written(parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[None]:
-    """Whole inside, and kept as rank 0 leaves them; all ranks enter."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    around: contextlib.AbstractContextManager[None] = GatheredParameters(parameters, modifier_rank=0)
+    around: contextlib.AbstractContextManager[None] = GatheredParameters(
+        parameters, modifier_rank=0 if changed else None
+    )
     return around
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import read_deepspeed, resolved_stage
 from rayrm.errors import ConfigError
 from rayrm.model.adapters import ADAPTER_CONFIG
+from rayrm.model.reward_model import hollow_model
 from rayrm.train.nvme import buffers_told, in_own_folders
 from rayrm.train.rank import Hosts, Rank
 from rayrm.train.system_memory import available_memory
@@ -108,9 +109,7 @@ def _num_parameters(name: str, config: RewardConfig) -> int:
     """Of the model as it will be loaded, counted without its weights."""
     init = {"trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {})}
     found = AutoConfig.from_pretrained(name, **{**init, "num_labels": 1})
-    trusted = {"trust_remote_code": True} if config.trust_remote_code else {}
-    with torch.device("meta"), torch.random.fork_rng([]):
-        model = AutoModelForSequenceClassification.from_config(found, **trusted)
+    model = hollow_model(found, trust_remote_code=config.trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

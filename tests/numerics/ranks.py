@@ -51,6 +51,20 @@ NUM_STEPS = 20
 # 13 steps an epoch, of which the last has 4 pairs: the denominator is not always the same.
 NUM_PAIRS = 100
 PLENTY = 100_000
+CENTER = 0.01
+# One step of plain gradient descent, so large that what was before is lost beside the gradient.
+HUGE = 1000.0
+ONE_HUGE_STEP: dict[str, Any] = {
+    "optim": "sgd",
+    "learning_rate": HUGE,
+    "max_grad_norm": 0.0,
+    "max_steps": 1,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 8,
+    "shuffle": False,
+}
+# float32 sums in another order: about 1e-7 of their size, and as much again for the weights' last digits.
+TOLERANCE = 1e-4
 # By default DeepSpeed keeps parameters below 100,000 elements whole on every rank: all of a tiny model's.
 GATHERED: dict[str, Any] = {
     "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -162,7 +176,7 @@ def job_of(variant: Variant, output_dir: Path, rows: Sequence[TokenizedRow]) -> 
         "per_device_train_batch_size": PAIRS_PER_STEP // variant.num_ranks,
         "max_steps": NUM_STEPS,
         "learning_rate": 1e-3,
-        "center_rewards_coefficient": 0.01,
+        "center_rewards_coefficient": CENTER,
         "gradient_checkpointing": False,
         "bf16": False,
         "use_cpu": True,

@@ -32,32 +32,28 @@ from rayrm.objective import Objective
 from rayrm.train.attributes import give_attributes, reopen_attributes
 from rayrm.train.evaluation import score_model
 from rayrm.train.worker import train_rank
-from tests.numerics.ranks import Variant, job_of, outcome_of, run_variants
+from tests.numerics.ranks import (
+    CENTER,
+    HUGE,
+    ONE_HUGE_STEP,
+    TOLERANCE,
+    Variant,
+    job_of,
+    outcome_of,
+    run_variants,
+)
 from tests.tiny import tiny_model, tiny_tokenizer
 
 NAMES = ["good", "long", "odd"]
 NAN = math.nan
 WEIGHT = 0.7
-# float32 sums in another order: about 1e-7 of their size, and as much again for the weights' last digits.
-TOLERANCE = 1e-4
-HUGE = 1000.0
-CENTER = 0.01  # as `job_of` trains
 SETTINGS: dict[str, Any] = {
     "attributes": NAMES,
     "attribute_weight": WEIGHT,
     "pointwise_loss": "mse",
     "tie_model": "davidson",
 }
-PROBE = {
-    **SETTINGS,
-    "optim": "sgd",
-    "learning_rate": HUGE,
-    "max_grad_norm": 0.0,
-    "max_steps": 1,
-    "lr_scheduler_type": "constant",
-    "per_device_train_batch_size": 8,
-    "shuffle": False,
-}
+PROBE = {**SETTINGS, **ONE_HUGE_STEP}
 
 
 def made_rows() -> list[TokenizedRow]:

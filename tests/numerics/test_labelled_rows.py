@@ -21,22 +21,9 @@ from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.objective import Objective
-from tests.numerics.ranks import Variant, outcome_of, run_variants
+from tests.numerics.ranks import CENTER, HUGE, ONE_HUGE_STEP, TOLERANCE, Variant, outcome_of, run_variants
 from tests.tiny import tiny_model
 
-# float32 sums in another order: about 1e-7 of their size, and as much again for the weights' last digits.
-TOLERANCE = 1e-4
-HUGE = 1000.0
-CENTER = 0.01  # as `job_of` trains
-PROBE = {
-    "optim": "sgd",
-    "learning_rate": HUGE,
-    "max_grad_norm": 0.0,
-    "max_steps": 1,
-    "lr_scheduler_type": "constant",
-    "per_device_train_batch_size": 8,
-    "shuffle": False,
-}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "davidson": {
         "tie_model": "davidson",
@@ -157,7 +144,7 @@ def variants(name: str) -> list[Variant]:
             Variant("two_ranks_zero3", {**half, "zero_stage": 3}, num_ranks=2),
             Variant("doubled", gradients_times=2.0),
         ]
-    settings = {**PROBE, **OBJECTIVES[name]}
+    settings = {**ONE_HUGE_STEP, **OBJECTIVES[name]}
     return [replace(one, name=f"{name}-{one.name}", settings={**settings, **one.settings}) for one in found]
 
 

@@ -25,22 +25,17 @@ from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import Layout
 from rayrm.objective import Objective
 from rayrm.train.evaluation import score_rows
-from tests.numerics.ranks import PLENTY, Variant, outcome_of, run_variants
+from tests.numerics.ranks import (
+    CENTER,
+    HUGE,
+    ONE_HUGE_STEP,
+    PLENTY,
+    TOLERANCE,
+    Variant,
+    outcome_of,
+    run_variants,
+)
 from tests.tiny import tiny_model
-
-# float32 sums in another order: about 1e-7 of their size, and as much again for the weights' last digits.
-TOLERANCE = 1e-4
-HUGE = 1000.0
-CENTER = 0.01  # as `job_of` trains
-PROBE = {
-    "optim": "sgd",
-    "learning_rate": HUGE,
-    "max_grad_norm": 0.0,
-    "max_steps": 1,
-    "lr_scheduler_type": "constant",
-    "per_device_train_batch_size": 8,
-    "shuffle": False,
-}
 
 
 @dataclass(frozen=True)
@@ -144,12 +139,14 @@ FORMS = [form.name for form in forms()]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rows")
-    variants = [replace(form, settings={**PROBE, **form.settings}) for form in [*forms(), *WRONG.values()]]
+    variants = [
+        replace(form, settings={**ONE_HUGE_STEP, **form.settings}) for form in [*forms(), *WRONG.values()]
+    ]
     run_variants(variants, root, [row.row for row in ROWS])
     # The rows in another order, and the completions of each too.
     order = (5, 2, 7, 0, 3, 6, 1, 4)
     turned = [Ranked(ROWS[i].sequences[::-1], ROWS[i].ranks[::-1], ROWS[i].margin) for i in order]
-    run_variants([Variant("turned", PROBE)], root, [row.row for row in turned])
+    run_variants([Variant("turned", ONE_HUGE_STEP)], root, [row.row for row in turned])
     return root
 
 

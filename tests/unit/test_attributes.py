@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from rayrm.data.labels import USUAL, LabelRules
 from rayrm.data.packing import pack_rows
 from rayrm.data.pieces import SourceRow
 from rayrm.data.preference import parse_row
-from rayrm.data.reading import Reading
 from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
@@ -36,6 +34,7 @@ from rayrm.train.build import ModelSource, check_source
 from rayrm.train.optimizer import check_optimizers, make_optimizer
 from tests.families import ENCODERS, save_base
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.unit.test_labels import cache_key
 
 NAMES = ("good", "long")
 RULES = LabelRules(attributes=NAMES)
@@ -136,21 +135,12 @@ def test_attributes_are_named_in_a_list_or_in_one_word() -> None:
 
 
 def test_caches_of_runs_without_attributes_keep_their_names(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-
-    def key(labels: LabelRules) -> str:
-        reading = Reading.of(
-            tokenizer, pickle.dumps(tokenizer), max_length=9, token_cache=str(tmp_path), labels=labels
-        )
-        assert reading.cache is not None
-        return reading.cache.rules
-
     # What is hashed for them, as it was before there were attributes.
     assert USUAL.named == {}
     plain = LabelRules(ties=True, pointwise="mse")
     assert plain.named == {"labels": "LabelRules(ties=True, listwise=False, pointwise='mse')"}
     turned = LabelRules(attributes=("long", "good"))
-    assert len({key(rules) for rules in (USUAL, plain, RULES, turned)}) == 4
+    assert len({cache_key(rules, tmp_path) for rules in (USUAL, plain, RULES, turned)}) == 4
 
 
 GIVEN = [

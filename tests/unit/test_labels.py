@@ -213,18 +213,19 @@ def test_equal_ranks_are_compared_where_ties_are() -> None:
     assert of_rows == list(zip(tied.better.tolist(), tied.worse.tolist(), strict=True))
 
 
-def test_a_cache_is_found_by_rules_that_make_other_rows(tmp_path: Path) -> None:
+def cache_key(labels: LabelRules, directory: Path) -> str:
+    """By which a token cache in `directory` knows rows that were read with these rules."""
     tokenizer = tiny_tokenizer()
+    reading = Reading.of(
+        tokenizer, pickle.dumps(tokenizer), max_length=9, token_cache=str(directory), labels=labels
+    )
+    assert reading.cache is not None
+    return reading.cache.rules
 
-    def key(labels: LabelRules) -> str:
-        reading = Reading.of(
-            tokenizer, pickle.dumps(tokenizer), max_length=9, token_cache=str(tmp_path), labels=labels
-        )
-        assert reading.cache is not None
-        return reading.cache.rules
 
-    assert key(USUAL) == key(LabelRules())
-    assert len({key(rules) for rules in (USUAL, ANY_LABELS, BCE, LISTWISE)}) == 4
+def test_a_cache_is_found_by_rules_that_make_other_rows(tmp_path: Path) -> None:
+    assert cache_key(USUAL, tmp_path) == cache_key(LabelRules(), tmp_path)
+    assert len({cache_key(rules, tmp_path) for rules in (USUAL, ANY_LABELS, BCE, LISTWISE)}) == 4
 
 
 def rows_index(*rows: tuple[tuple[int, ...], dict[str, Any]]) -> RowIndex:

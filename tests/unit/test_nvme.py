@@ -48,9 +48,11 @@ def test_a_process_has_its_folder_while_it_runs_also_where_it_fails(tmp_path: Pa
 
 
 def test_without_a_disk_nothing_is_made_or_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvme, "_load_operator", no_one)
+    asked: list[object] = []
+    monkeypatch.setattr(nvme, "_load_operator", asked.append)
+    monkeypatch.setattr(nvme, "_folder", asked.append)
     with nvme_folders(RewardConfig(zero_stage=3), RANK, Hosts()):
-        pass
+        assert asked == []
 
 
 def test_what_a_killed_process_left_is_deleted_and_nothing_else(

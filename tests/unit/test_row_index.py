@@ -64,10 +64,10 @@ def test_comparisons_are_those_of_each_row_and_weigh_one_together(rows: list[Tok
     expected = [
         (number, index.first[number] + better, index.first[number] + worse)
         for number, row in enumerate(rows)
-        for better, worse in row.comparisons
+        for better, worse in row.compared()
     ]
     assert list(zip(found.row.tolist(), found.better.tolist(), found.worse.tolist(), strict=True)) == expected
-    each = [1 / len(rows[number].comparisons) for number, _, _ in expected]
+    each = [1 / len(rows[number].compared()) for number, _, _ in expected]
     assert found.weight.tolist() == pytest.approx(each)
 
 

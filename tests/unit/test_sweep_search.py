@@ -15,7 +15,7 @@ from rayrm.errors import ConfigError, RunDirectoryError
 from rayrm.runfile import Run
 from rayrm.sweep_settings import Space, SweepConfig, read_sweep, space_of_params
 from rayrm.train.sweep import _leaving
-from rayrm.train.sweep_plan import Words
+from rayrm.train.sweep_plan import Words, values_by_key
 from rayrm.train.sweep_record import Record, Trial, best_of, curve_of, value_of
 from rayrm.train.sweep_search import Ends, Halving, Optuna, Planned, Search
 from rayrm.train.sweep_trial import STOP
@@ -201,7 +201,7 @@ def test_optuna_goes_on_with_what_the_record_knows_and_draws_nothing_twice() -> 
     assert study.trials[9].intermediate_values == {30: 5.0}
     assert [one.value for one in study.trials[:9]] == [loss_of(words) for words in asked[:9]]
     # All digits survive the words.
-    assert [again._values(words) for words in asked] == [one.params for one in study.trials]
+    assert [values_by_key(SPACE, words) for words in asked] == [one.params for one in study.trials]
     assert again.ask(13) not in asked
 
 

@@ -112,7 +112,7 @@ def test_a_ranking_has_the_ids_of_its_completions_pair_by_pair() -> None:
     assert isinstance(row, TokenizedRow)
     alone = [{"prompt": prompt, "chosen": one, "rejected": "else"} for one in completions]
     assert [ids.tolist() for ids in row.sequences] == [chosen for chosen, _ in our_ids(tokenizer, alone)]
-    assert row.comparisons == [(0, 1), (2, 0), (2, 1)]
+    assert row.compared() == [(0, 1), (2, 0), (2, 1)]
     assert (row.ranks, row.margin) == ((1, 2, 0), 0.25)
 
 
@@ -131,7 +131,7 @@ def test_equal_completions_may_be_tied_but_not_ranked() -> None:
         for ranks in ((0, 1, 0), (0, 1, 2))
     )
     assert isinstance(tied, TokenizedRow)
-    assert tied.comparisons == [(0, 1), (2, 1)]
+    assert tied.compared() == [(0, 1), (2, 1)]
     assert isinstance(ranked, RowError)
     assert (ranked.reason, "`a` and `c`" in str(ranked)) == ("identical", True)
 
@@ -277,7 +277,7 @@ def test_a_pair_is_cut_at_the_longest_common_prefix_and_gives_its_sides_back(
     assert outcome.ids.dtype == np.int32
     assert [ids.tolist() for ids in outcome.sequences] == [chosen, rejected]
     assert outcome.lengths == (len(chosen), len(rejected))
-    assert (outcome.comparisons, outcome.margin) == ([(0, 1)], 0.5)
+    assert (outcome.compared(), outcome.margin) == ([(0, 1)], 0.5)
     prefix = outcome.prefix_length
     assert chosen[:prefix] == rejected[:prefix]
     assert chosen[: prefix + 1] != rejected[: prefix + 1]
@@ -363,5 +363,5 @@ def test_a_row_gives_its_sequences_back_and_compares_what_its_ranks_tell_apart(
     longer = {tuple(ids[: row.prefix_length + 1]) for ids, _ in completions}
     assert len(longer) > 1 or row.prefix_length == min(row.lengths)
     told = {(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]}
-    assert set(row.comparisons) == told
-    assert len(row.comparisons) == len(told)
+    assert set(row.compared()) == told
+    assert len(row.compared()) == len(told)
