@@ -3,6 +3,8 @@
 #   make demo    create the environment, install, run the whole way on this machine
 #   make test    create the environment, install, run the tests (all but those marked slow or gpu)
 #
+# make test-all runs those marked slow too, and every cell of the matrices, of which make test trains a few.
+#
 # Also: make env (the environment alone), make check (format, lint, types), make fmt, make clean;
 # make bench MODEL=DIR DATA=FILE (an hour; README, "How fast"); make test PYTEST_ARGS=tests/unit runs a part.
 # Nothing needs an activated environment: everything runs by .venv/bin/. PYTHON=python3.12 chooses the Python.
@@ -20,10 +22,10 @@ STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | 
 QUIET_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench check fmt env clean
+.PHONY: help demo test test-all bench check fmt env clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,8p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,10p'
 
 demo: $(STAMP)
 	$(BIN)/rayrm demo
@@ -34,7 +36,8 @@ FRAMEWORKS := $(foreach name,areal nemo_rl openrlhf roll skyrl slime verl adapte
 	$(wildcard tests/*/test_rl_$(name).py))
 RL := $(filter-out $(FRAMEWORKS),$(wildcard tests/*/test_rl_*.py) $(foreach name,ppo ppo_actor refresh judge guard \
 	heldout moments shaping shaping_ranks trl_reward turn_ending calibration,$(wildcard tests/*/test_$(name).py)))
-PYTEST := $(QUIET_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
+MARKED := not slow and not gpu
+PYTEST = $(QUIET_ENV) $(BIN)/python -m pytest -m "$(MARKED)"
 # Half of a test's time is waiting for Ray's processes, so two at a time suit two cores. Each has a Ray of its own.
 TEST_PROCESSES ?= 2
 SPREAD := -n $(TEST_PROCESSES) --dist loadfile
@@ -47,6 +50,10 @@ else
 	$(PYTEST) $(SPREAD) $(RL)
 	$(PYTEST) $(FRAMEWORKS)
 endif
+
+test-all: export RAYRM_EVERY_CELL := 1
+test-all: MARKED := not gpu
+test-all: test
 
 # Each benchmark prints its figures, and one JSON object as its last line; BENCH_ARGS="--rounds 1" is for all.
 bench: $(STAMP)

@@ -77,16 +77,16 @@ def serve_run(
             process.kill()
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[str]) -> None:
+def wait_until_ready(url: str, process: subprocess.Popen[str], log: Path) -> None:
     request = urllib.request.Request(f"{url}/ready", headers={"Authorization": f"Bearer {TOKEN}"})
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while process.poll() is None and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(request, timeout=10):
                 return
         except OSError:  # refused, reset, or no answer in time: it is not ready
             time.sleep(0.2)
-    pytest.fail("the service is not ready")
+    pytest.fail(f"the service is not ready:\n{log.read_text()[-5000:]}")
 
 
 def rayrm(*words: str) -> str:
@@ -106,7 +106,7 @@ def test_a_serve_config_serves_rolls_and_comes_back(
     body = {"prompts": prompts, "completions": completions}
     settings = config("kuberay/rayservice.yaml", name, published.path, "127.0.0.1", port)
     with serve_run(tmp_path, settings, TOKEN) as (process, address):
-        wait_until_ready(url, process)
+        wait_until_ready(url, process, tmp_path / "log")
         assert post(f"{url}/v1/score", body)[0] == 401
         for version in (published, second):
             status, answer = post(f"{url}/v1/score", body, TOKEN)
@@ -130,7 +130,7 @@ def title(pid: int) -> str:
 
 def test_a_proxy_that_others_reach_needs_a_token(published: PublishedModel, tmp_path: Path) -> None:
     settings = config("serve.yaml", f"test-open-{os.getpid()}", published.path, "0.0.0.0", free_port())
-    refusal, deadline = "answers callers from other machines, and no token is set", time.monotonic() + 180
+    refusal, deadline = "answers callers from other machines, and no token is set", time.monotonic() + 400
     with serve_run(tmp_path, settings, None):
         while refusal not in (tmp_path / "log").read_text():
             assert time.monotonic() < deadline

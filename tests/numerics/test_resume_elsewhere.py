@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from rayrm.errors import CheckpointError
 from rayrm.train.worker import train_rank
+from tests.cells import cells_of
 from tests.numerics.ranks import GATHERED, Variant, job_of, outcome_of, run_variants, tokenized
 
 # Sums in another order differ by about 1e-7 of their size a step.
@@ -50,7 +51,7 @@ STAGES: dict[str, dict[str, Any]] = {
     },
 }
 # Kind, then stage and ranks of the run that was stopped, and of the one that goes on.
-MOVES = [
+EVERY_MOVE = [
     ("adamw", "torch", 2, "torch", 1),
     ("adamw", "zero0", 2, "torch", 1),
     ("adamw", "zero1", 2, "zero1", 1),
@@ -80,6 +81,21 @@ MOVES = [
     ("lora", "torch", 1, "gathered", 2),
     ("lora", "gathered", 2, "zero1", 3),
 ]
+MOVES = cells_of(
+    EVERY_MOVE,
+    [
+        ("adamw", "torch", 2, "torch", 1),
+        ("adamw", "zero1", 2, "zero1", 1),
+        ("adamw", "zero2", 2, "torch", 1),
+        ("adamw", "gathered", 2, "torch", 1),
+        ("adamw", "torch", 1, "gathered", 2),
+        ("adamw", "offloaded3", 2, "gathered", 2),
+        ("fused", "zero1", 2, "torch", 1),
+        ("momentum", "torch", 1, "zero3", 2),
+        ("sgd", "torch", 1, "gathered", 2),
+        ("lora", "zero2", 2, "torch", 1),
+    ],
+)
 
 
 def form(kind: str, stage: str, ranks: int, name: str, **changes: Any) -> Variant:
@@ -184,7 +200,10 @@ def test_a_scheduler_of_the_checkpoint_goes_on(runs: Path) -> None:
             json.loads(line).get("learning_rate")
             for line in (directory / "metrics.jsonl").read_text().splitlines()
         ]
-        for directory in (runs / "adamw-whole", runs / "again" / name_of(MOVES[13]))
+        for directory in (
+            runs / "adamw-whole",
+            runs / "again" / name_of(("adamw", "gathered", 2, "torch", 1)),
+        )
     ]
     assert rates[0] == rates[1]
     assert torch.tensor(rates[0][:-1]).diff().lt(0).all()

@@ -5,6 +5,7 @@ The NaN is real: one token's embedding is NaN, and of all rows one has that toke
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from rayrm.data.tokenize import TokenizedRow
 from rayrm.errors import RayrmError
 from rayrm.train.checkpoint import checkpoints
 from rayrm.train.worker import train_rank
+from tests.cells import cells_of
 from tests.numerics.ranks import GATHERED, PAIRS_PER_STEP, Variant, job_of, run_variants, tokenized
 from tests.tiny import saved_weights, tiny_model
 
@@ -66,7 +68,10 @@ def skipping() -> list[Variant]:
         Variant("two_gathered", {**SKIPPING, **GATHERED}),
         Variant("two_unclipped", {**SKIPPING, "zero_stage": 0, "max_grad_norm": 0.0}),
     ]
-    return [replace(v, poison=POISON) for v in one + [replace(variant, num_ranks=2) for variant in two]]
+    every = one + [replace(variant, num_ranks=2) for variant in two]
+    few = ["torch", "padded", "zero0", "zero2", "two_torch", "two_zero2", "two_gathered", "two_unclipped"]
+    kept = cells_of([variant.name for variant in every], few)
+    return [replace(variant, poison=POISON) for variant in every if variant.name in kept]
 
 
 SKIPPING_FORMS = [variant.name for variant in skipping()]
@@ -153,8 +158,13 @@ def test_a_resumed_run_skips_and_counts_as_one_that_was_not_interrupted(runs: Pa
     assert all(torch.equal(one[name].nan_to_num(), two[name].nan_to_num()) for name in one)
 
 
-@pytest.mark.parametrize("form", ["torch", "padded", "zero2"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "form"),
+    cells_of(
+        itertools.product((1, 2), ("torch", "padded", "zero2")),
+        [(1, "torch"), (1, "padded"), (1, "zero2"), (2, "zero2")],
+    ),
+)
 def test_a_run_stops_before_it_saves_and_names_the_step_and_the_row(
     tmp_path: Path, ranks: int, form: str
 ) -> None:

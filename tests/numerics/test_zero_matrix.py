@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.numerics.ranks import GATHERED, NUM_STEPS, Outcome, Variant, outcome_of, run_variants, tokenized
+from tests.numerics.ranks import GATHERED, Outcome, Variant, outcome_of, run_variants, tokenized
 from tests.numerics.test_same_gradients import OPTIMIZERS, TOLERANCE, differences
 
 # One fixture trains all cells.
 pytestmark = pytest.mark.timeout(1800)
-# Ten steps an epoch, of which the last has two rows.
-NUM_ROWS, ROWS_PER_STEP = 38, 4
+# An epoch, whose last step has two rows.
+NUM_ROWS, ROWS_PER_STEP, NUM_STEPS = 38, 4, 10
 TRAINED = {"full": False, "LoRA": True}
 STAGES: dict[int, dict[str, Any]] = {**{stage: {"zero_stage": stage} for stage in range(3)}, 3: GATHERED}
 CELLS = list(itertools.product(TRAINED, STAGES, (1, 2), (False, True)))
-STEP = {**OPTIMIZERS["sgd"], "per_device_train_batch_size": ROWS_PER_STEP}
+STEP = {**OPTIMIZERS["sgd"], "max_steps": NUM_STEPS, "per_device_train_batch_size": ROWS_PER_STEP}
 Cell = tuple[str, int, int, bool]
 
 
