@@ -63,7 +63,7 @@ def bench(home: Path, name: str, *words: str, **environment: str) -> dict[str, A
     return result
 
 
-@pytest.mark.parametrize("against", ["trl", "packed"])
+@pytest.mark.parametrize("against", ["trl", pytest.param("packed", marks=pytest.mark.slow)])
 def test_train_takes_the_same_trajectory_as_what_it_is_compared_with(home: Path, against: str) -> None:
     words = ["--data", "pairs.jsonl", "--pairs", "24", "--batch", "4", "--rounds", "2", "--against", against]
     found = bench(home, "train", *words)
@@ -73,7 +73,7 @@ def test_train_takes_the_same_trajectory_as_what_it_is_compared_with(home: Path,
     assert found["tokens"]["shared"] < found["tokens"]["unpadded"] <= found["tokens"]["padded"]
 
 
-@pytest.mark.parametrize("data", ["pairs.jsonl", "dialogues.jsonl"])
+@pytest.mark.parametrize("data", ["pairs.jsonl", pytest.param("dialogues.jsonl", marks=pytest.mark.slow)])
 def test_score_gives_the_scores_of_the_padded_forward(home: Path, data: str) -> None:
     found = bench(home, "score", "--data", data, "--groups", "6", "--group-size", "4", "--max-tokens", "200")
     assert set(found) >= EVERY | {"scores_per_s", "bound", "share_of_bound", "max_score_delta"}
@@ -86,7 +86,8 @@ def test_score_gives_the_scores_of_the_padded_forward(home: Path, data: str) -> 
     assert found["share_of_bound"] == pytest.approx(found["ratio"] / found["bound"])
 
 
-@pytest.mark.parametrize("zero", [[], pytest.param(["--zero-stage", "2"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [[], ["--zero-stage", "2"]])
 def test_scaling_trains_on_the_same_pairs_with_one_worker_and_with_two(home: Path, zero: list[str]) -> None:
     sizes = ["--pairs", "16", "--pairs-per-worker", "4", "--rounds", "1"]
     found = bench(home, "scaling", "--data", "pairs.jsonl", *sizes, *zero)
@@ -97,6 +98,7 @@ def test_scaling_trains_on_the_same_pairs_with_one_worker_and_with_two(home: Pat
     assert found["tokens"]["one"] <= found["tokens"]["two"] + 200
 
 
+@pytest.mark.slow
 def test_checkpoint_times_each_save_but_the_first_and_the_last(home: Path) -> None:
     sizes = ["--pairs", "40", "--batch", "2", "--every", "4", "--rounds", "2"]
     found = bench(home, "checkpoint", "--data", "pairs.jsonl", *sizes)
@@ -107,6 +109,7 @@ def test_checkpoint_times_each_save_but_the_first_and_the_last(home: Path) -> No
     assert 0.3 < found["written_mib"] < 2
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_e2e_trains_as_the_bare_step_does(ray_cluster: None, home: Path) -> None:
     address = ray.get_runtime_context().gcs_address
@@ -122,7 +125,7 @@ def test_a_bench_says_what_is_wrong_with_its_sizes(home: Path) -> None:
     assert "--groups (1000)" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_bench_that_is_killed_leaves_no_process_behind(home: Path, number: signal.Signals) -> None:
     sizes = ["--pairs", "64", "--batch", "2", "--rounds", "1000"]
     with subprocess.Popen(

@@ -83,7 +83,7 @@ def test_train_evaluate_publish_and_score_agree(shell: Shell, workers: int) -> N
     assert margin == pytest.approx(metrics["heldout.jsonl"]["margin"], abs=1e-5)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_rankings_train_beside_pairs_and_are_evaluated(shell: Shell, workers: int) -> None:
     rankings = tiny_rankings(12, conversational=True)
     for ranking in rankings[:2]:

@@ -13,6 +13,7 @@ import pytest
 SOAK = Path(__file__).parents[2] / "jobs" / "soak.py"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_five_killed_workers_and_a_killed_driver_change_no_bit_and_one_worker_can_go_on(
     tmp_path: Path,

@@ -146,7 +146,7 @@ def room_of(files: Iterable[Path]) -> int:
     return sum(math.ceil(file.stat().st_size / 4096) * 4096 for file in files if file.is_file())
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(0, None), (2, 2)])
+@pytest.mark.parametrize(("workers", "stage"), [(0, None), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_a_run_whose_model_found_no_room_only_saves_when_started_again(
     base: str, tmp_path: Path, workers: int, stage: int | None
 ) -> None:
@@ -186,7 +186,7 @@ LEFT = """
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_begins_when_what_a_killed_one_left_has_stopped_writing(
     in_process: Path, on_workers: Path, base: str, tmp_path: Path, workers: int
 ) -> None:

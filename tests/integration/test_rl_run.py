@@ -109,7 +109,7 @@ def samples_of(output_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_a_run_serves_its_reward_trains_two_workers_and_leaves_nothing(
     ray_cluster: None,
     policy: str,
@@ -204,7 +204,7 @@ def wait_for_step(output_dir: Path, step: int, thread: threading.Thread) -> None
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_killed_replica_and_a_roll_cost_no_reward(
     running: RewardClient,
     policy: str,

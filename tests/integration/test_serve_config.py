@@ -128,6 +128,7 @@ def title(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
 
 
+@pytest.mark.slow
 def test_a_proxy_that_others_reach_needs_a_token(published: PublishedModel, tmp_path: Path) -> None:
     settings = config("serve.yaml", f"test-open-{os.getpid()}", published.path, "0.0.0.0", free_port())
     refusal, deadline = "answers callers from other machines, and no token is set", time.monotonic() + 400

@@ -300,7 +300,15 @@ def kinds_of_rows(kind: str, rows: list[dict[str, Any]], directory: Path) -> Any
     return streams[kind]
 
 
-@pytest.mark.parametrize("kind", ["list", "in memory", "on disk", "stream"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "list",
+        pytest.param("in memory", marks=pytest.mark.slow),
+        pytest.param("on disk", marks=pytest.mark.slow),
+        "stream",
+    ],
+)
 def test_the_first_rows_of_what_is_no_file_are_streamed_as_an_indexed_set_has_them(
     kind: str, tmp_path: Path
 ) -> None:
@@ -333,7 +341,10 @@ FINGERPRINT = """
 """
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("streaming", "0"), ("streaming", "100"), ("on disk", "100")])
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [pytest.param("streaming", "0", marks=pytest.mark.slow), ("streaming", "100"), ("on disk", "100")],
+)
 def test_what_datasets_gives_is_known_again_by_another_process(
     shards: Path, tmp_path: Path, kind: str, limit: str
 ) -> None:

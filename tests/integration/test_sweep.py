@@ -221,7 +221,9 @@ def test_a_killed_sweep_of_trials_with_workers_goes_on_to_the_end(base: list[str
 
 
 @pytest.mark.timeout(2000)
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 75)]
+)
 def test_a_sweep_that_is_told_to_leave_saves_and_has_the_status_of_the_signal(
     base: list[str], tmp_path: Path, number: signal.Signals, status: int
 ) -> None:

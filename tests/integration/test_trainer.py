@@ -91,7 +91,7 @@ class Fitted:
 
 
 # Two workers without DeepSpeed: see test_resume.py.
-@pytest.fixture(scope="module", params=[2, 3], ids=["zero2", "zero3"])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3], ids=["zero2", "zero3"])
 def fitted(request: pytest.FixtureRequest, base: str, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     """The same run on two Ray Train workers, with half the pairs on each."""
     directory = tmp_path_factory.mktemp("there") / "run"
