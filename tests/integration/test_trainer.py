@@ -182,15 +182,16 @@ def test_a_model_object_is_trained_in_place_and_is_the_caller_s_again(
 
 
 def test_the_best_model_need_not_be_the_last(base: str, tmp_path: Path) -> None:
-    # A learning rate that soon breaks the model: the first checkpoint is better than the last.
-    changes = {**CHECKPOINTED, "learning_rate": 0.5, "lr_scheduler_type": "constant", "eval_steps": 1}
-    trainer = run(tmp_path / "run", base, **{**changes, "save_steps": 1, "save_total_limit": 2})
+    # The loss falls: where the greatest is called the best, that is an early checkpoint.
+    changes = {**CHECKPOINTED, "greater_is_better": True, "eval_steps": 1, "save_steps": 1}
+    trainer = run(tmp_path / "run", base, **changes, save_total_limit=2)
     losses = logged(trainer, "eval_near_loss")
-    best = int(losses.argmin()) + 1
+    best = int(losses.argmax()) + 1
     assert best < NUM_STEPS
     kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
     assert kept == {f"checkpoint-{best}", f"checkpoint-{NUM_STEPS}"}
-    assert trainer.evaluate()["eval_near_loss"] == pytest.approx(losses.min(), abs=TOLERANCE)
+    assert losses.max() > losses[-1] + 10 * TOLERANCE
+    assert trainer.evaluate()["eval_near_loss"] == pytest.approx(losses.max(), abs=TOLERANCE)
 
 
 def test_a_best_metric_that_is_no_metric_is_refused_by_name(base: str, tmp_path: Path) -> None:
