@@ -204,7 +204,8 @@ class RewardConfig:
     metric_for_best_model: str | None = None
     """An evaluation metric, with or without `eval_`. None: "loss", where one is needed."""
     greater_is_better: OptionalBool = None
-    """Whether more of that metric is better. None: True unless its name ends in "loss"."""
+    """Whether more of that metric is better. None: True unless it is an error: its name ends in "loss",
+    "mse" or "brier", or is `attribute_mse_<name>`."""
     resume_from_checkpoint: Annotated[str | None, BeforeValidator(switch_word)] = None
     """A checkpoint's directory, or "true" (or True) for the newest in `output_dir`."""
 

@@ -28,6 +28,8 @@ OBJECTIVE_SETTINGS: Final[tuple[str, ...]] = (
     "attribute_weight",
 )
 """The fields of `RewardConfig` that say what is minimized."""
+ATTRIBUTE_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
+"""What an attribute may be called: metrics are called by it."""
 _TIE_PARAMETER: Final[dict[str, float]] = {"none": 0.0, "rao-kupper": 2.0, "davidson": 1.0}
 """With either, two completions of equal reward tie one time in three."""
 
@@ -107,7 +109,7 @@ def check_objective(config: RewardConfig) -> list[str]:
 
 def _about_attributes(config: RewardConfig) -> list[str]:
     problems = []
-    bad = [name for name in config.attributes if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
+    bad = [name for name in config.attributes if not ATTRIBUTE_NAME.fullmatch(name)]
     if bad:
         problems.append(
             f"`attributes` names {bad[0]!r}, and metrics are called by these names. Type names of letters, "

@@ -6,11 +6,12 @@ Each rule's error is "field (value), rule, fix", and all that are broken are tol
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from rayrm.deepspeed_rules import check_deepspeed, check_zero_init
-from rayrm.objective import check_objective
+from rayrm.objective import ATTRIBUTE_NAME, check_objective
 from rayrm.settings import nearest
 from rayrm.unsupported import INSTEAD, NOT_HONOURED, RENAMED
 from rayrm.urls import is_url, masked
@@ -30,6 +31,18 @@ _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
 }
 _SWITCHES: Final = ("nesterov", "centered")
+_ERRORS: Final = ("loss", "mse", "brier")
+_BY_ATTRIBUTE: Final = re.compile(f"attribute_(mse|pearson)_{ATTRIBUTE_NAME.pattern}$")
+
+
+def is_error(metric: str) -> bool:
+    """Whether less of a metric is better: a loss, as in transformers, and the errors that are measured here.
+
+    "eval_loss", "eval_helpful_mse", "brier". What is measured by attribute ends in the attribute's name,
+    which says nothing of it: "eval_attribute_mse_good" is one, "eval_attribute_pearson_loss" none.
+    """
+    by_attribute = _BY_ATTRIBUTE.search(metric)
+    return metric.endswith(_ERRORS) if by_attribute is None else by_attribute[1] == "mse"
 
 
 def adopt_trl_names(names: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
@@ -86,7 +99,7 @@ def resolve_defaults(config: RewardConfig) -> None:
     if metric is None and config.load_best_model_at_end:
         metric = resolved["metric_for_best_model"] = "loss"
     if metric is not None and config.greater_is_better is None:
-        resolved["greater_is_better"] = not metric.endswith("loss")
+        resolved["greater_is_better"] = not is_error(metric)
     for name in ("logging_steps", "eval_steps", "save_steps"):
         steps = resolved.get(name, getattr(config, name))
         if steps is not None and steps == int(steps):

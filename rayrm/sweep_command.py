@@ -31,7 +31,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trials", help="sweep.num_trials: draws from the ranges")
     parser.add_argument("--metric", help="sweep.metric: what decides (eval_accuracy)")
-    parser.add_argument("--mode", choices=("max", "min"), help="sweep.mode (max)")
+    parser.add_argument("--mode", choices=("max", "min"), help="sweep.mode (by the metric: less of a loss)")
     parser.add_argument("--max-concurrent", help="sweep.max_concurrent: trials at once; as many as fit")
 
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from rayrm.errors import ConfigError
+from rayrm.rules import is_error
 from rayrm.runfile import SECTIONS, Run, dump_tables, make_tables, read_toml
 from rayrm.settings import OptionalCount, OptionalSeed, json_value, none_word, settings
 
@@ -64,8 +65,9 @@ class SweepConfig:
     metric: str = "eval_accuracy"
     """What decides: any logged metric; of an evaluation set by name `eval_<name>_accuracy`. A trial's value
     is that of the model it leaves: the last one, or the best checkpoint's with `load_best_model_at_end`."""
-    mode: Mode = "max"
-    """Whether more of it is better ("max") or less ("min")."""
+    mode: Annotated[Mode | None, BeforeValidator(none_word)] = None
+    """Whether more of it is better ("max") or less ("min"). None: less of an error, as `greater_is_better`
+    has it, and of all else more."""
     search: Literal["grid", "random", "optuna"] = "grid"
     """grid: every combination of the lists, each with `num_trials` draws of the ranges. random: `num_trials`
     draws of everything. optuna: `num_trials` suggestions of Optuna's TPE, by the outcomes so far."""
@@ -101,14 +103,19 @@ class SweepConfig:
         if self.scheduler != "none" and self.metric == "train_loss":
             raise ValueError(
                 '`metric` ("train_loss") is known at a trial\'s end only, and `scheduler` '
-                f'"{self.scheduler}" decides before. Type an evaluation\'s, such as "eval_loss" with '
-                '`mode = "min"`, or `scheduler = "none"`.'
+                f'"{self.scheduler}" decides before. Type an evaluation\'s, such as "eval_loss", or '
+                '`scheduler = "none"`.'
             )
         if self.scheduler == "pbt" and self.search == "optuna":
             raise ValueError(
                 '`search` ("optuna") suggests values for whole trials, and `scheduler` "pbt" changes them '
                 'within. Type `search = "random"`, or `scheduler = "asha"`.'
             )
+
+    @property
+    def direction(self) -> Mode:
+        """`mode`, resolved."""
+        return self.mode or ("min" if is_error(self.metric) else "max")
 
 
 @dataclass(frozen=True, slots=True)

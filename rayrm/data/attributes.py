@@ -6,13 +6,14 @@ One number an attribute and completion, NaN where the row says none. Pure.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from rayrm.data.labels import MOST, LabelRules
 from rayrm.data.messages import is_list, shown
 from rayrm.errors import RowError
+from rayrm.objective import ATTRIBUTE_NAME
 from rayrm.settings import nearest
 
 COLUMNS = ("attributes", "chosen_attributes", "rejected_attributes")
@@ -45,6 +46,27 @@ def check_rated(row: Mapping[str, Any], rules: LabelRules) -> None:
             f"`attributes` ({shown(row['attributes'])}): the row has ratings and no better or worse; name "
             'those to learn from (`attributes=["helpfulness"]`), or drop the row',
         )
+
+
+def names_in(rows: Iterable[Any]) -> tuple[str, ...]:
+    """By which attributes some row rates a completion, in their first order, whatever else the rows are."""
+    found: dict[str, None] = {}
+    for row in rows:
+        values: list[Any] = [row.get(column) for column in COLUMNS] if isinstance(row, Mapping) else []
+        for value in values:
+            for said in value if is_list(value) else [value]:
+                if isinstance(said, Mapping):
+                    found |= {
+                        str(name): None
+                        for name, number in said.items()
+                        if ATTRIBUTE_NAME.fullmatch(str(name)) and _is_number(number)
+                    }
+    return tuple(found)
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value) and abs(float(value)) <= MOST
 
 
 def _given(row: Mapping[str, Any], completions: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -95,8 +117,7 @@ def _numbers(column: str, value: Any, names: Sequence[str]) -> list[float]:
                 f"`{column}.{name}` is none of `attributes` ({', '.join(names)}).{nearest(name, names)} Add "
                 "it there, or remove it from the row",
             )
-        known = not isinstance(number, bool) and isinstance(number, Real) and math.isfinite(number)
-        if not known or abs(float(number)) > MOST:
+        if not _is_number(number):
             raise RowError(
                 "bad-attributes",
                 f"`{column}.{name}` ({shown(number)}) must be a finite number; correct it, or remove it "

@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rayrm.data.attributes import names_in
 from rayrm.data.blocks import ROWS_PER_TABLE, index_of, tokenized_tables
+from rayrm.data.inspect_ratings import by_attribute, in_columns, parsed, readable, spread
 from rayrm.data.labels import ANY_LABELS, UNRANKED
-from rayrm.data.preference import PreferenceRow, form_of, parse_row
+from rayrm.data.preference import PreferenceRow, form_of
 from rayrm.data.quarantine import SourceCounts
 from rayrm.data.repeats import best_positions, conflicts, duplicates, tokens_prompts_once
 from rayrm.data.row_index import Places, RowIndex
 from rayrm.data.selection import prompt_hash, prompt_of
 from rayrm.data.sources import SourceRow, plan_sources, read_work, row_name
-from rayrm.errors import ConfigError, DataError, RowError
+from rayrm.errors import ConfigError, DataError
 
 Keys = npt.NDArray[np.uint64]
 ALL = "all sources"
@@ -37,7 +39,9 @@ class Gathered:
     """R accepted rows of all sources, and what became of the others.
 
     `source` (which of `names`), `file`, `row`, `prompt` (its hash), `is_ranking`, `has_prompt` `[R]`;
-    `files` names what `file` counts. `counts` and `forms` go by source name.
+    `files` names what `file` counts. `counts` and `forms` go by source name. `attributes`: by which
+    completions are rated, in the order of the index's columns; `unread`, by source name: how many rows have
+    ratings that no run could read, and the first of them.
     """
 
     names: list[str]
@@ -51,6 +55,8 @@ class Gathered:
     has_prompt: npt.NDArray[np.bool_]
     counts: dict[str, SourceCounts]
     forms: dict[str, Counter[str]]
+    attributes: tuple[str, ...] = ()
+    unread: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def place(self, row: int) -> str:
         """What messages call a row: its file and line."""
@@ -60,7 +66,11 @@ class Gathered:
         """One source's rows alone."""
         rows = np.flatnonzero(self.source == self.names.index(name))
         return replace(
-            self.take(rows), names=[name], counts={name: self.counts[name]}, forms={name: self.forms[name]}
+            self.take(rows),
+            names=[name],
+            counts={name: self.counts[name]},
+            forms={name: self.forms[name]},
+            unread={name: self.unread[name]},
         )
 
     def take(self, rows: Places) -> Gathered:
@@ -107,6 +117,10 @@ class Figures:
     num_all_tied: int = 0  # rows with nothing better or worse
     num_scored: int = 0  # rows whose completions have scores
     scores: dict[str, float] = field(default_factory=dict)  # of completions
+    attributes: dict[str, dict[str, float]] = field(default_factory=dict)  # ratings by each: count, min, ...
+    num_only_rated: int = 0  # rows with ratings in the place of an order and of scores
+    num_unread: int = 0  # of all: rows with ratings that no run could read
+    unread: str = ""  # the first of them
     tokens_unshared: int = 0
     tokens_shared_in_rows: int = 0
     tokens_prompts_once: int = 0
@@ -146,18 +160,27 @@ def gather(
     names, files = list(dict.fromkeys(paths)), list[str]()
     counts = {name: SourceCounts() for name in names}
     forms: dict[str, Counter[str]] = {name: Counter() for name in names}
+    attributes, unread = list[str](), dict.fromkeys(names, (0, ""))
     parts: list[tuple[RowIndex, dict[str, npt.NDArray[Any]]]] = []
     for source, name in enumerate(names):
         plan = plan_sources(name, max_rows=max_rows, name=name, columns=columns)
         rows = (row for piece in plan.work for row in read_work(piece))
         for batch in _batches(rows):
-            parsed = [_parsed(row) for row in batch]
+            rated_by = names_in(row.content for row in batch)
+            labels = replace(ANY_LABELS, attributes=rated_by)
+            for place, row in enumerate(batch):
+                batch[place], why = readable(row, labels)
+                if why is not None:
+                    unread[name] = (unread[name][0] + 1, unread[name][1] or why)
+            entries = [parsed(row, labels) for row in batch]
             if isinstance(tokenizer, GivenIds):
-                _check_given_ids(batch, parsed)
-            (table,) = tokenized_tables(batch, tokenizer, None, labels=ANY_LABELS)
+                _check_given_ids(batch, entries)
+            (table,) = tokenized_tables(batch, tokenizer, None, labels=labels)
             block = index_of(table)
+            attributes += [attribute for attribute in rated_by if attribute not in attributes]
+            index = replace(block.rows, attributes=in_columns(block.rows.attributes, rated_by, attributes))
             of_place = {
-                (row.source, row.number): entry for row, entry in zip(batch, parsed, strict=True) if entry
+                (row.source, row.number): entry for row, entry in zip(batch, entries, strict=True) if entry
             }
             accepted = [
                 of_place[place] for place in zip(block.source.tolist(), block.row.tolist(), strict=True)
@@ -174,15 +197,25 @@ def gather(
                 "has_prompt": np.array([bool(row.prompt) or row.ids is not None for row in accepted], bool),
                 "is_ranking": np.array([_is_ranking(row) for row in accepted], bool),
             }
-            parts.append((block.rows, own))
+            parts.append((index, own))
             if on_progress is not None:
                 on_progress(name, counts[name].num_rows)
         if not counts[name].num_rows:
             raise DataError(f"{name} has no rows; give a source that has some")
         files.extend(plan.names)
     joined = {name: np.concatenate([own[name] for _, own in parts]) for name in _COLUMNS}
+    indices = [
+        replace(rows, attributes=in_columns(rows.attributes, attributes, attributes)) for rows, _ in parts
+    ]
     return Gathered(
-        names, files, RowIndex.joined([rows for rows, _ in parts]), **joined, counts=counts, forms=forms
+        names,
+        files,
+        RowIndex.joined(indices),
+        **joined,
+        counts=counts,
+        forms=forms,
+        attributes=tuple(attributes),
+        unread=unread,
     )
 
 
@@ -225,6 +258,8 @@ def figures_of(gathered: Gathered, name: str, max_length: int | None) -> Figures
         max_length_for_all=0,
         lengths={},
         histogram=[],
+        num_unread=sum(count for count, _ in gathered.unread.values()),
+        unread=next((first for count, first in gathered.unread.values() if count), ""),
     )
     if not index.num_rows:
         return whole
@@ -249,6 +284,7 @@ def _with_rows(figures: Figures, kept: Gathered) -> Figures:
     rows_of_prompt = np.unique(kept.prompt, return_counts=True)[1]
     highest = np.maximum.reduceat(index.ranks, index.first[:-1])
     is_ranked = highest != UNRANKED
+    is_scored = ~np.isnan(np.fmax.reduceat(index.ratings, index.first[:-1]))
     is_compared = np.bincount(compared.row, minlength=index.num_rows) > 0
     ahead = np.sign(index.lengths[compared.better] - index.lengths[compared.worse]) * compared.direction
     decided = compared.weight * np.abs(compared.direction)
@@ -266,12 +302,14 @@ def _with_rows(figures: Figures, kept: Gathered) -> Figures:
         best_position=best_positions(index, kept.is_ranking),
         num_without_prompt=int((~kept.has_prompt).sum()),
         num_margins=len(given),
-        margins=_spread(given),
+        margins=spread(given),
         num_soft=int((index.targets != 1).sum()),
-        targets=_spread(index.targets[index.targets != 1]),
+        targets=spread(index.targets[index.targets != 1]),
         num_all_tied=int((~is_compared & is_ranked).sum()),
-        num_scored=int((~is_ranked).sum()),
-        scores=_spread(index.ratings[~np.isnan(index.ratings)]),
+        num_scored=int(is_scored.sum()),
+        scores=spread(index.ratings[~np.isnan(index.ratings)]),
+        attributes=by_attribute(index, kept.attributes),
+        num_only_rated=int((~is_ranked & ~is_scored).sum()),
         tokens_unshared=int(index.tokens(share=False).sum()),
         tokens_shared_in_rows=int(index.tokens(share=True).sum()),
         tokens_prompts_once=tokens_prompts_once(index, kept.prompt),
@@ -289,27 +327,12 @@ def _with_rows(figures: Figures, kept: Gathered) -> Figures:
 
 
 def _is_ranking(row: PreferenceRow) -> bool:
-    return row.names[0].startswith("completions") and not row.ratings
-
-
-def _spread(values: npt.NDArray[np.floating]) -> dict[str, float]:
-    """min, mean, max; empty of no value."""
-    if not len(values):
-        return {}
-    wide = values.astype(np.float64)
-    return {"min": float(wide.min()), "mean": float(wide.mean()), "max": float(wide.max())}
+    return row.names[0].startswith("completions") and UNRANKED not in row.ranks
 
 
 def _batches(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
     while batch := list(islice(rows, ROWS_PER_TABLE)):
         yield batch
-
-
-def _parsed(row: SourceRow) -> PreferenceRow | None:
-    try:
-        return None if isinstance(row.content, RowError) else parse_row(row.content, ANY_LABELS)
-    except RowError:
-        return None  # `tokenized_tables` keeps the reason
 
 
 def _check_given_ids(batch: Sequence[SourceRow], parsed: Sequence[PreferenceRow | None]) -> None:

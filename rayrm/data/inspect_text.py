@@ -125,6 +125,17 @@ def _about_labels(figures: Figures) -> list[str]:
             f"{_number(figures.num_scored, 'row')} with scores in the place of better and worse: a run "
             "refuses them, unless `pointwise_loss` is set (mse, or bce for scores from 0 to 1)."
         )
+    named = ", ".join(f'"{name}"' for name in figures.attributes)
+    if figures.num_only_rated:
+        found.append(
+            f"{_number(figures.num_only_rated, 'row')} with ratings in the place of better and worse: a run "
+            f"refuses them, unless `attributes` is set (attributes=[{named}])."
+        )
+    if figures.num_unread:
+        found.append(
+            f"{_number(figures.num_unread, 'row')} with ratings by attribute that cannot be read: a run that "
+            f"sets `attributes` refuses them, another leaves the ratings out. The first: {figures.unread}"
+        )
     return found
 
 
@@ -227,6 +238,10 @@ def _labels(figures: Figures) -> list[str]:
     if figures.num_scored:
         named = ", ".join(f"{name} {value:.3g}" for name, value in figures.scores.items())
         lines.append(_line("scores", f"of the texts of {figures.num_scored:,} rows: {named}"))
+    for place, (name, found) in enumerate(figures.attributes.items()):
+        named = ", ".join(f"{key} {value:.3g}" for key, value in found.items() if key != "count")
+        label = "" if place else "ratings"
+        lines.append(_line(label, f"by {name}: of {_number(int(found['count']), 'text')}, {named}"))
     return lines
 
 

@@ -47,6 +47,9 @@ def duplicates(index: RowIndex) -> tuple[int, tuple[int, int] | None]:
     """How many rows say the same of the same texts as an earlier one, and the first of them with it."""
     said = index.ranks.astype(np.uint64) + (index.ratings.view(np.uint32).astype(np.uint64) << np.uint64(32))
     parts = _mixed(index.text_keys + _mixed(said + np.uint64(1)))
+    for column in index.attributes.T:
+        bits = np.ascontiguousarray(column).view(np.uint32).astype(np.uint64)
+        parts = _mixed(parts + np.where(np.isnan(column), np.uint64(0), bits + np.uint64(1)))
     same = np.add.reduceat(parts, index.first[:-1]) ^ _mixed(index.targets.view(np.uint32).astype(np.uint64))
     _, first, of_row = np.unique(same, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[of_row] != np.arange(index.num_rows))

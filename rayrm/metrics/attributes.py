@@ -48,10 +48,17 @@ def attribute_metrics(foretold: Floats, index: RowIndex, names: Sequence[str]) -
         counts = np.bincount(index.row_of, weights=rated, minlength=index.num_rows)
         weight = rated / np.maximum(counts, 1)[index.row_of]
         found[f"attribute_mse_{name}"] = float(weight @ errors[:, column] / weight.sum())
-        given, told = index.attributes[rated, column].astype(np.float64), foretold[rated, column]
-        if given.std() > 0 and told.std() > 0:
-            found[f"attribute_pearson_{name}"] = float(np.corrcoef(given, told)[0, 1])
+        given = index.attributes[rated, column].astype(np.float64)
+        if (pearson := correlation(given, foretold[rated, column])) is not None:
+            found[f"attribute_pearson_{name}"] = pearson
     return found
+
+
+def correlation(first: Floats, second: Floats) -> float | None:
+    """Pearson's; None where one of them does not vary. (The deviation of equal numbers may be some 1e-17.)"""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _errors(foretold: Floats, index: RowIndex) -> Floats:

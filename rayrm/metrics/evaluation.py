@@ -12,8 +12,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from rayrm.data.row_index import Comparisons, Places, RowIndex
-from rayrm.metrics.attributes import attribute_loss, attribute_metrics, rated_weight
+from rayrm.data.row_index import Comparisons, Counts, Places, RowIndex
+from rayrm.metrics.attributes import attribute_loss, attribute_metrics, correlation, rated_weight
 from rayrm.metrics.likelihood import (
     Floats,
     comparison_losses,
@@ -54,10 +54,10 @@ def evaluate_scores(
         `target` below one half that is the worse one, at one half there is none, as in a tie. They are absent
         where no comparison has one. Beside them, where there are such rows: `brier` (mean squared distance of
         the probability foretold from `target`); `num_ties` and `tie_accuracy` (share of ties where a tie is
-        the likeliest outcome); with Plackett-Luce `top_accuracy` (share of rankings whose highest score is a
-        best one's); of scored completions `num_rated`, `mse` (with "bce" of the sigmoid) and `pearson`
-        (correlation of scores given and foretold; absent where one of them does not vary); of ratings by
-        attribute those of `attribute_metrics`.
+        the likeliest outcome); with Plackett-Luce `top_accuracy` (share of rankings in which a best one
+        scores above all others: equal scores are wrong); of scored completions `num_rated`, `mse` (with "bce"
+        of the sigmoid) and `pearson` (correlation of scores given and foretold; absent where one of them does
+        not vary); of ratings by attribute those of `attribute_metrics`.
 
     Raises:
         ValueError: no row, another number of scores than of completions, or a score that is no finite number.
@@ -171,12 +171,16 @@ def _of_labels(
     if objective.listwise:
         is_ranking = index.is_ranking
         if is_ranking.any():
-            hits = [
-                index.ranks[first + np.argmax(scores[first:end])] == 0
-                for first, end in zip(index.first[:-1][is_ranking], index.first[1:][is_ranking], strict=True)
-            ]
+            bounds = zip(index.first[:-1][is_ranking], index.first[1:][is_ranking], strict=True)
+            hits = [_top_is_best(scores[first:end], index.ranks[first:end]) for first, end in bounds]
             found["top_accuracy"] = float(np.mean(hits))
     return found
+
+
+def _top_is_best(scores: Floats, ranks: Counts) -> bool:
+    """Whether a best completion scores above all that are no best ones: strictly, as accuracy has it."""
+    is_best = ranks == ranks.min()
+    return bool(scores[is_best].max() > scores[~is_best].max(initial=-np.inf))
 
 
 def _of_ratings(
@@ -189,8 +193,8 @@ def _of_ratings(
     foretold = rating_of(scores[rated], objective)
     error = float(rated_weight @ (foretold - given) ** 2 / rated_weight.sum())
     found = {"num_rated": float(len(rated)), "mse": error}
-    if given.std() > 0 and foretold.std() > 0:
-        found["pearson"] = float(np.corrcoef(given, foretold)[0, 1])
+    if (pearson := correlation(given, foretold)) is not None:
+        found["pearson"] = pearson
     return found
 
 

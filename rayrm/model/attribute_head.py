@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.utils import cached_file
 
 from rayrm.errors import ModelError
 from rayrm.model.adapters import active_adapter, head_name
@@ -175,21 +176,33 @@ def put_reward(layer: torch.nn.Linear, reward: Mapping[str, torch.Tensor]) -> No
         parameter.data = value.to(parameter)
 
 
-def saved_attributes(directory: Path) -> tuple[str, ...]:
-    """The attributes of a saved model, in their order; empty where it has none."""
-    file = directory / HEADS_FILE
-    if not file.is_file():
-        return ()
+def heads_file(name: str, **where: Any) -> Path | None:
+    """The heads saved with a model: in its directory, or of a hub name in the cache, once they are fetched.
+
+    None where it has none, or where the hub is not reached and the cache has none. `where`: `revision`,
+    `token`, `cache_dir` and their kin, as `from_pretrained` takes them. Raises OSError as that does.
+    """
+    found = cached_file(name, HEADS_FILE, _raise_exceptions_for_missing_entries=False, **where)
+    return None if found is None else Path(found)
+
+
+def read_heads(file: Path) -> AttributeHead:
+    """The heads of a file, on the CPU, in the type in which they were saved."""
     with safe_open(str(file), framework="pt") as stored:
-        return tuple(json.loads((stored.metadata() or {})["attributes"]))
-
-
-def open_attributes(model: torch.nn.Module, directory: Path) -> AttributeHead:
-    """The heads saved in `directory`, beside the model that was loaded from there."""
-    names, layer = saved_attributes(directory), own_layer(model)
-    with safe_open(str(directory / HEADS_FILE), framework="pt") as stored:
-        tensors = {key: stored.get_tensor(key).to(layer.weight) for key in stored.keys()}  # noqa: SIM118
+        names = tuple(json.loads((stored.metadata() or {})["attributes"]))
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
     head = AttributeHead(names, tensors["weight"], tensors.get("bias"))
     head.load_state_dict(tensors)
-    put_beside(model, head)
     return head
+
+
+def makes_reward_of(head: AttributeHead, layer: torch.nn.Linear) -> bool:
+    """Whether the reward that the heads make is the layer's, but for the rounding of their types."""
+    rounds = 64 * max(torch.finfo(weight.dtype).eps for weight in (head.weight, layer.weight))
+    largest = head.weight.detach().abs().max().item()
+    made, own = reward_of(head), dict(layer.named_parameters())
+    return made.keys() == own.keys() and all(
+        value.shape == own[name].shape
+        and (value.float().cpu() - own[name].detach().float().cpu()).abs().max().item() <= rounds * largest
+        for name, value in made.items()
+    )

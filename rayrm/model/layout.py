@@ -7,17 +7,28 @@ forward over two tokens, and said once.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
-from transformers import GPTNeoXForSequenceClassification, PreTrainedModel
+from transformers import GPTNeoXForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from rayrm.model.attention_probe import attention_obstacle, softcap_of
 from rayrm.model.scaling_rope import ScalingRope
 
 LayoutName = Literal["shared", "packed", "padded"]
+_READ_IN_FORWARD: Final = (
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_pdrop",
+    "hidden_dropout",
+)
+"""Dropouts that forwards of transformers' classifiers read from the config; others are copied when the model
+is made."""
+_DROPOUT: Final = re.compile(r"drop(?:out)?(?:_p|_prob|_rate)?$")
+"""How models call their copies: `attention_dropout`, `layerdrop`, `resid_pdrop`, `dropout_prob`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,32 +83,41 @@ def active_dropout(model: torch.nn.Module) -> str | None:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
             return name
-    config = unwrapped(model).config
-    for key in _config_dropouts(config):
-        if getattr(config, key):
-            return f"config.{key}"
+    for config in _configs(model):
+        for key in _READ_IN_FORWARD:
+            if getattr(config, key, None):
+                return f"config.{key}"
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if key.endswith(("dropout", "jitter_noise")) and isinstance(value, float) and value > 0:
+            is_noise = _DROPOUT.search(key) or key.endswith("jitter_noise")
+            if is_noise and isinstance(value, float) and value > 0:
                 return f"{name}.{key}"
     return None
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Zero every `nn.Dropout` and the dropouts that models read from their config or attributes."""
-    config = unwrapped(model).config
-    for key in _config_dropouts(config):
-        setattr(config, key, 0.0)
+    """Zero every `nn.Dropout` and the dropouts that models read from their config or attributes, of whole
+    layers (`layerdrop`) too."""
+    for config in _configs(model):
+        for key in _READ_IN_FORWARD:
+            if getattr(config, key, None):
+                setattr(config, key, 0.0)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for key, value in vars(module).items():
-            if key.endswith("dropout") and isinstance(value, float):
+            if _DROPOUT.search(key) and isinstance(value, float):
                 setattr(module, key, 0.0)
 
 
-def _config_dropouts(config: Any) -> list[str]:
-    return [key for key in ("attention_dropout", "attention_probs_dropout_prob") if hasattr(config, key)]
+def _configs(model: torch.nn.Module) -> list[Any]:
+    """The configurations that the model's modules read: its own, and that of each model within."""
+    found = [unwrapped(model).config]
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and not any(config is other for other in found):
+            found.append(config)
+    return found
 
 
 def plain_reach(model: torch.nn.Module) -> int | None:

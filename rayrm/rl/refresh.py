@@ -31,7 +31,7 @@ from rayrm.data.selection import Selection, excluded_prompts
 from rayrm.errors import ConfigError, NoRowLeftError, PublishError, RollError, RunDirectoryError, writing
 from rayrm.logs import show_logs
 from rayrm.rl.judge import Judge, load_judge
-from rayrm.rl.refresh_gate import Measured, Share, accuracy_of, measure, probe_file, refusal
+from rayrm.rl.refresh_gate import Measured, Share, accuracy_of, check_compares, measure, probe_file, refusal
 from rayrm.rl.refresh_outcomes import (
     Outcome,
     best_of,
@@ -71,6 +71,7 @@ def refresh(settings: Refresh) -> list[Outcome]:
 
     Raises:
         ConfigError: a judge that is not there, a service that serves what is not published in `registry`.
+        DataError: held-out rows by which no two models can be compared.
         RunDirectoryError: another process refreshes in `output_dir`, or it is another service's.
         DataError, ScoreError: samples that cannot be read, a judge that breaks its contract.
         RewardUnavailableError, RollError: the service is not there.
@@ -122,6 +123,7 @@ class _Rounds:
         self._name = self._config.name or self._model
         given = absolute_source(settings.data.eval)
         self._eval: list[Any] = given if isinstance(given, list) else [given]
+        check_compares(self._eval, settings.data.max_eval_pairs)
         self._held_out = Selection(excluded=excluded_prompts(self._eval, name="eval"))
         self._said_at = 0.0
 

@@ -13,10 +13,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from rayrm.data.labels import ANY_LABELS
+from rayrm.data.preference import parse_row
+from rayrm.data.sources import plan_sources, read_work
 from rayrm.data.tokenize import TextInput
-from rayrm.errors import RayrmError, ScoreError
+from rayrm.errors import DataError, RayrmError, RowError, ScoreError
 from rayrm.serve.probe import built_in_inputs, probe_scores
 from rayrm.serve.registry import MANIFEST, PublishedModel
 from rayrm.serve.saved import read_json
@@ -24,6 +27,14 @@ from rayrm.serve.scorer import RewardModel
 from rayrm.train.launch import evaluate_model
 
 logger = logging.getLogger("rayrm.rl")
+ALIKE: Final = {
+    "tie_model": "davidson",
+    "ranking_loss": "pairwise",
+    "label_smoothing": 0.0,
+    "pointwise_loss": "mse",
+}
+"""Both models are measured on the same rows and comparisons, whatever each was trained on: as the objective
+that takes all of them. What has no better completion counts in no accuracy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +78,44 @@ def measure(base: PublishedModel, new: Path, sources: Sequence[Any], max_pairs: 
     return Measured(before, after, agreement)
 
 
+def check_compares(sources: Sequence[Any], max_pairs: int | None = None) -> None:
+    """Raise DataError where no held-out row says which completion is better: no accuracy would be measured.
+
+    Reads up to the first that does.
+    """
+    names: list[str] = []
+    for source in sources:
+        plan = plan_sources(source, max_rows=max_pairs, name="eval")
+        if any(_has_winner(row.content) for piece in plan.work for row in read_work(piece)):
+            return
+        names += plan.names
+    raise _no_winner(names)
+
+
+def _has_winner(content: Any) -> bool:
+    try:
+        row = None if isinstance(content, RowError) else parse_row(content, ANY_LABELS)
+    except RowError:
+        return False
+    return row is not None and len(set(row.ranks)) > 1 and row.target != 0.5
+
+
+def _no_winner(names: Sequence[str]) -> DataError:
+    return DataError(
+        f"`data.eval` ({', '.join(names[:3])}): no row says which completion is better, and a new model "
+        "takes over by its accuracy. Add pairs (`chosen`, `rejected`), or rankings (`completions`, `ranks`)."
+    )
+
+
 def accuracy_of(model: Path, sources: Sequence[Any], max_pairs: int | None = None) -> Share:
-    """The accuracy of a saved model over all the sources' rows."""
-    found = evaluate_model(model, sources, max_pairs=max_pairs)
+    """The accuracy of a saved model over all the sources' rows that have a better completion.
+
+    Raises DataError where the model's limits leave none of them; else as `evaluate_model`.
+    """
+    found = evaluate_model(model, sources, max_pairs=max_pairs, objective=ALIKE)
     figures = found.get("all") or next(iter(found.values()))
+    if "accuracy" not in figures:
+        raise _no_winner([name for name in found if name != "all"])
     return Share(
         figures["accuracy"], figures["accuracy_low"], figures["accuracy_high"], int(figures["num_rows"])
     )

@@ -139,6 +139,7 @@ def read_refresh(path: str | Path | None, overrides: Sequence[str] = ()) -> Refr
         "output_dir": own,
         "resume_from_checkpoint": own,
         "max_bad_row_fraction": leaves_out,
+        "attributes": "what a judge prefers has no ratings to learn them from",
     }.items():
         given = getattr(reward, key)
         if given != getattr(RewardConfig(), key):

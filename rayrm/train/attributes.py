@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from rayrm.config import RewardConfig
 from rayrm.data.row_index import RowIndex
@@ -19,12 +22,13 @@ from rayrm.model.attribute_head import (
     AttributeHead,
     AttributeWeights,
     attribute_head_of,
-    open_attributes,
+    heads_file,
+    makes_reward_of,
     own_layer,
     put_beside,
     put_reward,
+    read_heads,
     reward_of,
-    saved_attributes,
 )
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import unwrapped
@@ -32,31 +36,32 @@ from rayrm.model.reward_model import hollow_model
 from rayrm.model.sharded import is_sharded
 
 logger = logging.getLogger("rayrm.train")
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Of `model_init_kwargs` what says where the model's files are."""
 _SPREAD = 0.02
 """Between new heads, where the model does not say how weights are drawn (`initializer_range`)."""
 
 
-def give_attributes(model: torch.nn.Module, config: RewardConfig, name: str) -> None:
-    """Put heads for `config.attributes` beside the model: those saved in the directory `name`, if any.
+def give_attributes(model: torch.nn.Module, config: RewardConfig, place: str | None) -> None:
+    """Put heads for `config.attributes` beside the model: those that it has, or that were saved with it.
 
-    New ones begin with the model's own reward. Raises ModelError where the model's head is not one layer.
+    `place`: the directory or hub name that the model comes from, if any. Heads of other attributes, or whose
+    reward is not the model's own (it was trained since), are left out. New ones begin with the model's own
+    reward. Raises ModelError where the model's head is not one layer.
     """
     names = tuple(config.attributes)
-    saved = saved_attributes(Path(name))
-    before = attribute_head_of(model)
-    if names and before is not None and before.names == names:
-        return
+    kept, where = attribute_head_of(model), "the model"
     put_beside(model, None)
-    if names and saved == names:
-        open_attributes(model, Path(name))
-        logger.info("the attributes' heads go on from `%s`", Path(name) / HEADS_FILE)
-        return
-    if saved:
+    if kept is None and (file := _saved_heads(place, config)) is not None:
+        kept, where = read_heads(file), f"`{file}`"
+    if kept is not None:
+        if (why := _unfit(model, kept, names)) is None:
+            put_beside(model, kept.to(own_layer(model).weight))
+            logger.info("the attributes' heads go on from %s", where)
+            return
         logger.warning(
-            "`%s` has heads for %s, and `attributes` names %s: they are left out, and the reward is kept",
-            name,
-            ", ".join(saved),
-            ", ".join(names) or "none",
+            "%s has heads for %s, and %s: they are left out, and the reward is kept",
+            *(where, ", ".join(kept.names), why),
         )
     if not names:
         return
@@ -68,20 +73,63 @@ def give_attributes(model: torch.nn.Module, config: RewardConfig, name: str) -> 
         put_beside(model, AttributeHead.around(names, weight, bias, spread=spread, seed=config.seed))
 
 
-def check_head(found: Any, config: RewardConfig) -> None:
-    """Raise ModelError where a model of the configuration `found` has a head that cannot be folded into.
+def _saved_heads(place: str | None, config: RewardConfig) -> Path | None:
+    """The heads saved with the model of `place`; says where nobody could look for them."""
+    is_directory = place is not None and Path(place).is_dir()
+    if place is None or not (is_directory or (config.attributes and _may_be_on_hub(place))):
+        return None
+    given = config.model_init_kwargs or {}
+    where = {key: given[key] for key in _WHERE if given.get(key) is not None}
+    why = "it is not in the cache, and the hub was not reached"
+    try:
+        found = heads_file(place, **where)
+        file = f"{where['subfolder']}/{HEADS_FILE}" if "subfolder" in where else HEADS_FILE
+        cache = {key: where[key] for key in ("cache_dir", "revision") if key in where}
+        if found or is_directory or try_to_load_from_cache(place, file, **cache) is _CACHED_NO_EXIST:
+            return found
+    except OSError as error:
+        why = str(error).splitlines()[0]
+    logger.warning(
+        "whether `%s` has heads for attributes (`%s`) is not known, and new ones are made: %s. Download the "
+        "whole model first to go on from its heads.",
+        *(place, HEADS_FILE, why),
+    )
+    return None
 
-    The model is made without its weights.
+
+def _may_be_on_hub(place: str) -> bool:
+    try:
+        validate_repo_id(place)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _unfit(model: torch.nn.Module, head: AttributeHead, names: tuple[str, ...]) -> str | None:
+    """Why heads are not those that a run with these attributes goes on from; None: they are."""
+    if head.names != names:
+        return f"`attributes` names {', '.join(names) or 'none'}"
+    layer = own_layer(model)
+    with _whole(list(layer.parameters())):
+        return None if makes_reward_of(head, layer) else "they make another reward than its own head"
+
+
+def check_head(found: Any, config: RewardConfig) -> None:
+    """Raise ModelError where a model has a head that cannot be folded into.
+
+    `found`: the model, or its configuration, of which one is made without weights; None: not known yet.
     """
     if not config.attributes or found is None:
         return
-    own_layer(hollow_model(found, trust_remote_code=config.trust_remote_code))
+    if not isinstance(found, torch.nn.Module):
+        found = hollow_model(found, trust_remote_code=config.trust_remote_code)
+    own_layer(found)
 
 
 def reopen_attributes(model: torch.nn.Module, directory: Path) -> None:
     """Put the heads saved in `directory`, if any, beside the model that was loaded from there."""
-    if saved_attributes(directory):
-        open_attributes(model, directory)
+    if (file := heads_file(str(directory))) is not None:
+        put_beside(model, read_heads(file).to(own_layer(model).weight))
 
 
 def check_rated(index: RowIndex, names: Sequence[str], set_name: str, *, is_sample: bool = False) -> None:

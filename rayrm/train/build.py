@@ -63,9 +63,15 @@ class ModelSource:
 
     @property
     def name(self) -> str:
+        """What messages call it."""
+        return self.place or type(self.model).__name__
+
+    @property
+    def place(self) -> str | None:
+        """The directory or hub name that it is loaded from; that a model in memory came from, if any."""
         if isinstance(self.model, str):
             return self.model
-        return str(getattr(unwrapped(self.model).config, "_name_or_path", "")) or type(self.model).__name__
+        return str(getattr(unwrapped(self.model).config, "_name_or_path", "")) or None
 
     @property
     def adapter_directory(self) -> Path | None:
@@ -125,7 +131,7 @@ def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> to
     if source.peft_config is not None:
         model = add_adapter(inner, source.peft_config, new_tokens)
         adapted = True
-    give_attributes(model, config, source.name)
+    give_attributes(model, config, source.place)
     if config.disable_dropout:
         _zero_dropouts(model)
     if config.gradient_checkpointing:
@@ -239,6 +245,7 @@ def check_source(source: ModelSource, config: RewardConfig) -> None:
             name = active_adapter(given)
             _check_tuner(given.peft_config[name], f"the model's adapter `{name}`")
             check_given(given)
+        check_head(given, config)
         frozen = not any(parameter.requires_grad for parameter in given.parameters())
         if frozen and source.peft_config is None:
             raise ModelError(

@@ -265,7 +265,7 @@ def evaluate_model(
         raise DataError("there is nothing to evaluate on. Give at least one path, glob or hub name.")
     loaded = load_saved(model)
     reopen_attributes(loaded.model, Path(model))
-    chosen = _objective_of(loaded, objective or {})
+    chosen = objective_of(loaded, objective or {})
     metrics: dict[str, dict[str, float]] = {}
     parts: list[_ScoredSet] = []
     for source in sources:
@@ -279,7 +279,11 @@ def evaluate_model(
     return metrics
 
 
-def _objective_of(loaded: LoadedModel, asked: Mapping[str, Any]) -> Objective:
+def objective_of(loaded: LoadedModel, asked: Mapping[str, Any]) -> Objective:
+    """What a loaded model is measured by: its own objective, with the settings `asked` over it.
+
+    Raises ConfigError for settings that are none of an objective, or no objective together.
+    """
     # Attributes are those that the model has heads of: a published one has none.
     heads = ("attributes", "attribute_weight")
     names = [name for name in OBJECTIVE_SETTINGS if name not in heads]
@@ -292,8 +296,12 @@ def _objective_of(loaded: LoadedModel, asked: Mapping[str, Any]) -> Objective:
     # Scores of completions are measured, whatever the model was trained on.
     pointwise: PointwiseLoss = "mse" if chosen.pointwise_loss == "none" else chosen.pointwise_loss
     head = attribute_head_of(loaded.model)
-    attributes = () if head is None else head.names
-    return dataclasses.replace(chosen, pointwise_loss=pointwise, attributes=attributes)
+    if head is None:
+        return dataclasses.replace(chosen, pointwise_loss=pointwise)
+    weight = float(loaded.objective.get("attribute_weight", Objective().attribute_weight))
+    return dataclasses.replace(
+        chosen, pointwise_loss=pointwise, attributes=head.names, attribute_weight=weight
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,11 +116,14 @@ class RunData:
 
 def _check_usable(rows: TokenizedSet, labels: LabelRules) -> None:
     """Raise DataError for a set, read under other settings, with rows that this run can't learn from."""
-    index = rows.index
-    if index.attributes.shape[1] and rows.report.attributes != labels.attributes:
+    index, named = rows.index, rows.report.attributes
+    # Rows that were made in memory name none.
+    fits = named == labels.attributes if named else index.attributes.shape[1] == len(labels.attributes)
+    if index.attributes.shape[1] and not fits:
         raise DataError(
-            f"`{rows.report.name}` was read for `attributes` ({', '.join(rows.report.attributes)}), and this "
-            f"run has {', '.join(labels.attributes) or 'none'}. Set the same, or read the set anew."
+            f"`{rows.report.name}` was read for {index.attributes.shape[1]} `attributes` "
+            f"({', '.join(named)}), and this run has {', '.join(labels.attributes) or 'none'}. Set the same, "
+            "or read the set anew."
         )
     rated = np.flatnonzero(~np.isnan(index.ratings))
     has_term = np.bincount(index.comparisons(ties=labels.ties).row, minlength=index.num_rows) > 0
@@ -132,6 +135,13 @@ def _check_usable(rows: TokenizedSet, labels: LabelRules) -> None:
         raise DataError(
             f"`{rows.report.name}` has {int((~has_term).sum())} rows without better and worse: set "
             "`tie_model` to learn from ties and `pointwise_loss` from scores, or read the set without them."
+        )
+    soft = index.is_ranking & (index.targets != 1)
+    if labels.listwise and soft.any():
+        raise DataError(
+            f"`{rows.report.name}` has {int(soft.sum())} rankings with a `target`, which is of a comparison, "
+            "and `ranking_loss` (plackett-luce) takes a ranking as a whole. Set `ranking_loss=pairwise`, or "
+            "read the set without them."
         )
     if labels.pointwise == "bce" and ((index.ratings[rated] < 0) | (index.ratings[rated] > 1)).any():
         raise DataError(

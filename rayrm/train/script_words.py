@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayrm.data.labels import UNRANKED
 from rayrm.data.tokenized_set import TokenizedSet
 
 _INSTEAD = {
@@ -57,7 +58,8 @@ class Rows(Sequence[dict[str, Any]]):
     """`trainer.train_dataset` and `eval_dataset`: rows as TRL's trainer tokenizes them, read when asked for.
 
     A pair has `chosen_ids` and `rejected_ids`, a ranking `completion_ids` and `ranks`, either a `margin` and
-    a `target` where they say one; a scored row `completion_ids` and `scores`.
+    a `target` where they say one; a scored row `completion_ids` and `scores`. What is rated by attribute
+    has `attributes`, a list for each completion.
     """
 
     of: TokenizedSet
@@ -81,6 +83,8 @@ class Rows(Sequence[dict[str, Any]]):
             found: dict[str, Any] = dict(zip(("chosen_ids", "rejected_ids"), texts, strict=True))
         elif row.ratings:
             found = {"completion_ids": texts, "scores": list(row.ratings)}
+        elif UNRANKED in row.ranks:
+            found = {"completion_ids": texts}
         else:
             found = {"completion_ids": texts, "ranks": list(row.ranks)}
         if row.attributes:

@@ -49,7 +49,7 @@ def run_sweep(file: SweepFile, params: Sequence[str] = ()) -> Sweep:
     show_logs()
     planned = _Plan(file, params)
     with only_run(planned.home):
-        record = Record(planned.home, planned.sweep.metric, planned.sweep.mode, planned.identity)
+        record = Record(planned.home, planned.sweep.metric, planned.sweep.direction, planned.identity)
         planned.take_in_finished(record)
         if left := planned.left(record):
             if record.trials:
@@ -99,7 +99,7 @@ class _Plan:
             if run.data.eval is None and not run.data.eval_fraction:
                 raise ConfigError(
                     f"`sweep.metric` ({sweep.metric}) is measured on an evaluation set, and `data.eval` is "
-                    "not set. Type `data.eval=FILE`, or `--metric train_loss --mode min`."
+                    "not set. Type `data.eval=FILE`, or `--metric train_loss`."
                 )
             if reward.eval_strategy == "no":
                 reward = dataclasses.replace(reward, eval_strategy="epoch")
@@ -122,7 +122,7 @@ class _Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """What two starts of one sweep have in common: not where it runs and what becomes of the best."""
-        sweep = dataclasses.asdict(self.sweep)
+        sweep = {**dataclasses.asdict(self.sweep), "mode": self.sweep.direction}
         free = {"max_concurrent", "publish", "registry", "space", "seed"}
         if self.sweep.scheduler != "pbt":
             free |= {"perturb_every", "quantile"}
@@ -210,7 +210,7 @@ def _fit(
         again=[number for number in left if number in record.trials],
         new=[number for number in left if number not in record.trials],
         run_of=run_of or plan.run_of,
-        mode=sweep.mode,
+        mode=sweep.direction,
         leg=leg,
     )
     trainable = tune.with_parameters(SweepTrial, home=str(home), metric=sweep.metric)

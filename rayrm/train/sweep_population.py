@@ -129,7 +129,7 @@ def choose(
         scheduler = PopulationBasedTraining(
             time_attr=PROGRESS,
             metric=VALUE,
-            mode=sweep.mode,
+            mode=sweep.direction,
             perturbation_interval=at,
             hyperparam_mutations={key: _mutation(allowed, source) for key, allowed in space.items()},
             quantile_fraction=sweep.quantile,
@@ -146,7 +146,7 @@ def choose(
         )
         for member in population:
             scheduler.on_trial_add(controller, member)
-        worst = -math.inf if sweep.mode == "max" else math.inf
+        worst = -math.inf if sweep.direction == "max" else math.inf
         for member in population:
             value = values[member.number]
             told = {PROGRESS: at, VALUE: worst if value is None else value}

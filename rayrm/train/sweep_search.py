@@ -73,7 +73,7 @@ class Optuna:
         self._optuna, self._space = optuna, space
         self._distributions = {key: self._distribution(values) for key, values in space.items()}
         self._study = optuna.create_study(
-            direction="maximize" if sweep.mode == "max" else "minimize",
+            direction="maximize" if sweep.direction == "max" else "minimize",
             sampler=optuna.samplers.TPESampler(seed=(seed + num_before) % 2**32),
         )
         self._asked: dict[int, Any] = {}
@@ -216,7 +216,7 @@ class Halving(ASHAScheduler):  # type: ignore[misc]
         super().__init__(
             time_attr=PROGRESS,
             metric=VALUE,
-            mode=sweep.mode,
+            mode=sweep.direction,
             max_t=100,
             grace_period=sweep.grace,
             reduction_factor=sweep.reduction,

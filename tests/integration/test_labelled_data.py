@@ -131,7 +131,12 @@ def rated(count: int, seed: int) -> list[dict[str, Any]]:
 def test_a_set_that_rates_by_attribute_trains_is_measured_and_goes_on(tmp_path: Path, mode: Any) -> None:
     train, held_out = str(tmp_path / "rows.jsonl"), rated(32, seed=2)
     Path(train).write_text("".join(json.dumps(row) + "\n" for row in rated(96, seed=1)))
-    objective = {"attributes": ["good", "odd"], "tie_model": "none", "pointwise_loss": "none"}
+    objective = {
+        "attributes": ["good", "odd"],
+        "attribute_weight": 0.9,
+        "tie_model": "none",
+        "pointwise_loss": "none",
+    }
 
     def trainer(directory: str, model: Any) -> RewardTrainer:
         return RewardTrainer(
@@ -161,7 +166,7 @@ def test_a_set_that_rates_by_attribute_trains_is_measured_and_goes_on(tmp_path: 
     assert first.predict(held_out).predictions.shape == (32, 2)
     if mode == "indexed":
         (metrics,) = evaluate_model(tmp_path / "run", [held_out]).values()
-        for name in ("attribute_mse_good", "attribute_pearson_odd", "accuracy"):
+        for name in ("loss", "attribute_mse_good", "attribute_pearson_odd", "accuracy"):
             assert metrics[name] == pytest.approx(after[f"eval_{name}"], rel=1e-4), name
         again = trainer("again", str(tmp_path / "run")).evaluate()
         assert again["eval_attribute_mse_good"] == pytest.approx(after["eval_attribute_mse_good"], rel=1e-4)

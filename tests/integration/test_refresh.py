@@ -415,3 +415,21 @@ def test_both_models_are_measured_and_one_that_is_broken_is_told(
     assert nothing.after is None
     reason = refusal(nothing, thankful.version, allowed_drop=1.0, min_probe_agreement=0.0)
     assert "its scores are broken: input 0 of 12 got the score nan" in str(reason)
+
+
+def test_a_model_that_was_trained_on_ties_is_measured_on_the_same_comparisons(
+    thankful: PublishedModel, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = []
+    for row in tiny_rows(10, seed=9):
+        texts = [row["chosen"], row["rejected"]]
+        # Of the first two the model has one right. The third has one comparison more where ties count.
+        for completions, ranks in ((texts, [0, 1]), (texts, [1, 0]), ([*texts, f"{texts[0]} ."], [0, 1, 0])):
+            rows.append({"prompt": row["prompt"], "completions": completions, "ranks": ranks})
+    heldout = [str(write_rows(tmp_path / "heldout.jsonl", rows))]
+    same = writable_copy(thankful.path, tmp_path / "same")
+    (same / "manifest.json").unlink()
+    facts = json.loads((same / "rayrm.json").read_text())
+    (same / "rayrm.json").write_text(json.dumps({**facts, "objective": {"tie_model": "rao-kupper"}}))
+    found = measure(thankful, same, heldout, None)
+    assert found.after == found.before

@@ -31,6 +31,7 @@ from rayrm.model.reward_model import load_saved
 from rayrm.objective import Objective
 from rayrm.train.attributes import give_attributes, reopen_attributes
 from rayrm.train.evaluation import score_model
+from rayrm.train.launch import objective_of
 from rayrm.train.worker import train_rank
 from tests.numerics.ranks import (
     CENTER,
@@ -143,7 +144,7 @@ def test_value_and_gradients_are_the_formula_s() -> None:
 
 def heads_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The heads that a run of these settings begins with."""
-    give_attributes(model, RewardConfig(attributes=NAMES), "none")
+    give_attributes(model, RewardConfig(attributes=NAMES), None)
     head = attribute_head_of(model)
     assert head is not None
     return dict(head.named_parameters())
@@ -322,6 +323,17 @@ def test_the_saved_model_is_a_stock_classifier_that_scores_as_training_did(
         for name in ("loss", *(f"attribute_mse_{name}" for name in NAMES)):
             assert told[f"eval_{name}"] == pytest.approx(found[name], rel=1e-5), name
         assert stock_scores(model) == pytest.approx(scores, abs=1e-6)
+
+
+def test_a_saved_model_is_evaluated_by_the_weight_of_its_ratings(tmp_path: Path) -> None:
+    told = trained(tmp_path, Variant("run", TRAINED))
+    loaded, rows = load_saved(tmp_path, device="cpu"), TokenizedSet.from_rows(ROWS)
+    reopen_attributes(loaded.model, tmp_path)
+    outputs = score_model(loaded.model, rows, RewardConfig(bf16=False, use_cpu=True))
+    objective = objective_of(loaded, {})
+    assert evaluate_scores(outputs, rows.index, objective)["loss"] == pytest.approx(
+        told["eval_loss"], rel=1e-5
+    )
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:

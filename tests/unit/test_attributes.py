@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rayrm.config import RewardConfig
+from rayrm.config import DataConfig, RewardConfig
 from rayrm.data.blocks import RowBlock, index_of, tokenized_tables
 from rayrm.data.columns import check_columns
 from rayrm.data.inspect import GivenIds
@@ -26,12 +26,24 @@ from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, ModelError, RowError
 from rayrm.metrics.evaluation import evaluate_scores
-from rayrm.model.attribute_head import AttributeHead, attribute_head_of, saved_attributes
+from rayrm.model.attribute_head import (
+    HEADS_FILE,
+    AttributeHead,
+    attribute_head_of,
+    heads_file,
+    own_layer,
+    put_reward,
+    read_heads,
+    reward_of,
+)
+from rayrm.model.reward_model import load_model
 from rayrm.model.saving import save_model
 from rayrm.objective import Objective
 from rayrm.train.attributes import check_rated, give_attributes
-from rayrm.train.build import ModelSource, check_source
+from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.optimizer import check_optimizers, make_optimizer
+from rayrm.train.run_data import RunData
+from rayrm.train.script_words import Rows
 from tests.families import ENCODERS, save_base
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.unit.test_labels import cache_key
@@ -201,6 +213,12 @@ def test_a_row_weighs_one_shared_by_its_ratings() -> None:
     assert pack_rows(ROWS, None).attributed is None
 
 
+def test_a_trainer_s_rows_of_ratings_alone_have_no_order() -> None:
+    found = Rows(TokenizedSet.from_rows(ROWS))[2]
+    assert {**found, "attributes": None} == {"completion_ids": [[1, 10]], "attributes": None}
+    np.testing.assert_array_equal(found["attributes"], [[NAN, 4]])
+
+
 def test_metrics_are_of_what_the_heads_foretell() -> None:
     index = TokenizedSet.from_rows(ROWS).index
     scores = np.array([1.0, 0.0, 0.5, 1.0, 2.0, -1.0, 3.0])
@@ -242,9 +260,24 @@ def test_a_set_that_rates_nothing_is_refused_and_an_attribute_without_ratings_is
     assert "the first 1 rows of `train` have no rating by good, long," in caplog.messages[1]
 
 
+def test_rated_rows_made_in_memory_are_a_run_s_by_their_number_of_attributes(tmp_path: Path) -> None:
+    whole = TokenizedSet.from_rows(ROWS)
+
+    def given(*names: str) -> TokenizedSet:
+        args = RewardConfig(attributes=list(names))
+        return RunData(tiny_tokenizer(), args, DataConfig(), tmp_path / "q.jsonl").ingest(
+            whole, "train", None
+        )
+
+    assert given(*NAMES) is whole
+    for names in ([], ["good"], ["good", "long", "odd"]):
+        with pytest.raises(DataError, match=r"was read for 2 `attributes`"):
+            given(*names)
+
+
 def test_new_heads_differ_and_begin_with_the_model_s_own_reward() -> None:
     model = tiny_model(seed=1)
-    give_attributes(model, RewardConfig(attributes=["a", "b", "c"], seed=3), "none")
+    give_attributes(model, RewardConfig(attributes=["a", "b", "c"], seed=3), None)
     head = attribute_head_of(model)
     assert head is not None
     own = model.score.weight
@@ -252,39 +285,110 @@ def test_new_heads_differ_and_begin_with_the_model_s_own_reward() -> None:
     assert (head.folded() - own).abs().max().item() < 1e-7
     assert 0.01 < (head.weight[0] - head.weight[1]).std().item() < 0.06
     assert not [name for name, _ in model.named_parameters() if "attribute" in name]
-    same = tiny_model(seed=1)
-    give_attributes(same, RewardConfig(attributes=["a", "b", "c"], seed=3), "none")
-    other = attribute_head_of(same)
+    again = tiny_model(seed=1)
+    give_attributes(again, RewardConfig(attributes=["a", "b", "c"], seed=3), None)
+    other = attribute_head_of(again)
     assert other is not None
     assert torch.equal(head.weight, other.weight)
-    give_attributes(model, RewardConfig(), "none")
+    give_attributes(model, RewardConfig(), None)
     assert attribute_head_of(model) is None
+
+
+def save_rated(directory: Path) -> AttributeHead:
+    """A model with heads, as training leaves one."""
+    model = tiny_model(seed=1)
+    give_attributes(model, RewardConfig(attributes=list(NAMES)), None)
+    head = attribute_head_of(model)
+    assert head is not None
+    with torch.no_grad():
+        head.gate[0], head.offset[1] = 0.25, -3.0
+    put_reward(own_layer(model), reward_of(head))
+    save_model(model, tiny_tokenizer(), directory, text_form="standard")
+    return head
+
+
+def same(head: AttributeHead, other: AttributeHead | None) -> bool:
+    """Whether they are equal in all that is trained."""
+    states = [] if other is None else [head.state_dict(), other.state_dict()]
+    return bool(states) and all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_saved_heads_go_on_under_their_names_and_else_are_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = tiny_model(seed=1)
-    give_attributes(model, RewardConfig(attributes=list(NAMES)), "none")
-    head = attribute_head_of(model)
-    assert head is not None
-    with torch.no_grad():
-        head.gate[0], head.offset[1] = 0.25, -3.0
-    save_model(model, tiny_tokenizer(), tmp_path, text_form="standard")
-    assert saved_attributes(tmp_path) == NAMES
-    again = tiny_model(seed=2)
-    give_attributes(again, RewardConfig(attributes=list(NAMES)), str(tmp_path))
-    kept = attribute_head_of(again)
-    assert kept is not None
-    assert all(torch.equal(value, kept.state_dict()[name]) for name, value in head.state_dict().items())
-    give_attributes(again, RewardConfig(attributes=["long", "good"]), str(tmp_path))
-    assert "has heads for good, long, and `attributes` names long, good" in caplog.messages[-1]
-    new = attribute_head_of(again)
-    assert new is not None
-    assert not new.gate.any()
+    head, place = save_rated(tmp_path), str(tmp_path)
+    file = heads_file(place)
+    assert file is not None
+    assert read_heads(file).names == NAMES
+    again = load_model(place)
+    give_attributes(again, RewardConfig(attributes=list(NAMES)), place)
+    assert same(head, attribute_head_of(again))
+    for names in (["long", "good"], []):
+        model = load_model(place)
+        own = model.score.weight.clone()
+        give_attributes(model, RewardConfig(attributes=names), place)
+        named = ", ".join(names) or "none"
+        assert f"has heads for good, long, and `attributes` names {named}" in caplog.messages[-1]
+        new = attribute_head_of(model)
+        assert torch.equal(model.score.weight, own)
+        assert new is None if not names else new is not None and not new.gate.any()
     # A plain model saved over it leaves nothing that is another's.
     save_model(tiny_model(), tiny_tokenizer(), tmp_path, text_form="standard")
-    assert saved_attributes(tmp_path) == ()
+    assert heads_file(place) is None
+
+
+def test_a_model_in_memory_keeps_the_reward_that_it_was_given_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    head, rated = save_rated(tmp_path), RewardConfig(attributes=list(NAMES), use_cpu=True)
+    given = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert same(head, attribute_head_of(build_model(ModelSource(given), rated, tiny_tokenizer())))
+    # Trained since, be it a little: neither its directory's heads are its own now, nor those beside it.
+    for fresh in (False, True):
+        if fresh:
+            given = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        with torch.no_grad():
+            given.score.weight += 1e-5
+        own = given.score.weight.detach().clone()
+        found = attribute_head_of(build_model(ModelSource(given), rated, tiny_tokenizer()))
+        assert found is not None
+        assert (found.folded() - own).abs().max().item() < 1e-7
+        assert "they make another reward than its own head: they are left out" in caplog.messages[-1]
+        assert torch.equal(given.score.weight, own)
+
+
+def test_heads_of_a_hub_name_are_taken_from_where_its_weights_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--me--rater"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    head = save_rated(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def built(*names: str) -> AttributeHead | None:
+        caplog.clear()
+        config = RewardConfig(attributes=list(names), use_cpu=True)
+        return attribute_head_of(build_model(ModelSource("me/rater"), config, tiny_tokenizer()))
+
+    assert same(head, built(*NAMES))
+    # Whether there are some, nobody can tell of a model that was fetched without them.
+    (snapshot / HEADS_FILE).unlink()
+    new = built(*NAMES)
+    assert new is not None
+    assert not new.gate.any()
+    assert "whether `me/rater` has heads for attributes" in caplog.text
+    assert built() is None
+    assert "me/rater" not in caplog.text
+    absent = repository / ".no_exist" / commit / HEADS_FILE
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    assert built(*NAMES) is not None
+    assert "whether" not in caplog.text
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta_v2", "roberta"])
@@ -293,13 +397,13 @@ def test_a_head_of_several_layers_is_refused_by_name(family: str) -> None:
     config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(config)
     if family != "roberta":
-        give_attributes(model, RewardConfig(attributes=["a", "b"]), "none")
+        give_attributes(model, RewardConfig(attributes=["a", "b"]), None)
         head = attribute_head_of(model)
         assert head is not None
         assert head.bias is not None
         return
     with pytest.raises(ModelError, match="`classifier` of RobertaForSequenceClassification is a Roberta"):
-        give_attributes(model, RewardConfig(attributes=["a", "b"]), "none")
+        give_attributes(model, RewardConfig(attributes=["a", "b"]), None)
 
 
 def test_such_a_head_is_refused_before_a_worker_starts(tmp_path: Path) -> None:
@@ -307,8 +411,10 @@ def test_such_a_head_is_refused_before_a_worker_starts(tmp_path: Path) -> None:
     for family, refused in (("roberta", True), ("llama", False)):
         source = ModelSource(str(save_base(family, tmp_path / family, saved_as="body")))
         check_source(source, RewardConfig(bf16=False))
-        with pytest.raises(ModelError, match="one linear layer") if refused else contextlib.nullcontext():
-            check_source(source, names)
+        given = AutoModelForSequenceClassification.from_pretrained(tmp_path / family, num_labels=1)
+        for one in (source, ModelSource(given)):
+            with pytest.raises(ModelError, match="one linear layer") if refused else contextlib.nullcontext():
+                check_source(one, names)
     parts = RewardConfig(attributes=["a"], zero_stage=3, zero_init=True, bf16=False)
     with pytest.raises(ConfigError, match="around its own head"):
         check_source(ModelSource(str(tmp_path / "llama")), parts)

@@ -97,6 +97,41 @@ def test_every_honoured_default_resolves_as_trls() -> None:
 
 
 @pytest.mark.parametrize(
+    ("metric", "less_is_better"),
+    [
+        ("loss", True),
+        ("eval_helpful_loss", True),
+        ("mse", True),
+        ("eval_brier", True),
+        ("eval_attribute_mse_good", True),
+        ("eval_attribute_pearson_loss", False),
+        ("eval_mse_accuracy", False),
+        ("accuracy", False),
+        ("pearson", False),
+        ("tie_accuracy", False),
+        ("top_accuracy", False),
+        ("margin", False),
+    ],
+)
+def test_the_best_model_by_an_error_is_the_one_with_less(metric: str, less_is_better: bool) -> None:
+    from rayrm.train.checkpoint import TrainState
+    from rayrm.train.evaluation import note_best
+
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    config, state = RewardConfig(metric_for_best_model=metric), TrainState()
+    for step, value in enumerate((0.5, 0.2, 0.8, 0.4), start=1):
+        state.step = step
+        note_best(state, {name: value}, config)
+    assert (state.best_metric, state.best_checkpoint) == (
+        (0.2, "checkpoint-2") if less_is_better else (0.8, "checkpoint-3")
+    )
+    # What is given stands, be it the contrary.
+    assert RewardConfig(metric_for_best_model=metric, greater_is_better=less_is_better).greater_is_better is (
+        less_is_better
+    )
+
+
+@pytest.mark.parametrize(
     "given",
     [
         {"eval_strategy": "steps"},

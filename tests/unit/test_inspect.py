@@ -84,6 +84,10 @@ def test_every_figure_of_rows_made_by_hand(by_hand: str) -> None:
         "num_all_tied": 0,
         "num_scored": 0,
         "scores": {},
+        "attributes": {},
+        "num_only_rated": 0,
+        "num_unread": 0,
+        "unread": "",
         "tokens_unshared": 37,
         "tokens_shared_in_rows": 27,
         "tokens_prompts_once": 15,
@@ -99,6 +103,43 @@ def test_every_figure_of_rows_made_by_hand(by_hand: str) -> None:
         "better_is_shorter": pytest.approx(0.2),
         "longer_wins": pytest.approx(0.7),
     }
+
+
+RATED: list[Any] = [
+    {"completions_ids": [[1, 2], [1, 3], [1, 4]], "attributes": [{"good": 1}, None, {"good": 4, "long": -2}]},
+    {"completion_ids": [1, 2, 3], "attributes": {"long": 0.5}},
+    {"completion_ids": [1, 2, 3], "attributes": {"long": 1.5}},  # another's judgement of it
+    {"completion_ids": [1, 2, 3], "attributes": {"long": 0.5}},  # once more
+    {"completion_ids": [1, 5], "score": 3, "attributes": {"good": 2}},
+    {"chosen_ids": [1, 6], "rejected_ids": [1, 7], "rejected_attributes": {"good": 0, "tone": None}},
+    # A pair without them is one to every run, and a text whose ratings nobody can read is none to any.
+    {"chosen_ids": [1, 6], "rejected_ids": [1, 8], "chosen_attributes": {"good": 1, "language": "en"}},
+    {"chosen_ids": [1, 6], "rejected_ids": [1, 9], "attributes": {"good": 1}},
+    {"completion_ids": [1, 2], "attributes": {"language": "en"}},
+]
+
+
+@pytest.mark.parametrize("batch", [512, 2])
+def test_ratings_by_attribute_are_counted_and_shown(
+    tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However the rows fall into tables, of which each names its own attributes.
+    monkeypatch.setattr("rayrm.data.inspect.ROWS_PER_TABLE", batch)
+    found = figures_of_rows(tmp_path / "rows.jsonl", RATED)
+    assert found.attributes == {
+        "good": {"count": 4, "min": 0, "mean": 7 / 4, "max": 4},
+        "long": {"count": 4, "min": -2, "mean": pytest.approx(0.5 / 4), "max": 1.5},
+    }
+    assert (found.num_only_rated, found.num_scored, found.num_rankings) == (4, 1, 0)
+    assert (found.num_accepted, found.num_comparisons, found.num_duplicates) == (8, 3, 1)
+    assert found.unread.startswith(f"{tmp_path / 'rows.jsonl'}:7: `chosen_attributes.language`")
+    assert found.num_unread == 2
+    assert list(found.refused.values()) == [1]
+    text = " ".join(report([found]).split())
+    for words in ("by good: of 4 texts, min 0", "by long: of 4 texts", 'attributes=["good", "long"]'):
+        assert words in text
+    assert "4 rows with ratings in the place of better and worse" in text
+    assert "2 rows with ratings by attribute that cannot be read" in text
 
 
 def random_rows(seed: int, count: int = 400) -> list[Any]:

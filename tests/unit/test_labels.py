@@ -273,6 +273,9 @@ def test_metrics_of_scored_completions_are_their_error_and_correlation() -> None
     assert found["mean_reward"] == pytest.approx((2 + 1.75) / 2)
     assert (found["num_rated"], found["num_pairs"], found["num_rows"]) == (3.0, 0.0, 2.0)
     assert "accuracy" not in found
+    # Numbers that do not vary have no correlation, though their deviation may be 1e-16.
+    for ratings, scores in (((0.1,) * 3, [2.0, 0.5, 3.0]), ((0.1, 0.2, 0.4), [0.7] * 3)):
+        assert "pearson" not in evaluate_scores(scores, rows_index(((-1,) * 3, {"ratings": ratings})))
     sure = rows_index(((-1,), {"ratings": (1.0,)}), ((-1,), {"ratings": (0.0,)}))
     found = evaluate_scores([0.4, -1.0], sure, Objective(pointwise_loss="bce"))
     p, q = (1 / (1 + math.exp(-s)) for s in (0.4, -1.0))
@@ -286,6 +289,17 @@ def test_metrics_of_rankings_as_wholes() -> None:
     found = evaluate_scores(scores, index, Objective(ranking_loss="plackett-luce"))
     assert found["top_accuracy"] == 0.5
     assert found["num_pairs"] == 7
+
+
+def test_a_tie_at_the_top_is_not_right() -> None:
+    objective = Objective(ranking_loss="plackett-luce")
+    index = rows_index(((0, 1, 2), {}), ((0, 0, 1), {}))
+    # A model that tells nothing apart is right nowhere, as its accuracy is 0.
+    flat = evaluate_scores(np.ones(6), index, objective)
+    assert (flat["top_accuracy"], flat["accuracy"]) == (0.0, 0.0)
+    # Which of two best ones is on top does not matter, and both may be.
+    assert evaluate_scores([2.0, 1.0, 1.0, 1.0, 2.0, 1.5], index, objective)["top_accuracy"] == 1.0
+    assert evaluate_scores([2.0, 2.0, 1.0, 2.0, 2.0, 1.5], index, objective)["top_accuracy"] == 0.5
 
 
 def test_compute_metrics_is_for_rows_with_two_sides() -> None:
@@ -340,3 +354,21 @@ def test_a_set_read_under_other_settings_is_refused_where_the_loss_has_no_term_f
         given(pointwise_loss="mse")
     with pytest.raises(DataError, match="pointwise_loss=mse"):
         given(tie_model="davidson", pointwise_loss="bce")
+
+
+def test_a_set_of_soft_rankings_is_refused_where_they_would_be_trained_as_sure(tmp_path: Path) -> None:
+    sequences = [np.array([1, token], np.int32) for token in (5, 6, 7)]
+    soft_pair = TokenizedRow.of(sequences[:2], (0, 1), target=0.75)
+    soft_ranking = TokenizedRow.of(sequences, (0, 1, 2), target=0.75)
+    ranking = TokenizedRow.of(sequences, (0, 1, 2))
+
+    def given(*rows: TokenizedRow, **settings: Any) -> TokenizedSet:
+        data = RunData(tiny_tokenizer(), RewardConfig(**settings), DataConfig(), tmp_path / "q.jsonl")
+        return data.ingest(TokenizedSet.from_rows(rows), "train", None)
+
+    wholes = {"ranking_loss": "plackett-luce"}
+    with pytest.raises(DataError, match=r"has 1 rankings with a `target`.*`ranking_loss=pairwise`"):
+        given(soft_pair, soft_ranking, ranking, **wholes)
+    # A pair is a comparison under either loss, and a ranking's comparisons may be soft.
+    assert given(soft_pair, ranking, **wholes).num_rows == 2
+    assert given(soft_pair, soft_ranking, ranking).num_rows == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch.distributed as dist
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    BioGptConfig,
     DiffLlamaConfig,
     DogeConfig,
     FalconConfig,
+    FlaubertConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -280,6 +283,47 @@ def test_disabling_dropout_reaches_modules_config_and_copied_attributes() -> Non
     tokens = torch.arange(1, 9)[None]
     with torch.no_grad():
         assert torch.equal(bert(input_ids=tokens).logits, bert(input_ids=tokens).logits)
+
+
+# Each has dropouts that no `nn.Dropout` and no name of Llama's tells of: Falcon's are read from its config in
+# every forward, OPT, BioGPT and FlauBERT leave out whole layers.
+SCATTERED: dict[str, PreTrainedConfig] = {
+    "falcon": FalconConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.5, attention_dropout=0.5
+    ),
+    "opt": OPTConfig(
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        layerdrop=0.5,
+    ),
+    "biogpt": BioGptConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, layerdrop=0.5
+    ),
+    "flaubert": FlaubertConfig(emb_dim=32, n_layers=4, n_heads=4, layerdrop=0.5),
+}
+
+
+@pytest.mark.parametrize("family", SCATTERED)
+def test_dropouts_by_other_names_are_seen_and_disabled(family: str) -> None:
+    config = copy.deepcopy(SCATTERED[family])
+    config.vocab_size, config.pad_token_id = 60, 0
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config).train()
+    tokens = torch.arange(3, 13)[None]
+
+    def scores() -> list[torch.Tensor]:
+        return [model(input_ids=tokens).logits for _ in range(4)]
+
+    with torch.no_grad():
+        first, *others = scores()
+        assert not all(torch.equal(first, other) for other in others)
+        assert active_dropout(model) is not None
+        disable_dropout(model)
+        assert active_dropout(model) is None
+        first, *others = scores()
+        assert all(torch.equal(first, other) for other in others)
 
 
 def test_an_adapter_with_dropout_is_seen_through_its_wrapper() -> None:

@@ -7,16 +7,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from rayrm.data.labels import LabelRules
 from rayrm.data.selection import Selection, excluded_prompts
+from rayrm.data.tokenize import TokenizedRow
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, ScoreError
+from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.model.reward_model import LoadedModel
 from rayrm.rl.judge import Judge
-from rayrm.rl.refresh_gate import Measured, Share, order_agreement, refusal
+from rayrm.rl.refresh_gate import ALIKE, Measured, Share, check_compares, order_agreement, refusal
 from rayrm.rl.refresh_pairs import Gathered, gather, last_cursor
 from rayrm.rl.refresh_replay import draw_replay, num_replayed
 from rayrm.rl.refresh_samples import SampleReader
 from rayrm.rl.refresh_settings import Refresh, read_refresh
+from rayrm.train.launch import objective_of
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -347,6 +355,41 @@ def test_rounds_that_each_lose_what_one_may_do_not_add_up() -> None:
 LEAST = ["samples=s.jsonl", "judge=j.py:judge", "output_dir=out", "data.eval=h.jsonl"]
 
 
+def test_held_out_rows_that_compare_nothing_are_refused_by_name(tmp_path: Path) -> None:
+    scored = {"prompt": "a", "completion": "b", "score": 1.0}
+    tied = {"prompt": "a", "chosen": "b", "rejected": "c", "tie": True}
+    even = {"prompt": "a", "chosen": "b", "rejected": "c", "target": 0.5}
+    file, pairs = tmp_path / "scored.jsonl", tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (scored, tied, even, {"prompt": "a"})))
+    with pytest.raises(DataError, match=r"`data.eval` \(.*scored\.jsonl\): no row says .* Add pairs"):
+        check_compares([str(file)])
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in (scored, pair)))
+    check_compares([str(file), str(pairs)])
+    with pytest.raises(DataError, match=r"pairs\.jsonl"):
+        check_compares([str(pairs)], max_pairs=1)
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {},
+        {"tie_model": "rao-kupper", "tie_parameter": 3.0, "label_smoothing": 0.1},
+        {"ranking_loss": "plackett-luce", "pointwise_loss": "bce", "center_rewards_coefficient": 0.01},
+    ],
+    ids=str,
+)
+def test_models_of_any_objective_are_measured_on_the_same_comparisons(trained: dict[str, Any]) -> None:
+    loaded = LoadedModel(tiny_model(), tiny_tokenizer(), "standard", 0, None, trained)
+    measured = objective_of(loaded, ALIKE)
+    assert LabelRules.of(measured) == LabelRules(ties=True, pointwise="mse")
+    sequences = [np.array([1, token], np.int32) for token in (5, 6, 7)]
+    rows = [TokenizedRow.of(sequences, ranks) for ranks in ((0, 1, 0), (0, 1, 2))]
+    found = evaluate_scores([3.0, 1.0, 2.0, 2.0, 3.0, 1.0], TokenizedSet.from_rows(rows).index, measured)
+    # Of the first row a third is a tie; of the others all are right, and two of three.
+    assert found["accuracy"] == pytest.approx((2 / 3 + 2 / 3) / (2 / 3 + 1))
+
+
 def test_the_example_reads_and_words_change_it() -> None:
     settings = read_refresh(ROOT / "jobs" / "refresh.toml", ["min_pairs=7", "reward.learning_rate=1e-6"])
     assert isinstance(settings, Refresh)
@@ -366,6 +409,7 @@ def test_the_example_reads_and_words_change_it() -> None:
         ("data.train=p.jsonl", "`train` is no setting of RefreshData"),
         ("reward.output_dir=runs/x", "each round has its own directory"),
         ("reward.max_bad_row_fraction=0.2", "a round leaves out every row that is refused"),
+        ('reward.attributes=["good"]', "what a judge prefers has no ratings"),
         ("judge=judge.py", "must name a file or module and a function in it"),
         ("allowed_drop=2", "`allowed_drop` (2)"),
         ("data.replay_share=1", "`replay_share` (1)"),

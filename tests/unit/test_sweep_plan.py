@@ -127,6 +127,11 @@ def test_the_space_of_a_file_is_that_of_the_command_line(tmp_path: Path) -> None
     assert (sweep.metric, sweep.mode, sweep.num_trials) == ("eval_loss", "min", 5)
     assert (run.reward.seed, run.model.lora and run.model.lora.r) == (7, 8)
     assert file.read()[0].model.lora is None  # words of one trial are not another's
+    # Which way is better the metric says, and the file where it will: a loss that is to grow is its matter.
+    assert file.read(["sweep.mode=none"])[1].direction == sweep.direction == "min"
+    assert file.read(["sweep.metric=eval_good_mse", "sweep.mode=none"])[1].direction == "min"
+    assert file.read(["sweep.metric=eval_accuracy", "sweep.mode=none"])[1].direction == "max"
+    assert file.read(["sweep.mode=max"])[1].direction == "max"
     space = space_of(sweep.space)
     assert space["learning_rate"] == Range("log", 1e-6, 1e-4)
     assert space == space_of_params(
