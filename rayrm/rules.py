@@ -25,6 +25,8 @@ SAME: Final[dict[str, str]] = {
 }
 """transformers' newer name for one of our fields -> the field."""
 REPORTERS: Final = ("tensorboard", "wandb", "mlflow", "trackio")
+_STORES: Final = ("s3", "s3a", "s3n", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
+"""The schemes of the stores that pyarrow writes to."""
 _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
     "adagrad": ("lr_decay", "weight_decay", "eps"),
@@ -151,6 +153,14 @@ def check_reward_config(config: RewardConfig) -> None:
             f"`storage_path` ({masked(config.storage_path)}) holds credentials, and a run writes its "
             "settings down. Set them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)."
         )
+    elif config.storage_path is not None:
+        scheme = config.storage_path.partition("://")[0].lower()
+        if scheme not in _STORES:
+            problems.append(
+                f"`storage_path` ({config.storage_path}): `{scheme}` is no store that checkpoints can be "
+                f"written to.{nearest(scheme, _STORES)} Type a URL of s3://, gs://, abfs://, hdfs:// or "
+                "file://."
+            )
     try:
         parse_optim_args(config.optim, config.optim_args)
     except ValueError as problem:

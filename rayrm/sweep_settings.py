@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +22,22 @@ from pydantic import BeforeValidator, Field
 from rayrm.errors import ConfigError
 from rayrm.rules import is_error
 from rayrm.runfile import SECTIONS, Run, dump_tables, make_tables, read_toml
-from rayrm.settings import OptionalCount, OptionalSeed, json_value, none_word, settings
+from rayrm.settings import OptionalCount, OptionalSeed, json_value, nearest, none_word, settings
 
 Kind = Literal["log", "uniform", "int"]
 KINDS: tuple[Kind, ...] = ("log", "uniform", "int")
+# As other libraries call a range, or a list of values.
+_FOREIGN_KINDS = (
+    "loguniform",
+    "log_uniform",
+    "lognormal",
+    "quniform",
+    "normal",
+    "randint",
+    "range",
+    "choice",
+)
+_TYPED_RANGE = re.compile(r"([A-Za-z_]+):[^:]+:[^:]+")
 Mode = Literal["max", "min"]
 
 
@@ -50,8 +63,18 @@ class Range:
         """A value as typed, as a number."""
         return int(text) if self.kind == "int" else float(text)
 
-    def ends(self) -> tuple[str, str]:
-        return (f"{self.low:.12g}", f"{self.high:.12g}")
+    def examples(self) -> tuple[str, ...]:
+        """Both ends, and of numbers that are not whole one in between, which may be no value of the key."""
+        ends = (f"{self.low:.12g}", f"{self.high:.12g}")
+        if self.kind == "int":
+            return ends
+        part = 0.382
+        within = (
+            self.low ** (1 - part) * self.high**part
+            if self.kind == "log"
+            else self.low * (1 - part) + self.high * part
+        )
+        return (*ends, f"{within:.4g}")
 
 
 Space = dict[str, tuple[str, ...] | Range]
@@ -99,6 +122,12 @@ class SweepConfig:
     """[sweep.space]: by key of the run its values or range."""
 
     def __post_init__(self) -> None:
+        if self.scheduler == "pbt" and not self.metric.startswith("eval_"):
+            raise ValueError(
+                f'`metric` ("{self.metric}"): `scheduler` "pbt" compares the checkpoints of trials, and they '
+                "are measured by evaluations alone: what is logged in training is of other steps and rows. "
+                'Type an evaluation\'s, such as "eval_accuracy" or "eval_loss".'
+            )
         space_of(self.space)
         if self.scheduler != "none" and self.metric == "train_loss":
             raise ValueError(
@@ -151,21 +180,29 @@ def dump_sweep(run: Run, sweep: SweepConfig) -> str:
     return dump_tables({**{section: getattr(run, section) for section in SECTIONS}, "sweep": sweep})
 
 
-def space_of(table: Mapping[str, Any]) -> Space:
+def space_of(table: Mapping[str, Any], within: str = "") -> Space:
     """[sweep.space] as a space; tables of tables are keys with dots (`model.lora.r`).
 
+    `within`: the key that the table stands under, with its dot.
+
     Raises:
-        ConfigError: neither a list of values nor a range.
+        ConfigError: neither a list of values nor a range, or a value listed twice.
     """
     space: Space = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in KINDS:
+    for name, value in table.items():
+        key = within + name
+        if isinstance(value, Mapping) and value.keys() & {*KINDS, *_FOREIGN_KINDS}:
             kind, ends = next(iter(value.items()))
+            if len(value) > 1:
+                raise ConfigError(
+                    f"`space.{key}` ({dict(value)!r}): a range has one kind and two ends. Type for example "
+                    "`{log = [1e-6, 1e-4]}`."
+                )
             space[key] = _range(key, kind, ends)
         elif isinstance(value, Mapping) and value:
-            space |= {f"{key}.{inner}": found for inner, found in space_of(value).items()}
+            space |= space_of(value, f"{key}.")
         elif isinstance(value, list) and value:
-            space[key] = tuple(_word(key, one) for one in value)
+            space[key] = _listed(key, [_word(key, one) for one in value])
         else:
             raise ConfigError(
                 f"`space.{key}` ({value!r}) must be a list of values or a range. Type for example "
@@ -191,11 +228,31 @@ def space_of_params(params: Sequence[str]) -> Space:
         if key in space:
             raise ConfigError(f"param `{key}` is given twice. Put all its values into one `--param`.")
         kind, *ends = text.split(":")
-        space[key] = _range(key, kind, ends) if kind in KINDS else tuple(_split(text))
+        found = _TYPED_RANGE.fullmatch(text)
+        is_range = kind in KINDS or (found is not None and _is_kind(found[1]))
+        space[key] = _range(key, kind, ends) if is_range else _listed(key, _split(text))
     return space
 
 
+def _is_kind(word: str) -> bool:
+    """Whether it is meant as one: as other libraries have it, or misspelt."""
+    return word in _FOREIGN_KINDS or bool(nearest(word, KINDS))
+
+
+def _listed(key: str, values: list[str]) -> tuple[str, ...]:
+    if twice := next((one for place, one in enumerate(values) if one in values[:place]), None):
+        raise ConfigError(
+            f"`space.{key}` lists `{twice}` twice: two trials would be one and the same. Delete one."
+        )
+    return tuple(values)
+
+
 def _range(key: str, kind: Any, ends: Any) -> Range:
+    if kind not in KINDS:
+        raise ConfigError(
+            f"the range of `{key}`: `{kind}` is no kind of range. Type one of {', '.join(KINDS)}, such as "
+            f"`{key}=log:1e-6:1e-4`, in a file `{{log = [1e-6, 1e-4]}}`, or list the values."
+        )
     try:
         low, high = (float(end) for end in ends)
     except (TypeError, ValueError):

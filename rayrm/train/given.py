@@ -16,8 +16,8 @@ from rayrm.errors import ConfigError
 from rayrm.model.reward_model import load_tokenizer
 from rayrm.train.build import ModelSource, trains_tokens
 from rayrm.train.rundir import check_writable
-from rayrm.train.storage import check_storage, storage_environment
-from rayrm.train.trackers import check_trackers, tracker_environment
+from rayrm.train.storage import check_storage
+from rayrm.train.trackers import check_trackers
 from rayrm.train.zero_init import check_tokens_in_parts
 
 
@@ -136,11 +136,6 @@ def check_places(args: RewardConfig, output_dir: Path) -> None:
     check_writable(output_dir)
     check_storage(args, output_dir)
     check_trackers(args.report_to)
-
-
-def environment(args: RewardConfig) -> dict[str, str]:
-    """What this process's environment says of trackers and of the object store, for the ranks."""
-    return tracker_environment(args.report_to) | storage_environment(args)
 
 
 def _tokenizer_place(source: ModelSource) -> str:

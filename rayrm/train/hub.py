@@ -11,8 +11,8 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rayrm.model.saving import copy_saved
 
 logger = logging.getLogger("rayrm.train")
 _ASIDE = ".push-"
+_PATIENCE_S = 60.0
 _FAILURES = (httpx.HTTPError, OSError, ValueError)
 _CARD_FIELDS = {
     "dataset_name": "datasets",
@@ -45,7 +46,7 @@ class HubRepository:
         self._config = config
         self._output_dir = output_dir
         self._hub = hub or HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=config.hub_token)
-        self._running: Future[Any] | None = None
+        self._running: threading.Thread | None = None
 
     def create(self, *, token: str | None = None, private: bool | None = None) -> str:
         """Create it where it is not there; its full name. Raises ConfigError where the hub refuses."""
@@ -90,7 +91,7 @@ class HubRepository:
 
         Called by the thread that writes checkpoints: training waits for nothing.
         """
-        if self._running is not None and not self._running.done():
+        if self._running is not None and self._running.is_alive():
             logger.info("%s is not pushed: the one before is still on its way", checkpoint.name)
             return
 
@@ -99,16 +100,18 @@ class HubRepository:
                 if self.name is None:
                     self.create()
                 upload()
-            except RayrmError as error:
-                logger.warning("%s", error)
+            except Exception as error:  # whatever a library raises: no push is worth a run
+                _warn(checkpoint, error)
 
         try:
             step = checkpoint.name.rpartition("-")[2]
             upload = self._prepared(checkpoint, f"Training in progress, step {step}", {})
-        except OSError as error:
-            logger.warning("%s was not pushed: %s", checkpoint.name, error)
+        except Exception as error:
+            _warn(checkpoint, error)
             return
-        self._running = self._hub.run_as_future(push)
+        # A daemon: the process that is to end does not wait for one that hangs.
+        self._running = threading.Thread(target=push, name=f"push-{checkpoint.name}", daemon=True)
+        self._running.start()
 
     def _prepared(
         self,
@@ -148,10 +151,19 @@ class HubRepository:
 
         return upload
 
-    def close(self) -> None:
-        """Wait for the upload that is on its way."""
+    def close(self, patience_s: float = _PATIENCE_S) -> None:
+        """Wait for the upload that is on its way, so long and no longer."""
         if self._running is not None:
-            self._running.result()
+            self._running.join(patience_s)
+            if self._running.is_alive():
+                logger.warning(
+                    "the upload to %s has not ended in %.0f s and is left: the checkpoint is on the disk",
+                    self.name,
+                    patience_s,
+                )
+                return
+        for aside in self._output_dir.glob(f"{_ASIDE}*"):  # of a push that did not come to its upload
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def repository_of(config: RewardConfig, output_dir: Path) -> HubRepository:
@@ -181,6 +193,11 @@ def _say_in_card(aside: Path, said: Mapping[str, Any]) -> None:
             values = [*(card.data.tags or []), *(tag for tag in values if tag not in (card.data.tags or []))]
         setattr(card.data, key, values)
     (aside / CARD).write_text(str(card), encoding="utf-8")
+
+
+def _warn(checkpoint: Path, error: Exception) -> None:
+    said = str(error) if isinstance(error, RayrmError) else f"{type(error).__name__}: {error}"
+    logger.warning("%s was not pushed, and the run goes on: %s", checkpoint.name, said)
 
 
 def _line(error: BaseException) -> str:

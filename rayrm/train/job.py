@@ -21,9 +21,10 @@ from rayrm.train.optimizer import Optimizers, OptimizerSpec
 from rayrm.train.user_metrics import UserMetrics
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TrainJob:
-    """A run; it must pickle. `resume` is the checkpoint to begin from, if any.
+    """A run; it must pickle, and has no words: Ray Train tells its dashboard what a job is as a string, and
+    this one holds tokens and keys. `resume` is the checkpoint to begin from, if any.
 
     `train_set` is a whole set, whose steps each rank derives, or the steps of a stream.
 
@@ -46,6 +47,6 @@ class TrainJob:
     metrics: UserMetrics | None = None
     callbacks: tuple[TrainerCallback, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    """What the driver's environment says of trackers and of the object store."""
+    """What the driver's environment says to the ranks, see `environment.py`."""
     leg: Leg | None = None
     """Of a trial of population based training: the part of its run that this job is."""

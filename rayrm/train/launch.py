@@ -35,6 +35,7 @@ from rayrm.train.attributes import reopen_attributes
 from rayrm.train.build import ModelSource, check_source
 from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.leg import Leg
+from rayrm.train.preemption import leaving_before_training
 from rayrm.train.rundir import finished, read_finished
 from rayrm.train.trainer import RewardTrainer
 from rayrm.train.workers import check_cluster
@@ -61,6 +62,7 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = (), leg: Leg | None = None
     Raises:
         ConfigError, DataError, ModelError, RunDirectoryError, CheckpointError, ClusterError: refused before a
             worker starts, and nothing was overwritten.
+        PreemptedError: told to leave (SIGTERM), while data is read too.
     """
     show_logs()
     run = with_absolute_paths(run)
@@ -72,20 +74,21 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = (), leg: Leg | None = None
     check_source(ModelSource(run.model.name, adapter, run.model.quantization), run.reward)
     join_cluster(run.cluster.address)
     scaling, run_config = ray_train_settings(run.cluster, callbacks)
-    if scaling is not None:
-        check_cluster(scaling)
-    trainer = RewardTrainer(
-        run.model.name,
-        run.reward,
-        quantization_config=run.model.quantization,
-        peft_config=adapter,
-        scaling_config=scaling,
-        run_config=run_config,
-        data_config=run.data,
-        auto_resume=True,
-        run=run,
-        leg=leg,
-    )
+    with leaving_before_training(output_dir):
+        if scaling is not None:
+            check_cluster(scaling)
+        trainer = RewardTrainer(
+            run.model.name,
+            run.reward,
+            quantization_config=run.model.quantization,
+            peft_config=adapter,
+            scaling_config=scaling,
+            run_config=run_config,
+            data_config=run.data,
+            auto_resume=True,
+            run=run,
+            leg=leg,
+        )
     _train(trainer)
     metrics: dict[str, float] = {}
     for record in trainer.state.log_history:

@@ -1,4 +1,5 @@
-"""A run that is told to leave (SIGTERM to its driver) saves after the step it is in, and ends.
+"""A run that is told to leave (SIGTERM to its driver) saves after the step it is in, and ends; while data is
+still read it ends where it is.
 
 The driver's handler leaves a word in the output directory, which all ranks share. Rank 0 looks for it a few
 times a second, and ranks agree after each step, so that all stop after the same one: on several ranks a
@@ -9,6 +10,7 @@ the process at once.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -27,7 +29,7 @@ _LOOK_S = 0.25
 
 
 def tell_to_leave(output_dir: Path) -> None:
-    """Leave the word for the ranks that train in `output_dir`; before they begin, a start takes it away."""
+    """Leave the word for the run in `output_dir`; whatever begins there takes an older one away."""
     with contextlib.suppress(FileNotFoundError):  # nobody trains there yet
         (output_dir / _WORD).touch()
 
@@ -68,6 +70,69 @@ def leaving_on_sigterm(output_dir: Path) -> Iterator[None]:
             f"{output_dir}. The same command goes on from there; in Python: "
             "`train(resume_from_checkpoint=True)`."
         )
+
+
+@contextmanager
+def leaving_before_training(output_dir: Path) -> Iterator[None]:
+    """Within the block SIGTERM to this process, or the word that ranks would find, ends what it does: no rank
+    trains yet, so nothing is to be saved.
+
+    It must stand after whatever starts Ray, which sets a handler of its own.
+
+    Raises:
+        PreemptedError: it was told.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, told = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL, False
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+        signal.signal(signal.SIGTERM, before)
+        # What Ctrl-C raises: Ray's calls pass on nothing else that a handler raises while they wait.
+        raise KeyboardInterrupt
+
+    word = output_dir / _WORD
+    word.unlink(missing_ok=True)
+    try:
+        try:
+            signal.signal(signal.SIGTERM, tell)
+            with _looking_for(word):
+                yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    except BaseException:  # what libraries make of it
+        if not told:
+            raise
+    if told:
+        word.unlink(missing_ok=True)
+        raise PreemptedError(
+            f"told to leave (SIGTERM) before it trained, the run in {output_dir} has nothing to save. The "
+            "same command begins again, or goes on from the last checkpoint."
+        )
+
+
+@contextmanager
+def _looking_for(word: Path) -> Iterator[None]:
+    """Within the block this process gets SIGTERM, once, when the word is there; after it, never."""
+    ended, sending = threading.Event(), threading.Lock()
+
+    def look() -> None:
+        while not ended.wait(_LOOK_S):
+            with sending:
+                if word.exists() and not ended.is_set():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+
+    threading.Thread(target=look, name="looking for the word to leave", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        with sending:
+            pass
 
 
 class Notice:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,11 @@ class RunLog:
         *,
         active: bool,
         rows_per_step: int = 0,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`environment`: what that of the process that started the run says of the trackers."""
         self._dir = output_dir
         self._active = active
         self._rows_per_step = rows_per_step
-        self._trackers = Trackers(config, output_dir, environment or {})
+        self._trackers = Trackers(config, output_dir)
         self._shown = 0.0
         self._began = time.time()
         self._began_at_step = 0

@@ -24,7 +24,7 @@ from rayrm.runfile import dump_run, read_run
 from rayrm.train.checkpoint import IDENTITY, MANIFEST, RUN, checkpoints, read_state, verify_checkpoint
 from rayrm.train.holding import LOCK, holding
 from rayrm.train.records import METRICS, PROGRESS, replace_text
-from rayrm.train.storage import storage_environment, storage_of
+from rayrm.train.storage import FAILURES, storage_environment, storage_of
 
 RUN_TOML = "run.toml"
 logger = logging.getLogger("rayrm.train")
@@ -129,14 +129,18 @@ def check_resume(resume: bool | str | None) -> None:
 
 
 def bring(config: RewardConfig, output_dir: Path, identity: dict[str, Any], *, goes_on: bool) -> None:
-    """Fetch what the store holds of this run where the directory has no checkpoint, or raise what to type."""
+    """Fetch what the store holds of this run where its newest checkpoint is newer than the directory's, or
+    raise what to type."""
     storage = storage_of(config, output_dir, storage_environment(config))
-    if storage is None or checkpoints(output_dir):
+    if storage is None:
         return
     try:
         if not storage.has(IDENTITY):
             return
         _refuse_other(storage.url, json.loads(storage.read(IDENTITY)).get("identity", {}), identity)
+        here = checkpoints(output_dir)
+        if read_finished(output_dir) or (here and not storage.is_ahead_of(here[-1])):
+            return
         if storage.has(PROGRESS) and json.loads(storage.read(PROGRESS)).get("finished"):
             raise finished(storage.url)
         if not goes_on:
@@ -144,10 +148,13 @@ def bring(config: RewardConfig, output_dir: Path, identity: dict[str, Any], *, g
                 f"`{storage.url}` holds a run that did not finish. Pass `resume_from_checkpoint=True` to go "
                 "on with it, or choose another `output_dir`."
             )
-        if not (output_dir / IDENTITY).exists():
+        known = output_dir / IDENTITY
+        if known.exists():
+            _refuse_other(output_dir, _read(known).get("identity", {}), identity)
+        else:
             _refuse_foreign(output_dir)
         storage.fetch()
-    except OSError as error:
+    except FAILURES as error:
         raise CheckpointError(
             f"the run's copy in {storage.url} cannot be read: {error}. Type the same again, or leave "
             "`storage_path` out to begin anew."

@@ -27,7 +27,7 @@ from rayrm.config import RewardConfig
 from rayrm.data.remote import connect, s3_environment
 from rayrm.errors import CheckpointError, ConfigError, DataError
 from rayrm.model.attribute_head import HEADS_FILE
-from rayrm.train.checkpoint import IDENTITY, MANIFEST, STATE
+from rayrm.train.checkpoint import IDENTITY, MANIFEST, STATE, step_of
 
 logger = logging.getLogger("rayrm.train")
 _CHUNK = 16 * 2**20
@@ -36,7 +36,24 @@ _KEPT = (IDENTITY, "run.toml", "metrics.jsonl", "quarantine.jsonl", "trackers.js
 _ROWS = "rows-*.jsonl"
 # By these a run is known to be finished and a model to be there, so they come last.
 _LAST = ("config.json", "adapter_config.json", "progress.json")
-_FAILURES = (OSError, pa.ArrowException, DataError)
+FAILURES = (OSError, pa.ArrowException, DataError, json.JSONDecodeError)
+"""What goes wrong with a store; `RunStorage` raises these."""
+_CREDENTIALS = {
+    "s3": (
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, of another service than AWS also AWS_ENDPOINT_URL",
+        (),
+    ),
+    "gs": (
+        "GOOGLE_APPLICATION_CREDENTIALS (a service account's file)",
+        ("GOOGLE_APPLICATION_CREDENTIALS", "STORAGE_EMULATOR_HOST"),
+    ),
+    "abfs": (
+        "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
+        ("AZURE_TENANT_ID", "AZURE_CLIENT_ID", "AZURE_CLIENT_SECRET"),
+    ),
+    "hdfs": ("JAVA_HOME, HADOOP_HOME and CLASSPATH", ()),
+}
+"""By kind of store where its credentials stand in the environment, and which of it workers are told."""
 
 
 def storage_of(config: RewardConfig, output_dir: Path, environment: Mapping[str, str]) -> RunStorage | None:
@@ -46,21 +63,39 @@ def storage_of(config: RewardConfig, output_dir: Path, environment: Mapping[str,
 
 def storage_environment(config: RewardConfig) -> dict[str, str]:
     """What this process's environment says of the store, for the worker that writes to it."""
-    return dict(s3_environment()) if config.storage_path else {}
+    if not config.storage_path:
+        return {}
+    _, names = _CREDENTIALS.get(_kind_of(config.storage_path), ("", ()))
+    return {**dict(s3_environment()), **{name: os.environ[name] for name in names if name in os.environ}}
+
+
+def _kind_of(url: str) -> str:
+    """`s3a` -> `s3`, `gcs` -> `gs`, `abfss` -> `abfs`."""
+    scheme = url.partition("://")[0].lower()
+    return {"gcs": "gs", "viewfs": "hdfs"}.get(scheme) or next(
+        (kind for kind in _CREDENTIALS if scheme.startswith(kind)), scheme
+    )
+
+
+def below(url: str, name: str) -> str:
+    """A directory of a store's directory; what the URL says after `?` stays at its end."""
+    place, mark, options = url.partition("?")
+    return f"{place.rstrip('/')}/{name}{mark}{options}"
 
 
 def check_storage(config: RewardConfig, output_dir: Path) -> None:
     """Raise ConfigError where the store takes no object."""
-    store = storage_of(config, output_dir, storage_environment(config))
-    if store is None:
-        return
     try:
+        store = storage_of(config, output_dir, storage_environment(config))
+        if store is None:
+            return
         store.write(".probe", b"rayrm")
         store.remove(".probe")
-    except _FAILURES as error:
+    except (*FAILURES, ImportError) as error:
+        credentials, _ = _CREDENTIALS.get(_kind_of(str(config.storage_path)), ("", ()))
+        fix = f", or set in the environment {credentials}" if credentials else ""
         raise ConfigError(
-            f"`storage_path` ({config.storage_path}) takes no object: {error}. Correct the URL, or set the "
-            "store's credentials in the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)."
+            f"`storage_path` ({config.storage_path}) takes no object: {error}. Correct the URL{fix}."
         ) from error
 
 
@@ -68,15 +103,11 @@ class RunStorage:
     """The objects of one run."""
 
     def __init__(self, url: str, output_dir: Path, environment: Mapping[str, str]) -> None:
+        """Of a URL that `RewardConfig` has let pass. Raises one of `FAILURES` where nothing is reached."""
         self._output_dir = output_dir
-        self.url = f"{url.rstrip('/')}/{output_dir.name}"
-        filesystem, path = connect(url, tuple(environment.items()))
-        if not isinstance(filesystem, fs.FileSystem):
-            raise ConfigError(
-                f"`storage_path` ({url}): checkpoints are written by pyarrow, which knows s3://, gs://, "
-                "abfs://, hdfs:// and file://. Type one of these."
-            )
-        self._fs: Any = filesystem
+        self.url = below(url, output_dir.name)
+        self._fs: Any
+        self._fs, path = connect(url, tuple(environment.items()))
         self._base = f"{path.rstrip('/')}/{output_dir.name}"
 
     def checkpoints(self) -> list[str]:
@@ -86,7 +117,16 @@ class RunStorage:
             info.base_name for info in self._fs.get_file_info(selector) if info.type == fs.FileType.Directory
         ]
         found = [name for name in named if name.startswith("checkpoint-") and self.has(f"{name}/{MANIFEST}")]
-        return sorted(found, key=lambda name: int(name.rpartition("-")[2]))
+        return sorted(found, key=lambda name: step_of(Path(name)))
+
+    def is_ahead_of(self, checkpoint: Path) -> bool:
+        """Whether its newest whole checkpoint is of a later step than this one."""
+        return any(step_of(Path(name)) > step_of(checkpoint) for name in self.checkpoints())
+
+    def is_used(self) -> bool:
+        """Whether anything is there, but for a probe."""
+        found = self._fs.get_file_info(fs.FileSelector(self._base, allow_not_found=True))
+        return any(info.base_name[0] != "." for info in found)
 
     def has(self, name: str) -> bool:
         return bool(self._fs.get_file_info(f"{self._base}/{name}").type == fs.FileType.File)
@@ -108,10 +148,12 @@ class RunStorage:
             self._put_all(file for name in _KEPT if (file := self._output_dir / name).is_file())
             self._put_all(self._output_dir.glob(_ROWS))
             listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
+            if self.has(f"{checkpoint.name}/{MANIFEST}"):  # of an attempt before: no mixture may look whole
+                self._drop(checkpoint.name)
             self._put_all([*(checkpoint / name for name in listed), checkpoint / MANIFEST])
             best = json.loads((checkpoint / STATE).read_text()).get("best_checkpoint")
             self._prune(limit, best)
-        except _FAILURES as error:
+        except FAILURES as error:
             logger.warning(
                 "%s could not be copied to %s (%s): the run goes on, with its checkpoints in %s alone",
                 checkpoint.name,
@@ -131,7 +173,7 @@ class RunStorage:
             self._put_all(
                 sorted(files, key=lambda file: _LAST.index(file.name) if file.name in _LAST else -1)
             )
-        except _FAILURES as error:
+        except FAILURES as error:
             raise CheckpointError(
                 f"the run is finished and its model is in {self._output_dir}, but it could not be copied to "
                 f"{self.url}: {error}. Copy the directory there by hand."
@@ -139,26 +181,36 @@ class RunStorage:
         logger.info("copied the model to %s", self.url)
 
     def fetch(self) -> None:
-        """Bring the newest whole checkpoint, the best one and the records into the run's directory."""
+        """Bring the newest whole checkpoint, the best one and the records into the run's directory.
+
+        The identity comes first and the newest checkpoint last: cut off anywhere, this leaves the run, and
+        no checkpoint that is not whole, and the next start fetches again.
+        """
         found = self.checkpoints()
         wanted = found[-1:]
         if found:
             best = json.loads(self.read(f"{found[-1]}/{STATE}")).get("best_checkpoint")
             wanted += [best] if best in found[:-1] else []
         self._output_dir.mkdir(parents=True, exist_ok=True)
-        for name in reversed(wanted):  # the newest last: it is what a start looks for
-            partial = self._output_dir / f".{name}.fetched.partial"
-            for file in [*json.loads(self.read(f"{name}/{MANIFEST}"))["files"], MANIFEST]:
-                self._get(f"{name}/{file}", partial / file)
-            partial.rename(self._output_dir / name)
-        rows = fs.FileSelector(self._base, allow_not_found=True)
-        names = [info.base_name for info in self._fs.get_file_info(rows)]
-        also = [name for name in names if name.startswith("rows-") and name.endswith(".jsonl")]
-        for name in (*(one for one in _KEPT if one in names and one != IDENTITY), *also):
+        there = fs.FileSelector(self._base, allow_not_found=True)
+        names = [info.base_name for info in self._fs.get_file_info(there)]
+        rows = [name for name in names if name.startswith("rows-") and name.endswith(".jsonl")]
+        for name in (*(one for one in _KEPT if one in names), *rows):
             self._get(name, self._output_dir / name)
-        if IDENTITY in names:
-            self._get(IDENTITY, self._output_dir / IDENTITY)
+        for name in reversed(wanted):
+            self._fetch_checkpoint(name)
         logger.info("fetched %s from %s", ", ".join(wanted) or "a run without checkpoints", self.url)
+
+    def _fetch_checkpoint(self, name: str) -> None:
+        made = self._output_dir / name
+        if (made / MANIFEST).is_file():
+            return
+        shutil.rmtree(made, ignore_errors=True)  # a deletion that was cut off
+        partial = self._output_dir / f".{name}.fetched.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # a fetch that was
+        for file in [*json.loads(self.read(f"{name}/{MANIFEST}"))["files"], MANIFEST]:
+            self._get(f"{name}/{file}", partial / file)
+        partial.rename(made)
 
     def _get(self, name: str, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -185,5 +237,8 @@ class RunStorage:
             return
         spare = [name for name in found[:-1] if name != keep]
         for name in spare[: max(0, len(found) - limit)]:
-            self.remove(f"{name}/{MANIFEST}")  # first what makes it a checkpoint
-            self._fs.delete_dir(f"{self._base}/{name}")
+            self._drop(name)
+
+    def _drop(self, checkpoint: str) -> None:
+        self.remove(f"{checkpoint}/{MANIFEST}")  # first what makes it a checkpoint
+        self._fs.delete_dir(f"{self._base}/{checkpoint}")

@@ -19,15 +19,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rayrm.errors import ConfigError, PreemptedError, RayrmError
+from rayrm.errors import ConfigError, PreemptedError, RayrmError, RunDirectoryError
 from rayrm.logs import show_logs
 from rayrm.own_ray import keeping_handlers
 from rayrm.runfile import Run, dump_run
 from rayrm.sweep_settings import Range, Space, SweepFile, space_of, space_of_params
+from rayrm.train.environment import environment_of
+from rayrm.train.given import check_places
 from rayrm.train.launch import join_cluster, with_absolute_paths
 from rayrm.train.leg import Leg
 from rayrm.train.rundir import only_run, read_finished
-from rayrm.train.sweep_plan import Words, check_population, check_space, corners, plan_trials
+from rayrm.train.storage import below, storage_environment, storage_of
+from rayrm.train.sweep_plan import (
+    Words,
+    check_base,
+    check_population,
+    check_space,
+    corners,
+    in_order,
+    plan_trials,
+)
 from rayrm.train.sweep_record import Record, Sweep, value_of
 
 logger = logging.getLogger("rayrm.train")
@@ -52,6 +63,7 @@ def run_sweep(file: SweepFile, params: Sequence[str] = ()) -> Sweep:
         record = Record(planned.home, planned.sweep.metric, planned.sweep.direction, planned.identity)
         planned.take_in_finished(record)
         if left := planned.left(record):
+            planned.check_places(begins=not record.trials)
             if record.trials:
                 logger.info("going on with the sweep in %s: %d trials are left", planned.home, len(left))
             if planned.sweep.scheduler == "pbt":
@@ -74,8 +86,9 @@ class _Plan:
         run, self.sweep = file.read()
         self.base = with_absolute_paths(run)
         self.home = Path(self.base.reward.output_dir or "")
-        self.space: Space = {**space_of(self.sweep.space), **space_of_params(params)}
+        self.space: Space = in_order({**space_of(self.sweep.space), **space_of_params(params)})
         check_space(self.space, self.sweep)
+        check_base(run, self.sweep, os.environ)
         self.seed = self.base.reward.seed if self.sweep.seed is None else self.sweep.seed
         if self.sweep.search == "optuna":
             self.trials: list[Words] | None = None
@@ -94,7 +107,15 @@ class _Plan:
         run, _ = self._file.read(words)
         sweep = self.sweep
         home = directory or self.home / f"trial-{number:02d}"
-        reward = dataclasses.replace(run.reward, output_dir=str(home), disable_tqdm=True)
+        name, store = run.reward.run_name or self.home.name, run.reward.storage_path
+        reward = dataclasses.replace(
+            run.reward,
+            output_dir=str(home),
+            disable_tqdm=True,
+            run_name=f"{name}-{home.name}",
+            # Under the names of their directories alone the trials of all sweeps would be one another's.
+            storage_path=None if store is None else below(store, self.home.name),
+        )
         if sweep.metric.startswith("eval_"):
             if run.data.eval is None and not run.data.eval_fraction:
                 raise ConfigError(
@@ -137,14 +158,28 @@ class _Plan:
             f"{section}.{key}": value
             for section in ("model", "data", "reward")
             for key, value in told[section].items()
-            if key != "output_dir"
+            if key not in ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps")
         }
         return {
             **run,
+            # As of a run: what they make together with the number of workers.
+            "rows_per_step": self.base.reward.train_batch_rows(self.base.cluster.num_workers),
             **{f"sweep.{key}": value for key, value in sweep.items() if key not in free},
             "sweep.seed": self.seed,
             **{f"sweep.space.{key}": values for key, values in space.items()},
         }
+
+    def check_places(self, *, begins: bool) -> None:
+        """Raise where the directory, the store or a tracker takes nothing, or, where the sweep `begins`, the
+        store holds trials of another."""
+        reward = self.base.reward
+        check_places(reward, self.home)
+        store = storage_of(reward, self.home, storage_environment(reward))
+        if begins and store is not None and store.is_used():
+            raise RunDirectoryError(
+                f"`{store.url}` holds trials of a sweep already, and the record by which a sweep goes on is "
+                f"not in `{self.home}`. Choose another `output_dir`: its last part is the sweep's name there."
+            )
 
     def take_in_finished(self, record: Record) -> None:
         """A trial that came to its end just before a kill is not run again."""
@@ -181,6 +216,7 @@ def _fit(
     leg: Leg | None = None,
 ) -> None:
     """Run what is left by Ray Tune, until all is done or this process is told to leave."""
+    import ray
     from ray import tune
 
     from rayrm.train.sweep_search import Ends, Halving, Optuna, Planned, Search
@@ -212,8 +248,11 @@ def _fit(
         run_of=run_of or plan.run_of,
         mode=sweep.direction,
         leg=leg,
+        hand_over=ray.put,
     )
-    trainable = tune.with_parameters(SweepTrial, home=str(home), metric=sweep.metric)
+    trainable = tune.with_parameters(
+        SweepTrial, home=str(home), metric=sweep.metric, environment=environment_of(plan.base.reward)
+    )
     with _tune_set(), _leaving(home / STOP) as told:
         tune.Tuner(
             # A trial only waits: what trains reserves its own CPUs. A share of one would keep the workers of

@@ -8,13 +8,77 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from rayrm.errors import ConfigError
+from rayrm.objective import OBJECTIVE_SETTINGS
+from rayrm.runfile import Run
 from rayrm.sweep_settings import Range, Space, SweepConfig
 from rayrm.train.leg import MAY_CHANGE
 
 Words = tuple[str, ...]
+_MEASURED: Final = "trials that are measured on different rows cannot be compared"
+_FIXED: Final = {
+    "output_dir": "each trial has a directory of its own in the sweep's",
+    "run_name": "each trial's is made of the sweep's and its own number",
+    "disable_tqdm": "trials have no progress bar",
+    "resume_from_checkpoint": "a sweep goes on by its own record",
+    "storage_path": "one store holds all trials of a sweep",
+    "data.eval": _MEASURED,
+    "data.eval_fraction": _MEASURED,
+    "data.max_eval_pairs": _MEASURED,
+    "cluster.address": "a sweep runs on one cluster",
+    "sweep": "it says how trials are made",
+    "serve": "training does not read it",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_revision"),
+        "trials are not pushed to the hub",
+    ),
+}
+"""What cannot be another value in each trial, and why; with all that stands below it."""
+
+
+def in_order(space: Space) -> Space:
+    """By key: written in another order a space is the same, with the same trials in the same order.
+
+    Raises:
+        ConfigError: a key that is given twice, with and without its section.
+    """
+    found: Space = {}
+    for key, values in space.items():
+        name = key.removeprefix("reward.")
+        if name in found:
+            raise ConfigError(f"`space.{name}` and `space.reward.{name}` are one setting. Give one of them.")
+        found[name] = values
+    return dict(sorted(found.items()))
+
+
+def check_base(run: Run, sweep: SweepConfig, environment: Mapping[str, str]) -> None:
+    """Raise ConfigError for what makes a run, and would make its trials one.
+
+    `environment`: of the process that starts the sweep.
+    """
+    if run.reward.push_to_hub:
+        name = sweep.publish or "NAME"
+        raise ConfigError(
+            "`push_to_hub` (True): each trial of a sweep would push its own model. Leave it out, and push "
+            f"the best model at the end: type `sweep.publish={name}`, and then `hf upload REPOSITORY "
+            f"{sweep.registry}/{name}/VERSION`."
+        )
+    for tool, variable in (("wandb", "WANDB_RUN_ID"), ("mlflow", "MLFLOW_RUN_ID")):
+        if tool in run.reward.report_to and variable in environment:
+            raise ConfigError(
+                f"{variable} ({environment[variable]}) is set in the environment, and names one run of "
+                f"{tool}: each trial of a sweep has its own. Type `unset {variable}`."
+            )
+    sets = run.data.eval
+    if sweep.metric.startswith("eval_") and isinstance(sets, dict):
+        prefixes = [f"eval_{name}_" for name in sets]
+        if not sweep.metric.startswith(tuple(prefixes)):
+            raise ConfigError(
+                f"`sweep.metric` ({sweep.metric}) is of no evaluation set: those of `data.eval` have names. "
+                f"Type for example `--metric {prefixes[0]}{sweep.metric.removeprefix('eval_')}`."
+            )
 
 
 def check_space(space: Space, sweep: SweepConfig) -> None:
@@ -24,6 +88,7 @@ def check_space(space: Space, sweep: SweepConfig) -> None:
             "a sweep needs a parameter. Type for example `--param learning_rate=1e-5,3e-5`, or in the run "
             "file [sweep.space] and below it `learning_rate = [1e-5, 3e-5]`."
         )
+    _check_keys(space, sweep)
     drawn = sweep.search != "grid" or any(isinstance(values, Range) for values in space.values())
     key = next((key for key, values in space.items() if isinstance(values, Range)), next(iter(space)))
     if drawn and sweep.num_trials is None:
@@ -35,6 +100,18 @@ def check_space(space: Space, sweep: SweepConfig) -> None:
             "it out for lists of values, type a range (`learning_rate=log:1e-6:1e-4`), or "
             '`sweep.search="random"`.'
         )
+
+
+def _check_keys(space: Space, sweep: SweepConfig) -> None:
+    for key in space:
+        for fixed, why in _FIXED.items():
+            if f"{key}.".startswith(f"{fixed}."):
+                raise ConfigError(f"`space.{key}` cannot vary: {why}. Set it outside of the space.")
+        if key in OBJECTIVE_SETTINGS and sweep.metric.endswith("loss"):
+            raise ConfigError(
+                f"`space.{key}` changes what `sweep.metric` ({sweep.metric}) is, so that trials would not be "
+                "compared by one measure. Type `sweep.metric=eval_accuracy`, or set it outside of the space."
+            )
 
 
 def check_population(space: Space, num_trials: int) -> None:
@@ -75,9 +152,10 @@ def plan_trials(space: Space, sweep: SweepConfig, seed: int) -> list[Words]:
 
 
 def corners(space: Space) -> list[Words]:
-    """Words that try every listed value and both ends of every range once: each must make a run."""
+    """Words that try every listed value once, and both ends and an inner value of every range: each must make
+    a run."""
     kept: Mapping[str, tuple[str, ...]] = {
-        key: values.ends() if isinstance(values, Range) else values for key, values in space.items()
+        key: values.examples() if isinstance(values, Range) else values for key, values in space.items()
     }
     longest = max(map(len, kept.values()))
     return [

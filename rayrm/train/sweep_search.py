@@ -123,11 +123,13 @@ class Search(Searcher):  # type: ignore[misc]
         new: Iterable[int],
         run_of: Callable[[int, Words], Run],
         mode: str,
+        hand_over: Callable[[Run], Any],
         leg: Leg | None = None,
     ) -> None:
-        """`leg`: the part of each trial's run that is to be trained, where that is not all."""
+        """`leg`: the part of each trial's run that is to be trained, where that is not all. `hand_over` makes
+        of a run what the trial has it by: Tune writes what it is told of trials, and a run holds secrets."""
         super().__init__(metric=VALUE, mode=mode)
-        self._leg = leg
+        self._leg, self._hand_over = leg, hand_over
         self._record, self._source, self._run_of = record, source, run_of
         self._again, self._new = deque(again), deque(new)
 
@@ -146,7 +148,7 @@ class Search(Searcher):  # type: ignore[misc]
         else:
             return Searcher.FINISHED
         try:
-            held = Held(number, self._run_of(number, words), leg=self._leg)
+            held = Held(number, self._hand_over(self._run_of(number, words)), leg=self._leg)
         except (ConfigError, CheckpointError) as error:
             held = Held(number, None, str(error))
         return {"number": number, "held": held}
@@ -155,6 +157,10 @@ class Search(Searcher):  # type: ignore[misc]
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """`Ends` tells the source."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of what Tune writes down, and never reads: without the runs, and the file that makes them."""
+        return {name: one for name, one in vars(self).items() if name not in ("_run_of", "_hand_over")}
 
     def save(self, checkpoint_path: str) -> None:
         """The record is what is kept; Tune moves this file to its place."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from rayrm.errors import ConfigError, PreemptedError, RayrmError, RunDirectoryError
 from rayrm.runfile import Run
+from rayrm.train.environment import adopt
 from rayrm.train.holding import LOCK, holding
 from rayrm.train.leg import Leg
 from rayrm.train.preemption import tell_to_leave
@@ -34,13 +36,17 @@ _PATIENCE_S = 120.0
 
 class Held:
     """A trial's run on its way through Tune, which prints and stores what it is given; or why there is
-    none. `leg`: the part of it that is to be trained, where that is not all."""
+    none. `run`: Ray's reference to it, since what is stored must hold no token and no password. `leg`: the
+    part of it that is to be trained, where that is not all."""
 
-    def __init__(self, number: int, run: Run | None, refusal: str = "", leg: Leg | None = None) -> None:
+    def __init__(self, number: int, run: Any, refusal: str = "", leg: Leg | None = None) -> None:
         self.number, self.run, self.refusal, self.leg = number, run, refusal, leg
 
     def __repr__(self) -> str:
         return f"trial-{self.number:02d}"
+
+    def __deepcopy__(self, memo: Any) -> Held:
+        return self
 
 
 class SweepTrial(tune.Trainable):  # type: ignore[misc]
@@ -50,16 +56,22 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
     scheduler (with the last value and progress), "paused" at its leg's end, "left" with the whole sweep.
     """
 
-    def setup(self, config: dict[str, Any], home: str = "", metric: str = "") -> None:
+    def setup(
+        self,
+        config: dict[str, Any],
+        home: str = "",
+        metric: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         held: Held = config["held"]
         self._home, self._metric, self._refusal = Path(home), metric, held.refusal
         self._leg = held.leg
         self._last: dict[str, float] = {VALUE: math.nan, PROGRESS: 0.0}
         self._task: Any = None
         if held.run is not None:
-            self._run = held.run
-            self._dir = Path(held.run.reward.output_dir or "")
-            self._task = None if self._told(self._home) else _start(held.run, held.leg)
+            self._run: Run = ray.get(held.run)
+            self._dir = Path(self._run.reward.output_dir or "")
+            self._task = None if self._told(self._home) else _start(self._run, held.leg, environment or {})
 
     def step(self) -> dict[str, Any]:
         if self._refusal:
@@ -130,18 +142,19 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         return {VALUE: math.nan, FAILURE: f"{self._dir} was told to leave, and not by this sweep"}
 
 
-def _start(run: Run, leg: Leg | None) -> Any:
+def _start(run: Run, leg: Leg | None, environment: Mapping[str, str]) -> Any:
     """The task that trains. It is not within the trial's own reservation, which is too small."""
     options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": "DEFAULT"}
     if run.cluster.num_workers == 0:
         gpu = ray.cluster_resources().get("GPU", 0.0) >= 1
         options |= {"num_cpus": 1, "num_gpus": 1 if gpu else 0}
-    return ray.remote(**options)(_train).remote(run, leg)
+    return ray.remote(**options)(_train).remote(run, leg, environment)
 
 
-def _train(run: Run, leg: Leg | None) -> None:
+def _train(run: Run, leg: Leg | None, environment: Mapping[str, str]) -> None:
     from rayrm.train.launch import train_run
 
+    adopt(environment)
     directory, began = Path(run.reward.output_dir or ""), time.monotonic()
 
     def wait(holder: str) -> None:

@@ -68,8 +68,8 @@ def tracker_environment(report_to: Sequence[str]) -> dict[str, str]:
 class Trackers:
     """The tools that `report_to` names, told together."""
 
-    def __init__(self, config: RewardConfig, output_dir: Path, environment: Mapping[str, str]) -> None:
-        self._config, self._dir, self._environment = config, output_dir, environment
+    def __init__(self, config: RewardConfig, output_dir: Path) -> None:
+        self._config, self._dir = config, output_dir
         self._open: dict[str, Tracker] = {}
         self._told: tuple[int, set[str]] = (-1, set())
 
@@ -88,8 +88,6 @@ class Trackers:
         earlier, also = known["told"]
         told |= set(also) if earlier == last else set()
         self._told = (last, told) if last >= earlier else (earlier, set(also))
-        for key, value in self._environment.items():
-            os.environ.setdefault(key, value)
         for name in self._config.report_to:
             check_trackers([name])
             try:
@@ -212,7 +210,10 @@ class _Mlflow:
         from mlflow.entities import Metric, Param
 
         is_set = os.environ.get("MLFLOW_TRACKING_URI") or mlflow.is_tracking_uri_set()
-        uri = mlflow.get_tracking_uri() if is_set else f"sqlite:///{output_dir / 'mlflow.db'}"
+        own = output_dir / "mlflow.db"
+        uri = mlflow.get_tracking_uri() if is_set else f"sqlite:///{own}"
+        if not is_set and not own.exists():
+            run_id = None  # it went with a lost disk: what follows is another run's
         self._client: Any = mlflow.MlflowClient(uri)
         self._metric = Metric
         active = mlflow.active_run()
@@ -248,13 +249,14 @@ def _plain(name: str) -> str:
 
 
 class _Trackio:
-    """https://huggingface.co/docs/trackio (0.43), which knows a run by its name; TRACKIO_DIR keeps it."""
+    """https://huggingface.co/docs/trackio (0.43), which finds a run again by its name alone, the latest of
+    that name: so each has one of its own. TRACKIO_DIR keeps it."""
 
     def __init__(self, config: RewardConfig, output_dir: Path, run_id: str | None, step: int) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             import trackio
 
-            name = config.run_name or f"{output_dir.name}-{secrets.token_hex(2)}"
+            name = f"{config.run_name or output_dir.name}-{secrets.token_hex(4)}"
             self._run: Any = trackio.init(
                 config.project,
                 run_id or name,

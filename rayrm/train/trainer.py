@@ -38,13 +38,13 @@ from rayrm.train.attributes import reopen_attributes
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.callbacks import CallbackArgs, call_all, check_callbacks
 from rayrm.train.display import Display
+from rayrm.train.environment import environment_of
 from rayrm.train.evaluation import Scores, score_model, speed_of
 from rayrm.train.given import (
     absolute,
     check_places,
     check_tokens,
     check_types,
-    environment,
     resolved_args,
     tokenizer_of,
     warn_of_old_columns,
@@ -54,6 +54,7 @@ from rayrm.train.hub import repository_of
 from rayrm.train.job import TrainJob
 from rayrm.train.leg import MAY_CHANGE, Leg
 from rayrm.train.optimizer import check_holds, check_optimizers, made_of
+from rayrm.train.preemption import leaving_before_training
 from rayrm.train.rank import Rank
 from rayrm.train.records import read_progress, read_records
 from rayrm.train.run_data import RunData, check_form
@@ -193,7 +194,8 @@ class RewardTrainer(ScriptCalls):
         if trial is not None:
             raise ConfigError("`trial` is not supported: for a search type `rayrm sweep`, or use Ray Tune.")
         with only_run(self.output_dir):
-            start = self._claim(resume_from_checkpoint)
+            with leaving_before_training(self.output_dir):
+                start = self._claim(resume_from_checkpoint)
             steps = steps_for(
                 self.train_set,
                 self.args,
@@ -389,6 +391,6 @@ class RewardTrainer(ScriptCalls):
             optimizers=self._optimizers,
             metrics=self._metrics,
             callbacks=tuple(self._callbacks),
-            environment=environment(self.args),
+            environment=environment_of(self.args),
             leg=self._leg,
         )

@@ -32,6 +32,7 @@ from rayrm.train.checkpoint import (
     step_of,
 )
 from rayrm.train.checkpoint_writer import CheckpointWriter, Snapshot
+from rayrm.train.environment import adopt
 from rayrm.train.evaluation import note_best, score_rows, speed_of
 from rayrm.train.export import save_trained
 from rayrm.train.holding import only_writer
@@ -62,6 +63,7 @@ def train_rank(job: TrainJob, report: Callable[[Record], None]) -> torch.nn.Modu
 
     `report` is called on every rank with each evaluation's metrics and at the end.
     """
+    adopt(job.environment)
     with contextlib.ExitStack() as around:
         if job.config.zero_stage is not None or job.config.deepspeed is not None:
             from rayrm.train.zero import process_group
@@ -130,7 +132,6 @@ class _RankRun:
             self.config,
             active=rank.index == 0,
             rows_per_step=rows_per_step,
-            environment=job.environment,
         )
 
     def _say(self, message: str) -> None:

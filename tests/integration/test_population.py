@@ -123,7 +123,8 @@ def test_a_killed_population_goes_on_and_what_was_exchanged_is_a_plain_run_from_
     assert not (home / ".donors").exists()
     values = {key: float(value) for key, _, value in (word.partition("=") for word in went_on["words"])}
     run = read_run(leg / "run.toml")
-    assert run.reward.learning_rate == values["learning_rate"] != float(donor["words"][0].partition("=")[2])
+    of_donor = dict(word.split("=") for word in donor["words"])
+    assert run.reward.learning_rate == values["learning_rate"] != float(of_donor["learning_rate"])
     reward = dataclasses.replace(
         run.reward,
         output_dir=str(tmp_path / "plain"),

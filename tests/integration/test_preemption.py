@@ -112,6 +112,21 @@ def test_a_run_told_to_leave_saves_and_the_same_command_goes_on_bit_for_bit(
         assert [json.loads(line)["step"] for line in lines[0].splitlines()] == list(range(1, NUM_STEPS + 1))
 
 
+def test_a_run_told_to_leave_while_data_is_read_leaves_at_once_with_the_same_status(home: Path) -> None:
+    run, said = home / "early", home / "early.txt"
+    with command(home, run.name, "max_steps=2") as process:
+        wait_for(
+            lambda: said.exists() and "data.mode" in said.read_text(), process
+        )  # what follows is to read
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == EX_TEMPFAIL, said.read_text()
+    assert "told to leave (SIGTERM) before it trained" in said.read_text()
+    assert not (run / "progress.json").exists()
+    with command(home, run.name, "max_steps=2") as process:
+        assert process.wait(300) == 0, said.read_text()
+    assert read_progress(run)["finished"]
+
+
 class Slow(torch.optim.AdamW):
     def __init__(self, params: Any, *, lr: float, seconds: float) -> None:
         super().__init__(params, lr=lr)

@@ -16,9 +16,10 @@ from transformers import TrainerCallback
 
 from rayrm import RewardConfig, RewardTrainer
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
-from rayrm.train.checkpoint import MANIFEST
+from rayrm.train.checkpoint import MANIFEST, checkpoints
 from rayrm.train.records import read_records
-from rayrm.train.storage import RunStorage, storage_environment
+from rayrm.train.rundir import bring
+from rayrm.train.storage import RunStorage, below, storage_environment
 from tests.s3 import s3_server
 from tests.tiny import save_tiny, tiny_rows
 
@@ -116,7 +117,7 @@ def store(output_dir: Path) -> RunStorage:
 
 def checkpoint(output_dir: Path, step: int, best: str | None = None) -> Path:
     made = output_dir / f"checkpoint-{step}"
-    (made / "engine").mkdir(parents=True)
+    (made / "engine").mkdir(parents=True, exist_ok=True)
     (made / "engine" / "rank-0.safetensors").write_bytes(bytes([step]) * 100)
     (made / "state.json").write_text(json.dumps({"best_checkpoint": best}))
     files = {"engine/rank-0.safetensors": {}, "state.json": {}}
@@ -150,10 +151,100 @@ def test_the_limit_keeps_the_best_and_a_fetch_brings_it(bucket: Any, tmp_path: P
     assert {path.name for path in (tmp_path / "first").iterdir()} == {"checkpoint-4", "checkpoint-8"}
 
 
+def fetched_by(output_dir: Path, **settings: Any) -> list[str]:
+    """The checkpoints of a run's directory after what a start that goes on does first."""
+    bring(
+        RewardConfig(str(output_dir), storage_path=ROOMS),
+        output_dir,
+        {"seed": 42, **settings},
+        goes_on=True,
+    )
+    return [path.name for path in checkpoints(output_dir)]
+
+
+def begun(output_dir: Path, *steps: int) -> Path:
+    output_dir.mkdir(parents=True)
+    (output_dir / "identity.json").write_text(json.dumps({"identity": {"seed": 42}}))
+    (output_dir / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    for step in steps:
+        checkpoint(output_dir, step)
+    return output_dir
+
+
+def test_the_newest_of_disk_and_store_is_gone_on_from(bucket: Any, tmp_path: Path) -> None:
+    first = begun(tmp_path / "first", 2, 10)
+    store(first).keep(first / "checkpoint-10", None)
+    # A disk of an earlier attempt, which another machine has gone on from since.
+    behind = begun(tmp_path / "behind" / "first", 2, 4)
+    assert fetched_by(behind) == ["checkpoint-2", "checkpoint-4", "checkpoint-10"]
+    assert [one["step"] for one in read_records(behind)] == [2, 10]
+    ahead = begun(tmp_path / "ahead" / "first", 2, 12)
+    assert fetched_by(ahead) == ["checkpoint-2", "checkpoint-12"]
+    # And another run's store is none of ours, whatever the disk holds.
+    with pytest.raises(RunDirectoryError, match=r"s3://rooms/runs/first\) holds another run.*seed"):
+        fetched_by(ahead, seed=43)
+    other = begun(tmp_path / "other" / "first", 2)
+    (other / "identity.json").write_text(json.dumps({"identity": {"seed": 43}}))
+    with pytest.raises(RunDirectoryError, match="holds another run"):
+        fetched_by(other)
+    assert json.loads((other / "identity.json").read_text()) == {"identity": {"seed": 43}}
+
+
+def test_a_fetch_that_is_cut_off_leaves_no_checkpoint_and_the_next_one_brings_it(
+    bucket: Any, tmp_path: Path
+) -> None:
+    first = begun(tmp_path / "first", 10)
+    store(first).keep(first / "checkpoint-10", None)
+    missing = "runs/first/checkpoint-10/engine/rank-0.safetensors"
+    content = bucket.get_object(Bucket="rooms", Key=missing)["Body"].read()
+    bucket.delete_object(Bucket="rooms", Key=missing)
+    here = tmp_path / "elsewhere" / "first"
+    with pytest.raises(CheckpointError, match="the run's copy in s3://rooms/runs/first cannot be read"):
+        fetched_by(here)
+    assert checkpoints(here) == []
+    bucket.put_object(Bucket="rooms", Key=missing, Body=content)
+    assert fetched_by(here) == ["checkpoint-10"]
+    assert not list(here.glob(".*.partial"))
+
+
+def test_a_copy_that_is_made_anew_looks_whole_only_when_it_is(bucket: Any, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    store(first).keep(checkpoint(first, 10), None)
+    again = checkpoint(first, 10)
+    (again / "engine" / "rank-0.safetensors").unlink()
+    store(first).keep(again, None)  # cut off by the file that is not there
+    assert store(first).checkpoints() == []
+    store(first).keep(checkpoint(first, 10), None)
+    assert store(first).checkpoints() == ["checkpoint-10"]
+
+
+def test_a_directory_of_a_store_keeps_the_url_s_options() -> None:
+    assert below("s3://rooms/runs/?region=here", "sweep") == "s3://rooms/runs/sweep?region=here"
+    assert below("s3://rooms", "sweep") == "s3://rooms/sweep"
+
+
+def test_workers_are_told_what_the_store_s_kind_reads_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("AZURE_CLIENT_SECRET", "GOOGLE_APPLICATION_CREDENTIALS", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, f"the driver's {name}")
+    for url, name in (
+        ("abfss://c@a.dfs.core.windows.net/runs", "AZURE_CLIENT_SECRET"),
+        ("gcs://rooms/runs", "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("s3a://rooms/runs", "AWS_ACCESS_KEY_ID"),
+    ):
+        told = storage_environment(RewardConfig("x", storage_path=url))
+        assert told[name] == f"the driver's {name}"
+        assert {"AZURE_CLIENT_SECRET", "GOOGLE_APPLICATION_CREDENTIALS"} & set(told) <= {name}
+    assert storage_environment(RewardConfig("x")) == {}
+
+
 def test_a_store_that_takes_nothing_is_refused_at_once_and_later_named(
     base: Path, bucket: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"`storage_path` \(s3://nowhere/runs\) takes no object"):
+    with pytest.raises(
+        ConfigError, match=r"`storage_path` \(s3://nowhere/runs\) takes no object.*set .* AWS_ACCESS_KEY_ID"
+    ):
         trainer_of(base, tmp_path / "first", storage_path="s3://nowhere/runs")
     there = store(tmp_path / "first")
     made = checkpoint(tmp_path / "first", 2)

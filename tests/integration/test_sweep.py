@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -91,7 +92,10 @@ def test_the_best_by_one_evaluation_set_is_named_published_and_drawn(
 
 def test_a_sweep_whose_trials_all_fail_is_an_error_with_the_reasons(base: list[str]) -> None:
     with pytest.raises(RayrmError) as failure:
-        run_sweep(read_sweep(None, base), ["model.lora.target_modules=absent_one,absent_two"])
+        run_sweep(
+            read_sweep(None, [*base, "sweep.metric=eval_near_loss"]),
+            ["model.lora.target_modules=absent_one,absent_two"],
+        )
     assert "absent_one" in str(failure.value)
     assert "absent_two" in str(failure.value)
     assert json.loads(Path("sweep/sweep.json").read_text())["best"] is None
@@ -105,6 +109,38 @@ def until(done: Callable[[], Any], what: str, process: subprocess.Popen[str] | N
             told, _ = process.communicate()
             pytest.fail(f"{what}; the process ended with {process.returncode}:\n{told}")
         time.sleep(0.02)
+
+
+def test_no_file_below_a_sweep_holds_a_token(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Tune writes while trials run goes at the end: here it stays, as after a kill."""
+    token = "hf_secret_of_this_test"
+    monkeypatch.setenv("HF_TOKEN", f"{token}_of_the_environment")
+    monkeypatch.setattr("rayrm.train.sweep.shutil.rmtree", lambda *_, **__: None)
+    words = [f"hub_token={token}", "sweep.metric=eval_near_loss", "max_steps=2"]
+    sweep = run_sweep(read_sweep(None, [*base, *words]), ["learning_rate=1e-3"])
+    assert sweep.best is not None
+    kept = [file for file in Path("sweep").rglob("*") if file.is_file()]
+    assert {"params.pkl", "tuner.pkl", "run.toml", "sweep.json"} <= {file.name for file in kept}
+    # Pickles within text are written as hexadecimal digits.
+    for said in (token.encode(), token.encode().hex().encode()):
+        assert not [file for file in kept if said in file.read_bytes()]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
+def test_the_trackers_of_trials_are_told_as_those_of_a_run_and_each_trial_is_one_run(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sqlalchemy")
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'all.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    words = ["report_to=mlflow", "sweep.metric=eval_near_loss", "max_steps=2", "sweep.max_concurrent=1"]
+    run_sweep(read_sweep(None, [*base, *words, "cluster.num_workers=1"]), ["learning_rate=1e-3,1e-2"])
+    runs = mlflow.MlflowClient(uri).search_runs(["0"])
+    assert {run.info.run_name for run in runs} == {"sweep-trial-01", "sweep-trial-02"}
+    assert all("eval/near_loss" in run.data.metrics for run in runs)
 
 
 def test_a_trial_that_halving_stops_frees_its_workers_and_their_placement_group(base: list[str]) -> None:

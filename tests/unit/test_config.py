@@ -261,6 +261,8 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest() -> None:
         ({"report_to": ["tensorboard", "all"]}, ["`report_to` ('all')", "tensorboard"]),
         ({"storage_path": "/shared/runs"}, ["`storage_path` ('/shared/runs')", "s3://bucket/runs"]),
         ({"storage_path": "s3://me:secret@bucket/runs"}, ["s3://***@bucket", "AWS_ACCESS_KEY_ID"]),
+        ({"storage_path": "s33://bucket/runs"}, ["`s33` is no store", "Did you mean `s3`?", "gs://"]),
+        ({"storage_path": "https://host/runs"}, ["`https` is no store", "s3://"]),
         ({"gradient_checkpointing": False, "activation_checkpointing": True}, ["one setting"]),
         ({"optim_args": "momentum=0.9"}, ["`adamw_torch_fused` takes none"]),
         ({"optim": "sgd", "optim_args": "momentun=0.9"}, ["Did you mean `momentum`?"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +109,33 @@ def test_a_checkpoint_is_pushed_beside_unless_one_is_on_its_way(
         repository.close()
     assert "could not be pushed" in caplog.text
     assert TOKEN not in caplog.text
+
+
+def test_no_failure_of_a_push_beside_ends_the_run_and_none_keeps_it_waiting(
+    hub: HubServer, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = run / "checkpoint-3"
+    save_model(tiny_model(seed=3), tiny_tokenizer(), checkpoint, text_form="conversational")
+    repository = of(run)
+    hub.refuses = 200  # an answer without what the library looks for in it
+    repository.push_beside(checkpoint)
+    repository.close()
+    assert "checkpoint-3 was not pushed, and the run goes on: KeyError" in caplog.text
+    caplog.clear()
+    of_none = of(run, hub_model_id="a/b/c")
+    of_none.push_beside(checkpoint)
+    of_none.close()
+    assert "checkpoint-3 was not pushed, and the run goes on: `hub_model_id` ('a/b/c')" in caplog.text
+    assert not list(run.glob(".push-*"))
+    hub.refuses, hub.holds = None, threading.Event()
+    repository.push_beside(checkpoint)
+    began = time.monotonic()
+    repository.close(patience_s=0.2)
+    assert time.monotonic() - began < 30
+    assert f"the upload to me/{run.name} has not ended in 0 s and is left" in caplog.text
+    hub.holds.set()
+    repository.close()
+    assert [commit.message for commit in hub.commits] == ["Training in progress, step 3"]
 
 
 def test_a_token_is_in_no_file_and_no_words() -> None:

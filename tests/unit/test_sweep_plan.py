@@ -12,8 +12,9 @@ import pytest
 from rayrm import cli
 from rayrm.errors import ConfigError, RunDirectoryError
 from rayrm.sweep_settings import Range, SweepConfig, read_sweep, space_of, space_of_params
-from rayrm.train.sweep import run_sweep
-from rayrm.train.sweep_plan import Words, check_space, corners, plan_trials
+from rayrm.train.storage import RunStorage
+from rayrm.train.sweep import _Plan, run_sweep
+from rayrm.train.sweep_plan import Words, check_space, corners, in_order, plan_trials
 
 
 def planned(params: list[str], seed: int = 0, **settings: Any) -> list[Words]:
@@ -68,13 +69,76 @@ def test_a_random_search_draws_from_lists_too_and_more_draws_keep_the_first() ->
     assert planned(params, search="random", num_trials=90)[:60] == plan
 
 
-def test_corners_try_each_value_and_both_ends() -> None:
-    space = space_of_params(["seed=1,2,3", "learning_rate=log:1e-6:1e-4"])
-    assert corners(space) == [
-        ("seed=1", "learning_rate=1e-06"),
-        ("seed=2", "learning_rate=0.0001"),
-        ("seed=3", "learning_rate=0.0001"),
+def test_corners_try_each_value_both_ends_and_one_in_between() -> None:
+    space = space_of_params(["seed=1,2,3", "learning_rate=log:1e-6:1e-4", "num_train_epochs=int:1:3"])
+    *ends, within = corners(space)
+    assert ends == [
+        ("seed=1", "learning_rate=1e-06", "num_train_epochs=1"),
+        ("seed=2", "learning_rate=0.0001", "num_train_epochs=3"),
     ]
+    seed, rate, epochs = within
+    assert (seed, epochs) == ("seed=3", "num_train_epochs=3")
+    assert 1e-6 < float(rate.partition("=")[2]) < 1e-4
+
+
+def test_a_space_is_the_same_in_any_order_and_with_its_keys_sections(tmp_path: Path) -> None:
+    one = {"seed": [1, 2], "learning_rate": [1e-5, 2e-5]}
+    other = {"learning_rate": [1e-5, 2e-5], "reward": {"seed": [1, 2]}}
+    assert list(in_order(space_of(one)).items()) == list(in_order(space_of(other)).items())
+    with pytest.raises(ConfigError, match=r"`space.seed` and `space.reward.seed` are one setting"):
+        in_order(space_of({"seed": [1, 2], "reward": {"seed": [3]}}))
+    plans = [
+        _Plan(read_sweep(None, [*EVAL, f"output_dir={tmp_path}", f"sweep.space={json.dumps(space)}"]), ())
+        for space in (one, other)
+    ]
+    assert plans[0].trials == plans[1].trials
+    assert plans[0].identity == plans[1].identity
+
+
+def test_a_sweep_is_known_by_the_rows_of_a_step_whatever_they_are_made_of(tmp_path: Path) -> None:
+    def identity(*words: str) -> dict[str, Any]:
+        return _Plan(read_sweep(None, [*EVAL, f"output_dir={tmp_path}", *words]), ["seed=1,2"]).identity
+
+    one = identity("cluster.num_workers=2", "per_device_train_batch_size=4")
+    assert identity("cluster.num_workers=4", "per_device_train_batch_size=2") == one
+    other = identity("cluster.num_workers=4", "per_device_train_batch_size=4")
+    assert {key for key in one if one[key] != other[key]} == {"rows_per_step"}
+
+
+def test_trials_have_a_store_and_names_of_their_own(tmp_path: Path) -> None:
+    """Two sweeps of one store, and two trials, share no key; in trackers each trial is a run."""
+    runs = []
+    for home in ("first", "second"):
+        words = [*EVAL, f"output_dir={tmp_path / home}", "storage_path=file:///shared/store"]
+        plan = _Plan(read_sweep(None, words), ["seed=1,2"])
+        runs += [plan.run_of(number, trial).reward for number, trial in enumerate(plan.trials or (), start=1)]
+        runs.append(plan.run_of(1, ("seed=1",), plan.home / "trial-01.2").reward)
+    assert [RunStorage(str(one.storage_path), Path(str(one.output_dir)), {}).url for one in runs] == [
+        f"file:///shared/store/{sweep}/{trial}"
+        for sweep in ("first", "second")
+        for trial in ("trial-01", "trial-02", "trial-01.2")
+    ]
+    assert [one.run_name for one in runs[:3]] == ["first-trial-01", "first-trial-02", "first-trial-01.2"]
+    named = _Plan(read_sweep(None, [*EVAL, f"output_dir={tmp_path}", "run_name=rates"]), ["seed=1,2"])
+    assert named.run_of(2, ("seed=2",)).reward.run_name == "rates-trial-02"
+
+
+def test_a_store_that_holds_another_sweep_of_the_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "store" / "sweep" / "trial-01").mkdir(parents=True)
+    (tmp_path / "store" / "sweep" / "trial-01" / "identity.json").write_text("{}")
+    words = [*EVAL, f"output_dir={tmp_path / 'sweep'}", f"storage_path=file://{tmp_path / 'store'}"]
+    with pytest.raises(RunDirectoryError, match=r"store/sweep` holds trials of a sweep already"):
+        run_sweep(read_sweep(None, words), ["seed=1,2"])
+    assert not (tmp_path / "sweep").exists()
+    (tmp_path / "store" / "sweep" / "trial-01" / "identity.json").unlink()
+    (tmp_path / "store" / "sweep" / "trial-01").rmdir()
+    plan = _Plan(read_sweep(None, words), ["seed=1,2"])
+    plan.check_places(begins=True)  # its own probe is no trial
+    words[-1] = f"storage_path=file://{tmp_path / 'file' / 'store'}"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="takes no object"):
+        run_sweep(read_sweep(None, words), ["seed=1,2"])
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +154,16 @@ def test_corners_try_each_value_and_both_ends() -> None:
         (["learning_rate=log:0:1"], {"num_trials": 2}, "above 0"),
         (["learning_rate=log:1"], {"num_trials": 2}, "KIND:LOW:HIGH"),
         (["num_train_epochs=int:1:2.5"], {"num_trials": 2}, "whole ends"),
+        (["learning_rate=loguniform:1e-6:1e-4"], {"num_trials": 2}, "no kind of range. Type one of log"),
+        (["learning_rate=unifrom:1e-6:1e-4"], {"num_trials": 2}, "`unifrom` is no kind"),
+        (["learning_rate=uniform:1:1"], {"num_trials": 2}, "below HIGH"),
+        (["learning_rate=log:1e-6:inf"], {"num_trials": 2}, "below HIGH"),
+        (["learning_rate=1e-5,1e-5"], {}, "`space.learning_rate` lists `1e-5` twice"),
+        (["output_dir=a,b"], {}, "`space.output_dir` cannot vary: each trial has a directory"),
+        (["data.eval=a,b"], {}, "`space.data.eval` cannot vary: trials that are measured"),
+        (["sweep.num_trials=1,2"], {}, "`space.sweep.num_trials` cannot vary"),
+        (["hub_token=a,b"], {}, "`space.hub_token` cannot vary"),
+        (["label_smoothing=0,0.1"], {"metric": "eval_loss"}, "`space.label_smoothing` changes what"),
     ],
 )
 def test_a_parameter_that_cannot_be_planned_is_refused(
@@ -189,6 +263,23 @@ EVAL = [*BASE, "data.eval=e.jsonl"]
         ([*EVAL, "sweep.metrik=eval_loss"], ["seed=1,2"], "Did you mean `metric`"),
         ([*EVAL, "sweep.space.seed={log=[1]}"], [], "two numbers"),
         ([*EVAL, "sweep.space.seed=3"], [], "list of values or a range"),
+        ([*EVAL, "sweep.space.seed=[]"], [], r"`space.seed` \(\[\]\) must be a list"),
+        ([*EVAL, "sweep.space.seed={randint=[1,9]}"], [], "`randint` is no kind of range"),
+        ([*EVAL, "sweep.space.seed={int=[1,9],step=2}"], [], "one kind and two ends"),
+        ([*EVAL, "sweep.space.model.lora.r={log=[4,2]}"], [], "the range of `model.lora.r`: LOW"),
+        ([*EVAL, "sweep.space.model.lora.r=4"], [], r"`space.model.lora.r` \(4\)"),
+        (
+            [*EVAL, "sweep.search=optuna", "sweep.num_trials=3"],
+            ["per_device_train_batch_size=log:1:64"],
+            "per_device_train_batch_size",
+        ),
+        ([*EVAL, "sweep.scheduler=pbt", "sweep.metric=loss"], ["learning_rate=1,2"], '"pbt" compares the'),
+        ([*EVAL, "push_to_hub=true"], ["seed=1,2"], "hf upload REPOSITORY registry/NAME/VERSION"),
+        (
+            [*BASE, 'data.eval={near="e.jsonl", far="f.jsonl"}'],
+            ["seed=1,2"],
+            "--metric eval_near_accuracy",
+        ),
     ],
 )
 def test_a_sweep_is_refused_before_anything_starts(
@@ -196,6 +287,14 @@ def test_a_sweep_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         run_sweep(read_sweep(None, [*words, f"output_dir={tmp_path / 'sweep'}"]), params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_run_of_a_tracker_is_not_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "one")
+    words = [*EVAL, f"output_dir={tmp_path / 'sweep'}", "report_to=wandb"]
+    with pytest.raises(ConfigError, match=r"WANDB_RUN_ID \(one\).*unset WANDB_RUN_ID"):
+        run_sweep(read_sweep(None, words), ["seed=1,2"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,8 +334,6 @@ def finished_sweep(root: Path) -> Path:
         records = [{"step": step, "eval_accuracy": value} for step, value in enumerate(accuracies, start=1)]
         (trial / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (trial / "progress.json").write_text('{"step": 2, "num_steps": 2, "finished": true}')
-    from rayrm.train.sweep import _Plan
-
     identity = _Plan(read_sweep(None, [*EVAL, f"output_dir={home}"]), ["learning_rate=1e-5,2e-5"]).identity
     trials = [
         {"words": [word], "directory": f"trial-{number:02d}", "metric": metric, "stopped_at": None}

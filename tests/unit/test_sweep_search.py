@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 
 from rayrm.errors import ConfigError, RunDirectoryError
 from rayrm.runfile import Run
@@ -89,7 +91,7 @@ def searching(record: Record, source: Any, **numbers: list[int]) -> Search:
     def run_of(number: int, words: Words) -> Run:
         return file.read(words)[0]
 
-    return Search(record, source, run_of=run_of, mode="min", **numbers)  # type: ignore[arg-type]
+    return Search(record, source, run_of=run_of, mode="min", hand_over=lambda run: run, **numbers)  # type: ignore[arg-type]
 
 
 def test_a_sweep_goes_on_with_the_trials_that_were_cut_off_and_then_the_rest(tmp_path: Path) -> None:
@@ -104,6 +106,32 @@ def test_a_sweep_goes_on_with_the_trials_that_were_cut_off_and_then_the_rest(tmp
     assert json.loads((tmp_path / "sweep.json").read_text())["trials"][2]["words"] == ["seed=3"]
     (tmp_path / STOP).touch()
     assert searching(record, Planned(plan), again=[1], new=[]).suggest("id") == Search.FINISHED
+
+
+def test_what_tune_writes_of_the_search_and_of_trials_holds_no_secret(tmp_path: Path) -> None:
+    token, handed = "hf_secret_of_this_test", []
+    file = read_sweep(None, ["model.name=m", "data.train=s3://me:secret@bucket/d", f"hub_token={token}"])
+
+    def hand_over(run: Run) -> str:
+        handed.append(run)
+        return "a reference"
+
+    search = Search(
+        record_of(tmp_path),
+        Planned([("seed=1",)]),
+        again=[],
+        new=[1],
+        run_of=lambda number, words: file.read(words)[0],
+        mode="min",
+        hand_over=hand_over,
+    )
+    told = search.suggest("id")
+    assert handed[0].reward.hub_token == token
+    assert copy.deepcopy(told)["held"].run == "a reference"  # as Tune copies what it is told
+    written = cloudpickle.dumps({"search": search, "trial": told})
+    assert b"a reference" in written
+    assert token.encode() not in written
+    assert b"secret@bucket" not in written
 
 
 def test_a_trial_whose_words_make_no_run_fails_alone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import struct
 import sys
 import time
@@ -20,6 +21,7 @@ import pytest
 from rayrm.config import RewardConfig
 from rayrm.errors import ConfigError, MissingExtraError
 from rayrm.train.checkpoint import TrainState
+from rayrm.train.environment import adopt
 from rayrm.train.records import RunLog, read_records
 from rayrm.train.trackers import check_trackers, tool_name, tracker_environment
 
@@ -143,6 +145,28 @@ def test_mlflow_holds_each_record_once_in_one_run(output_dir: Path) -> None:
     assert found == expected(output_dir)
 
 
+def test_mlflow_goes_on_in_another_run_where_its_own_file_is_lost(output_dir: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    config = RewardConfig(report_to="mlflow")
+    first = RunLog(output_dir, config, active=True)
+    first.begin(0)
+    first.write(record(2))
+    first.close()
+    elsewhere = output_dir.parent / "elsewhere" / "first"
+    elsewhere.mkdir(parents=True)
+    for name in ("run.toml", "metrics.jsonl", "trackers.json"):  # what a store's copy of the run brings
+        shutil.copy(output_dir / name, elsewhere / name)
+    second = RunLog(elsewhere, config, active=True)
+    second.begin(2)
+    second.write(record(4))
+    second.close()
+    client = mlflow.MlflowClient(f"sqlite:///{elsewhere / 'mlflow.db'}")
+    [run] = client.search_runs(["0"])
+    assert run.info.run_id == json.loads((elsewhere / "trackers.json").read_text())["mlflow"]
+    assert [one.step for one in client.get_metric_history(run.info.run_id, "train/loss")] == [4]
+
+
 def test_trackio_holds_each_record_once_in_one_run(
     output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +188,37 @@ def test_trackio_holds_each_record_once_in_one_run(
     assert points.pop("train/epoch")[-1] == (6, 1.5)
     assert dict(points) == expected(output_dir)
     assert capsys.readouterr().out == ""  # stdout is the command's own
+
+
+def test_trackio_s_runs_of_one_name_stay_apart_when_one_goes_on(
+    output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("trackio") is None:
+        pytest.skip("trackio is not installed")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
+    config = RewardConfig(report_to="trackio", project="ours", run_name="one name")
+    other = tmp_path / "second"
+    other.mkdir()
+    for directory, begin, step in ((output_dir, 0, 2), (other, 0, 2), (output_dir, 2, 4)):
+        log = RunLog(directory, config, active=True)
+        log.begin(begin)
+        log.write(record(step))
+        log.close()
+    from trackio.sqlite_storage import SQLiteStorage
+
+    steps = {
+        directory.name: [
+            one["step"]
+            for one in SQLiteStorage.get_logs(
+                "ours", json.loads((directory / "trackers.json").read_text())["trackio"]
+            )
+        ]
+        for directory in (output_dir, other)
+    }
+    assert steps == {"first": [2, 4], "second": [2]}
+    assert len(SQLiteStorage.get_runs("ours")) == 2
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, init: Any) -> None:
@@ -245,7 +300,8 @@ def test_a_worker_is_told_the_environment_of_the_named_tools_and_keeps_its_own(
         raise RuntimeError
 
     fake(monkeypatch, init)
-    RunLog(output_dir, RewardConfig(report_to="wandb"), active=True, environment=told).begin(2)
+    adopt(told)
+    RunLog(output_dir, RewardConfig(report_to="wandb"), active=True).begin(2)
     monkeypatch.delenv("WANDB_API_KEY")
     assert seen == {"project": "the worker's", "key": "the driver's"}
 
