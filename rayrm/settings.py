@@ -13,6 +13,7 @@ import difflib
 import enum
 import functools
 import json
+import os
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -120,7 +121,10 @@ def _names_a_type(part: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """The value of an enumeration's member (`SchedulerType.COSINE` -> "cosine"), anything else unchanged."""
+    """The value of an enumeration's member (`SchedulerType.COSINE` -> "cosine"), a path's text, anything else
+    unchanged."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return value.value if isinstance(value, enum.Enum) else value
 
 
@@ -143,7 +147,7 @@ def _check_names(owner: type, given: Any) -> Any:
     ]
     if unknown:
         raise ValueError("\n".join(unknown))
-    return ArgsKwargs(args, {name: _plain(value) for name, value in names.items()})
+    return ArgsKwargs(tuple(map(_plain, args)), {name: _plain(value) for name, value in names.items()})
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field, Field))

@@ -24,7 +24,7 @@ class Commit:
 
 @dataclass
 class HubServer:
-    """`refuses`: with this status, whatever is committed."""
+    """`refuses`: with this status, whatever is committed, in the words `says`."""
 
     url: str = ""
     created: list[dict[str, Any]] = field(default_factory=list)
@@ -32,6 +32,7 @@ class HubServer:
     commits: list[Commit] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
     refuses: int | None = None
+    says: str = "no"
     holds: threading.Event | None = None
 
     def answer(self, path: str, body: bytes) -> tuple[int, Any]:
@@ -55,7 +56,7 @@ class HubServer:
             if self.holds is not None:
                 self.holds.wait(60)
             if self.refuses is not None:
-                return self.refuses, {"error": "no"}
+                return self.refuses, {"error": self.says}
             lines = [json.loads(line) for line in body.splitlines()]
             (header,) = [line["value"] for line in lines if line["key"] == "header"]
             files = [line["value"] for line in lines if line["key"] == "file"]

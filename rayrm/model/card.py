@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 CARD = "README.md"
 TAGS = ("reward-trainer", "rayrm")
 """Of a model that was trained here, on the hub."""
+_TITLE = "# {place}"
 _LOADS = {
     "transformers": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -38,9 +39,18 @@ inputs = tokenizer(text + tokenizer.eos_token, return_tensors="pt")
 
 
 def write_card(
-    directory: Path, *, base_model: str | None, is_adapter: bool, text_form: str, is_quantized: bool = False
+    directory: Path,
+    *,
+    place: Path,
+    base_model: str | None,
+    is_adapter: bool,
+    text_form: str,
+    is_quantized: bool = False,
 ) -> None:
-    """Write README.md. `base_model`: what was trained, by name; None: not known."""
+    """Write README.md into `directory`, which is to lie at `place`.
+
+    `base_model`: what was trained, by name; None: not known.
+    """
     library = "peft" if is_adapter else "transformers"
     facts = ModelCardData(
         base_model=base_model or None,
@@ -60,13 +70,29 @@ def write_card(
         "above, without a `quantization_config`, its scores are near those of training and not the same.\n\n"
     )
     (directory / CARD).write_text(
-        f"---\n{facts.to_yaml()}\n---\n\n# {directory.name}\n\nThis is {what}"
+        f"---\n{facts.to_yaml()}\n---\n\n{_TITLE.format(place=shown(place))}\n\nThis is {what}"
         + (f", trained from `{base_model}`" if base_model else "")
         + ", by rayrm. It gives a text one number, the higher the better; only "
         f"differences between scores of answers to one prompt mean something. It was trained on {texts}.\n\n"
-        f"```python\n{code.format(place=directory.name)}```\n\n"
+        f"```python\n{code.format(place=shown(place))}```\n\n"
         + (rounded if is_quantized else "")
         + "The same scores, batched: "
         "`rayrm score DIRECTORY answers.jsonl`, or `rayrm.RewardModel.from_pretrained(DIRECTORY)`.\n",
         encoding="utf-8",
     )
+
+
+def shown(place: Path) -> str:
+    """A model's directory as its card names it: a run by its name, a checkpoint by its run's too.
+
+    What lies above is nobody else's business: cards are uploaded.
+    """
+    return f"{place.parent.name}/{place.name}" if place.name.startswith("checkpoint-") else place.name
+
+
+def move_card(directory: Path, before: str, after: str) -> None:
+    """Have the card in `directory` name the model, which it calls `before`, by `after`."""
+    text = (directory / CARD).read_text(encoding="utf-8")
+    for line in (_TITLE + "\n", 'from_pretrained("{place}"'):
+        text = text.replace(line.format(place=before), line.format(place=after))
+    (directory / CARD).write_text(text, encoding="utf-8")

@@ -229,11 +229,16 @@ def set_pad_token(model: torch.nn.Module, pad_token_id: int) -> None:
 
 
 def load_saved(
-    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str = "float32"
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = "float32",
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a saved or published model for scoring; an adapter is merged into its base.
 
     A directory that rayrm did not save is taken as conversational where its tokenizer has a chat template.
+    `trust_remote_code`: run the Python code that a model brings.
     """
     directory = Path(path)
     name = str(directory)
@@ -241,12 +246,13 @@ def load_saved(
         raise ModelError(
             f"there is no model directory `{name}`. Pass a run's or a published model's directory."
         )
-    tokenizer = load_tokenizer(name)
+    init: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     facts = read_facts(directory)
     if (directory / ADAPTER_CONFIG).exists():
-        model = load_adapted(directory, quantized=facts.get("quantization"), dtype=dtype).merge_and_unload()
+        model = load_adapted(directory, quantized=facts.get("quantization"), **init).merge_and_unload()
     else:
-        model = load_model(name, dtype=dtype)
+        model = load_model(name, **init)
     pad_token_id = facts.get("pad_token_id", model.config.get_text_config().pad_token_id)
     if pad_token_id is not None:
         set_pad_token(model, pad_token_id)

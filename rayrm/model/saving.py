@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from rayrm.model.adapters import ADAPTER_CONFIG, save_adapter
 from rayrm.model.attention import restore_attention
 from rayrm.model.attribute_head import HEADS_FILE, AttributeWeights, attribute_head_of
-from rayrm.model.card import CARD, TAGS, write_card
+from rayrm.model.card import CARD, TAGS, move_card, shown, write_card
 from rayrm.model.layout import unwrapped
 from rayrm.model.quantization import is_quantized
 
@@ -70,12 +70,13 @@ def save_model(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     attributes: AttributeWeights | None = None,
     objective: Mapping[str, Any] | None = None,
+    place: Path | None = None,
 ) -> None:
     """Save model and tokenizer as transformers does (PEFT: the adapter), plus `rayrm.json`.
 
     `state_dict` replaces the model's own where its parameters are sharded; so does `attributes` what is
     beside the model. `objective`: the settings of what it was trained on (`Objective.settings`), which its
-    evaluation reads.
+    evaluation reads. `place`: where `directory` will lie when it is whole, for the card; None: it does.
     """
     inner = unwrapped(model)
     if attributes is None and (head := attribute_head_of(inner)) is not None:
@@ -110,19 +111,36 @@ def save_model(
     base = inner.config._name_or_path
     write_card(
         directory,
-        base_model=None if not base or Path(base).is_dir() else base,
+        place=place or directory.absolute(),
+        base_model=None if not base or Path(base).is_absolute() or Path(base).is_dir() else base,
         is_adapter=(directory / ADAPTER_CONFIG).exists(),
         text_form=text_form,
         is_quantized=is_quantized(inner),
     )
 
 
-def copy_saved(source: Path, target: Path) -> None:
-    """Copy the files that `save_model` wrote in `source`, and nothing else that lies beside them."""
+def _brings_code(directory: Path) -> bool:
+    """Whether the model or its tokenizer is made by Python code beside it (`trust_remote_code`)."""
+    files = (directory / "config.json", directory / "tokenizer_config.json")
+    return any(file.exists() and "auto_map" in json.loads(file.read_text()) for file in files)
+
+
+def copy_saved(source: Path, target: Path, place: Path | None = None) -> None:
+    """Copy the files that `save_model` wrote in `source`, and nothing else that lies beside them.
+
+    `place`: where the copy will lie, for its card; None: it does.
+    """
     if source.resolve() == target.resolve():
         return
-    files = [file for pattern in _SAVED for file in source.glob(pattern)]
+    patterns = (*_SAVED, *(("*.py",) if _brings_code(source) else ()))
+    files = [file for pattern in patterns for file in source.glob(pattern)]
     for file in files:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copy2(file, copy)
+    weights = {file.name for file in files if file.match("model*.safetensors*")}
+    for old in target.glob("model*.safetensors*"):
+        if weights and old.name not in weights:  # of an earlier save; it might be loaded instead
+            old.unlink()
+    if (target / CARD).exists():
+        move_card(target, shown(source.absolute()), shown((place or target).absolute()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,16 +127,17 @@ def file_sha256(path: Path) -> str:
 
 
 def training_records(checkpoint: Path) -> tuple[str | None, dict[str, float]]:
-    """`run.toml` as text (None when there is none) and the last evaluation in `metrics.jsonl`.
+    """`run.toml` as text (None when there is none) and the last evaluation in `metrics.jsonl`, of all sets.
 
     They lie in the checkpoint or, for `checkpoint-<step>`, in the run directory above it; what was evaluated
     after that step is of other weights. A last line that was cut off by a kill is left out.
     """
     prefix, _, number = checkpoint.name.rpartition("-")
-    step = int(number) if prefix == "checkpoint" and number.isdigit() else None
+    is_step = prefix == "checkpoint" and number.isdigit()
+    step = int(number) if is_step else _best_step(checkpoint)
     run_text: str | None = None
     evaluation: dict[str, float] = {}
-    for place in [checkpoint] if step is None else [checkpoint, checkpoint.parent]:
+    for place in [checkpoint, checkpoint.parent] if is_step else [checkpoint]:
         if run_text is None and (place / "run.toml").is_file():
             run_text = (place / "run.toml").read_text(encoding="utf-8")
         if not evaluation and (place / "metrics.jsonl").is_file():
@@ -145,8 +147,22 @@ def training_records(checkpoint: Path) -> tuple[str | None, dict[str, float]]:
                     k: float(v) for k, v in row.items() if k.startswith("eval_") and type(v) in (int, float)
                 }
                 if found and "step" in row and (step is None or row["step"] <= step):
-                    evaluation = {"step": float(row["step"]), **found}
+                    of_other_sets = evaluation if evaluation.get("step") == row["step"] else {}
+                    evaluation = {**of_other_sets, "step": float(row["step"]), **found}
     return run_text, evaluation
+
+
+def _best_step(run: Path) -> int | None:
+    """The step of the weights in a run's own directory, where it ended with its best checkpoint's."""
+    settings, standing = run / "run.toml", run / "progress.json"
+    if not (settings.is_file() and standing.is_file()):
+        return None
+    try:
+        loads_best = tomllib.loads(settings.read_text(encoding="utf-8"))["reward"]["load_best_model_at_end"]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return None  # it is kept as it is, and not read otherwise
+    best = read_json(standing).get("best_checkpoint") if loads_best else None
+    return int(str(best).rpartition("-")[2]) if best else None
 
 
 def _check_config(root: Path) -> None:

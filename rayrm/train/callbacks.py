@@ -23,6 +23,7 @@ from rayrm.train.checkpoint import TrainState
 from rayrm.train.engine import Engine
 from rayrm.train.loop import Due, Record, Schedule
 from rayrm.train.rank import Hosts, Rank
+from rayrm.train.trainer_state import stand, trainer_state
 
 logger = logging.getLogger("rayrm.train")
 _NO_EVENT = {
@@ -113,7 +114,7 @@ class UserCallbacks:
         self._calls = rank.index == 0
         self._several = rank.count > 1
         self._hosts = hosts
-        self._schedule = schedule
+        self._config, self._schedule = config, schedule
         self._args = CallbackArgs(config, rank)
         self._control = TrainerControl()
         self._failure: Exception | None = None
@@ -139,14 +140,7 @@ class UserCallbacks:
             )
             self._handler.remove_callback(DefaultFlowCallback)  # missed where absent; the schedule is ours
             self._restore(state.callbacks)
-            config = self._args
-            self.state.max_steps = self._schedule.num_steps
-            steps = (config.interval(name, self._schedule.num_steps) for name in ("logging", "eval", "save"))
-            self.state.logging_steps, self.state.eval_steps, self.state.save_steps = steps
-            self.state.num_train_epochs = int(-(-config.num_train_epochs // 1))
-            self.state.train_batch_size = config.train_batch_size
-            self.state.log_history = [dict(record) for record in records]
-            self._stand(state)
+            self.state = trainer_state(state, records, self._config, self._schedule, self._output_dir)
             if _overrides(self._callbacks, "on_pre_optimizer_step"):
                 engine.optimizer.register_step_pre_hook(lambda *_: self._call("on_pre_optimizer_step"))
             if _overrides(self._callbacks, "on_optimizer_step"):
@@ -212,9 +206,7 @@ class UserCallbacks:
                 setattr(one, name, value)
 
     def _stand(self, state: TrainState) -> None:
-        self.state.global_step, self.state.epoch = state.step, state.epoch
-        self.state.best_metric, best = state.best_metric, state.best_checkpoint
-        self.state.best_model_checkpoint = best and f"{self._output_dir}/{best}"
+        stand(self.state, state, self._output_dir)
 
     def _decided(self, event: str, due: Due) -> Due:
         control = self._control

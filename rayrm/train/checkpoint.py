@@ -145,9 +145,11 @@ def step_of(checkpoint: Path) -> int:
 
 
 def drop_partial(output_dir: Path) -> None:
-    """Delete what attempts that were cut off have left of checkpoints that never became whole."""
-    for path in output_dir.glob(".checkpoint-*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete what attempts that were cut off have left: checkpoints that never became whole, copies for the
+    hub."""
+    for pattern in (".checkpoint-*.partial", ".push-*"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def verify_checkpoint(checkpoint: Path) -> None:

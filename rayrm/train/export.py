@@ -61,10 +61,11 @@ class ModelExport:
         gathered: dict[str, torch.Tensor] | None,
         host: HostMemory,
         attributes: AttributeWeights | None = None,
+        place: Path | None = None,
     ) -> Callable[[Path], None]:
         """Copy the weights (`gathered`, where the model holds parts only); returns what writes the files.
 
-        A weight that the engine's state holds whole is not copied a second time.
+        `place`: as of `save_model`. A weight that the engine's state holds whole is not copied a second time.
         """
         weights: dict[str, torch.Tensor] = {}
         # A layer in 4 bits adds the scales of its weight: frozen, and of no adapter's files.
@@ -84,7 +85,7 @@ class ModelExport:
             key = keys.setdefault(value, whole if gathered is None else f"gathered {name}")
             weights[name] = host.hold(key, value).view(value.shape)
 
-        return partial(self.save, weights=weights, attributes=attributes)
+        return partial(self.save, weights=weights, attributes=attributes, place=place)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What the model's files hold, by name: empty tensors of those shapes, one where weights are tied."""
@@ -92,7 +93,11 @@ class ModelExport:
         return named
 
     def save(
-        self, directory: Path, weights: dict[str, torch.Tensor], attributes: AttributeWeights | None
+        self,
+        directory: Path,
+        weights: dict[str, torch.Tensor],
+        attributes: AttributeWeights | None,
+        place: Path | None = None,
     ) -> None:
         """Write these weights, or a part of them, and what comes with a model."""
         save_model(
@@ -103,6 +108,7 @@ class ModelExport:
             state_dict=weights,
             attributes=attributes,
             objective=self._objective,
+            place=place,
         )
 
     def save_weights(self, file: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -164,6 +170,7 @@ def save_trained(
             state_dict=gathered,
             attributes=attributes,
             objective=objective,
+            place=output_dir,
         )
         move_saved(aside, output_dir)
     except Exception as error:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shlex
 import shutil
 import tempfile
 import threading
@@ -21,13 +23,17 @@ from huggingface_hub import HfApi, ModelCard
 
 from rayrm.config import RewardConfig
 from rayrm.errors import ConfigError, RayrmError
-from rayrm.model.card import CARD
+from rayrm.model.card import CARD, move_card, shown
 from rayrm.model.saving import copy_saved
+from rayrm.urls import MASK, masked
 
 logger = logging.getLogger("rayrm.train")
+# `drop_partial` deletes what a kill leaves of it.
 _ASIDE = ".push-"
 _PATIENCE_S = 60.0
-_FAILURES = (httpx.HTTPError, OSError, ValueError)
+# The hub's storage of large files fails by RuntimeErrors. Ours are of these too, and pass as they are.
+_FAILURES = (httpx.HTTPError, OSError, ValueError, RuntimeError)
+_SHARD = r"model-[^/]*\.safetensors"
 _CARD_FIELDS = {
     "dataset_name": "datasets",
     "language": "language",
@@ -59,8 +65,8 @@ class HubRepository:
                 self._hub.create_branch(name, branch=revision, token=token, exist_ok=True)
         except _FAILURES as error:
             raise ConfigError(
-                f"`hub_model_id` ({wanted!r}) cannot be pushed to: {_line(error)} Log in (`hf auth login`) "
-                "or set `HF_TOKEN`, to a token that may write there, or delete `push_to_hub`."
+                f"`hub_model_id` ({wanted!r}) cannot be pushed to: {self._said(error, token)} Log in (`hf "
+                "auth login`) or set `HF_TOKEN`, to a token that may write there, or delete `push_to_hub`."
             ) from error
         self.name = name
         return name
@@ -83,7 +89,7 @@ class HubRepository:
         said = _metadata(card or {})
         if self.name is None:
             self.create(token=token, private=private)
-        upload = self._prepared(directory, message, said, token=token, revision=revision)
+        upload = self._copied(directory, message, said, token=token, revision=revision)
         return upload() if blocking else self._hub.run_as_future(upload)
 
     def push_beside(self, checkpoint: Path) -> None:
@@ -97,23 +103,21 @@ class HubRepository:
 
         def push() -> None:
             try:
-                if self.name is None:
-                    self.create()
                 upload()
             except Exception as error:  # whatever a library raises: no push is worth a run
-                _warn(checkpoint, error)
+                self._warn(checkpoint, error)
 
+        step = checkpoint.name.rpartition("-")[2]
         try:
-            step = checkpoint.name.rpartition("-")[2]
-            upload = self._prepared(checkpoint, f"Training in progress, step {step}", {})
+            upload = self._copied(checkpoint, f"Training in progress, step {step}", {})
         except Exception as error:
-            _warn(checkpoint, error)
+            self._warn(checkpoint, error)
             return
         # A daemon: the process that is to end does not wait for one that hangs.
         self._running = threading.Thread(target=push, name=f"push-{checkpoint.name}", daemon=True)
         self._running.start()
 
-    def _prepared(
+    def _copied(
         self,
         directory: Path,
         message: str,
@@ -123,33 +127,65 @@ class HubRepository:
         revision: str | None = None,
     ) -> Callable[[], Any]:
         """Copies the model's files; what it returns uploads them, and removes the copy."""
-        aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=self._output_dir))
         try:
-            copy_saved(directory, aside)
-            if said:
-                _say_in_card(aside, said)
-        except BaseException:
-            shutil.rmtree(aside)
-            raise
+            aside = self._copy(directory, said)
+        except OSError as error:
+            raise RayrmError(
+                f"the model in `{directory}` was not pushed, since its files could not be copied aside: "
+                f"{error}. It is saved there; free space, then push it again."
+            ) from error
+        files = sorted(file.relative_to(aside).as_posix() for file in aside.rglob("*") if file.is_file())
 
         def upload() -> Any:
             try:
+                name = self.name or self.create(token=token)
+                if (aside / CARD).exists():
+                    move_card(aside, shown(directory), name)
                 return self._hub.upload_folder(
-                    repo_id=str(self.name),
+                    repo_id=name,
                     folder_path=str(aside),
                     commit_message=message,
                     token=token,
                     revision=revision or self._config.hub_revision,
                 )
+            except RayrmError:
+                raise
             except _FAILURES as error:
+                typed = _upload_line(name, directory, files, revision or self._config.hub_revision)
                 raise RayrmError(
-                    f"the model in `{directory}` could not be pushed to {self.name}: {_line(error)} It is "
-                    f"saved; type `hf upload {self.name} {directory}` when the hub can be reached."
+                    f"the model in `{directory}` could not be pushed to {name}: {self._said(error, token)} "
+                    f"It is saved there, beside files that are not the model's. Type `{typed}` when the hub "
+                    "can be reached."
                 ) from error
             finally:
-                shutil.rmtree(aside)
+                shutil.rmtree(aside, ignore_errors=True)
 
         return upload
+
+    def _copy(self, directory: Path, said: Mapping[str, Any]) -> Path:
+        """The directory of the copy; none stays where it cannot be made."""
+        aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=self._output_dir))
+        try:
+            copy_saved(directory, aside, directory)
+            if said:
+                _say_in_card(aside, said)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        return aside
+
+    def _said(self, error: BaseException, token: str | None) -> str:
+        """An error's words in one line, without what is secret."""
+        said = masked(" ".join(str(error).split()))
+        for secret in filter(None, (token, self._config.hub_token)):
+            said = said.replace(secret, MASK)
+        return said.rstrip(".") + "."
+
+    def _warn(self, checkpoint: Path, error: Exception) -> None:
+        said = str(error)
+        if not isinstance(error, RayrmError):
+            said = f"{type(error).__name__}: {self._said(error, None)}"
+        logger.warning("%s was not pushed, and the run goes on: %s", checkpoint.name, said)
 
     def close(self, patience_s: float = _PATIENCE_S) -> None:
         """Wait for the upload that is on its way, so long and no longer."""
@@ -195,10 +231,10 @@ def _say_in_card(aside: Path, said: Mapping[str, Any]) -> None:
     (aside / CARD).write_text(str(card), encoding="utf-8")
 
 
-def _warn(checkpoint: Path, error: Exception) -> None:
-    said = str(error) if isinstance(error, RayrmError) else f"{type(error).__name__}: {error}"
-    logger.warning("%s was not pushed, and the run goes on: %s", checkpoint.name, said)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") + "."
+def _upload_line(name: str, directory: Path, files: list[str], revision: str | None) -> str:
+    """The command that uploads these files of `directory` and no others; shards by one pattern."""
+    shards = [file for file in files if re.fullmatch(_SHARD, file)]
+    wanted = [*(file for file in files if file not in shards), *(["model-*.safetensors"] if shards else [])]
+    where = [] if revision is None else ["--revision", revision]
+    words = ["hf", "upload", name, str(directory), *where]
+    return shlex.join([*words, *(word for file in wanted for word in ("--include", file))])

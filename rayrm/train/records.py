@@ -83,8 +83,8 @@ class RunLog:
         if self._active:
             self._write_progress({"step": step, "num_steps": num_steps, "finished": False})
 
-    def finish(self, state: TrainState, num_steps: int) -> Record:
-        """Write the summary record, with transformers' names, and mark the run finished."""
+    def summarize(self, state: TrainState) -> Record:
+        """Write the summary record, with transformers' names."""
         runtime = time.time() - self._began
         steps_per_second = (state.step - self._began_at_step) / max(runtime, 1e-9)
         summary = {
@@ -98,10 +98,13 @@ class RunLog:
             "num_tokens_computed": state.num_tokens_computed,
         }
         self.write(summary)
+        return summary
+
+    def finish(self, state: TrainState, num_steps: int) -> None:
+        """Mark the run finished; all else that it writes is there."""
         if self._active:
             finished = {"step": state.step, "num_steps": num_steps, "finished": True}
             self._write_progress({**finished, "best_checkpoint": state.best_checkpoint})
-        return summary
 
     def close(self) -> None:
         self._trackers.close()

@@ -10,10 +10,12 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import shaping
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from rayrm.runfile import dump_run, read_run
+from rayrm.settings import switch_word
 from rayrm.train.checkpoint import IDENTITY, MANIFEST, RUN, checkpoints, read_state, verify_checkpoint
 from rayrm.train.holding import LOCK, holding
 from rayrm.train.records import METRICS, PROGRESS, replace_text
 from rayrm.train.storage import FAILURES, storage_environment, storage_of
 
 RUN_TOML = "run.toml"
+Resume = bool | str | PathLike[str] | None
+"""`resume_from_checkpoint`, as scripts and command lines give it."""
 logger = logging.getLogger("rayrm.train")
 _BUDGET = "max_tokens_per_microbatch"
 _ORIGIN = "origin"
@@ -120,17 +125,31 @@ def _plain(table: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def check_resume(resume: bool | str | None) -> None:
+def checkpoint_of(resume: Resume) -> Path | bool:
+    """What `resume_from_checkpoint` asks for: a checkpoint, True for the newest, False for none.
+
+    A path is absolute, since workers have another current directory.
+    """
+    word = switch_word(os.fspath(resume) if isinstance(resume, PathLike) else resume)
+    return Path(word).expanduser().absolute() if word and word != "true" else bool(word)
+
+
+def check_resume(resume: Resume) -> None:
     """Raise CheckpointError for a path that is no checkpoint, before anything is read or built."""
-    named = isinstance(resume, str) and resume.lower() not in ("true", "false")
+    wanted = checkpoint_of(resume)
     # One that is whole by its list is read once, where the run begins.
-    if named and not (Path(str(resume)) / MANIFEST).is_file():
-        verify_checkpoint(Path(str(resume)))
+    if isinstance(wanted, Path) and not (wanted / MANIFEST).is_file():
+        verify_checkpoint(wanted)
 
 
-def bring(config: RewardConfig, output_dir: Path, identity: dict[str, Any], *, goes_on: bool) -> None:
+def bring(
+    config: RewardConfig, output_dir: Path, identity: dict[str, Any], *, resume: Resume, automatic: bool
+) -> None:
     """Fetch what the store holds of this run where its newest checkpoint is newer than the directory's, or
-    raise what to type."""
+    raise what to type.
+
+    `resume`, `automatic`: as of `examine`.
+    """
     storage = storage_of(config, output_dir, storage_environment(config))
     if storage is None:
         return
@@ -143,7 +162,7 @@ def bring(config: RewardConfig, output_dir: Path, identity: dict[str, Any], *, g
             return
         if storage.has(PROGRESS) and json.loads(storage.read(PROGRESS)).get("finished"):
             raise finished(storage.url)
-        if not goes_on:
+        if not checkpoint_of(resume) and not automatic:
             raise RunDirectoryError(
                 f"`{storage.url}` holds a run that did not finish. Pass `resume_from_checkpoint=True` to go "
                 "on with it, or choose another `output_dir`."
@@ -165,21 +184,22 @@ def examine(
     output_dir: Path,
     identity: dict[str, Any],
     *,
-    resume: bool | str | None,
+    resume: Resume,
     automatic: bool = False,
     may_differ: frozenset[str] = frozenset(),
+    own: frozenset[str] = frozenset(),
 ) -> RunStart:
     """Decide how a run with this identity may use `output_dir`, or raise what to type instead.
 
     `resume`: as `resume_from_checkpoint`. `automatic`: a run that was cut off goes on without being asked
     (the command line's rule). `may_differ`: settings in which a checkpoint of another directory may
-    be another run's (which a sweep asks for, see `leg.py`).
+    be another run's (which a sweep asks for, see `leg.py`). `own`: files that this trainer wrote there.
     """
-    wanted = Path(resume) if isinstance(resume, str) and resume.lower() != "true" else None
-    asked = bool(resume)
+    found = checkpoint_of(resume)
+    wanted, asked = (found, True) if isinstance(found, Path) else (None, found)
     known = output_dir / IDENTITY
     if not known.exists():
-        _refuse_foreign(output_dir)
+        _refuse_foreign(output_dir, own)
         if asked and wanted is None:
             raise CheckpointError(
                 f"`resume_from_checkpoint` is set, but `{output_dir}` holds no run. "
@@ -190,7 +210,7 @@ def examine(
         # As within its own directory, a run that goes on keeps its budget, and with it its bits.
         budget = read_state(wanted).max_tokens
         _refuse_checkpoint_of_other(wanted, identity, may_differ)
-        return RunStart(wanted, budget, wanted.absolute())
+        return RunStart(wanted, budget, wanted)
     before = _read(known)
     _refuse_other(output_dir, before.get("identity", {}), identity)
     if read_finished(output_dir):
@@ -200,8 +220,8 @@ def examine(
             f"`{output_dir}` holds a run that did not finish. Pass `resume_from_checkpoint=True` to go on "
             "with it, or choose another `output_dir`."
         )
-    found = checkpoints(output_dir)
-    newest = found[-1] if found else None
+    whole = checkpoints(output_dir)
+    newest = whole[-1] if whole else None
     origin = Path(before[_ORIGIN]) if before.get(_ORIGIN) else None
     same = wanted is not None and origin is not None and wanted.resolve() == origin.resolve()
     if wanted is not None and not same and (newest is None or wanted.resolve() != newest.resolve()):
@@ -309,12 +329,12 @@ def record_budget(output_dir: Path, max_tokens: int) -> None:
     replace_text(file, json.dumps({**_read(file), _BUDGET: max_tokens}, indent=2))
 
 
-def _refuse_foreign(output_dir: Path) -> None:
+def _refuse_foreign(output_dir: Path, own: frozenset[str] = frozenset()) -> None:
     if not output_dir.exists():
         return
     if not output_dir.is_dir():
         raise RunDirectoryError(f"`output_dir` ({output_dir}) is a file. Choose a directory.")
-    present = sorted({path.name for pattern in _WRITTEN for path in output_dir.glob(pattern)})
+    present = sorted({path.name for pattern in _WRITTEN for path in output_dir.glob(pattern)} - own)
     if present:
         raise RunDirectoryError(
             f"`output_dir` ({output_dir}) holds files that are not of a run of rayrm "

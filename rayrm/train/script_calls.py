@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,8 @@ class ScriptCalls:
     accelerator = MainProcess()
     _callbacks: list[TrainerCallback]
     _hub: HubRepository
+    _own: frozenset[str] = frozenset()
+    """What this trainer has written into `output_dir` before a run of it began: no file of someone else."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         raise NotImplementedError
@@ -63,7 +67,26 @@ class ScriptCalls:
         return True
 
     is_local_process_zero = is_world_process_zero
-    log_metrics, save_metrics, save_state = log_metrics, save_metrics, save_state
+    log_metrics = log_metrics
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """Write `<split>_results.json` into `output_dir`, and `all_results.json` with those of all splits."""
+        with self._writing(self.output_dir):
+            save_metrics(self, split, metrics, combined)
+
+    def save_state(self) -> None:
+        """Write `state` into `output_dir`: trainer_state.json."""
+        with self._writing(self.output_dir):
+            save_state(self)
+
+    @contextmanager
+    def _writing(self, directory: Path) -> Iterator[None]:
+        """Make the directory, and note what is new there, in case that a run begins in it afterwards."""
+        directory.mkdir(parents=True, exist_ok=True)
+        before = {path.name for path in directory.iterdir()}
+        yield
+        if directory.resolve() == self.output_dir.resolve():
+            self._own |= {path.name for path in directory.iterdir()} - before
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """One more, for what follows."""

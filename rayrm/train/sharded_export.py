@@ -71,9 +71,16 @@ class ShardExport:
         self._num_bytes = sum(held)
 
     def take(
-        self, model: torch.nn.Module, host: HostMemory, attributes: AttributeWeights | None = None
+        self,
+        model: torch.nn.Module,
+        host: HostMemory,
+        attributes: AttributeWeights | None = None,
+        place: Path | None = None,
     ) -> Callable[[Path], None]:
-        """Copy this rank's share of the weights; returns what writes its file. Every rank calls it."""
+        """Copy this rank's share of the weights; returns what writes its file. Every rank calls it.
+
+        `place`: as of `save_model`.
+        """
         mine: dict[str, torch.Tensor] = {}
         for name, weight in whole_one_by_one(model, self._owners):
             if self._owners[name] == self._rank:
@@ -84,7 +91,7 @@ class ShardExport:
             if self._rank > 0:
                 self._export.save_weights(directory / self._file(""), mine)
                 return
-            self._export.save(directory, mine, attributes)
+            self._export.save(directory, mine, attributes, place)
             (directory / INDEX).unlink(missing_ok=True)
             files = sorted(directory.glob("model*.safetensors"))  # above 50 GB transformers makes several
             for number, file in enumerate(files):
@@ -120,7 +127,7 @@ class ShardExport:
             CheckpointError: it could not be written, by whichever rank. Nothing of it stays.
         """
         aside, mine = output_dir / ASIDE, output_dir / ASIDE / f"of-{self._rank}"
-        write = self.take(model, HostMemory(), attributes)
+        write = self.take(model, HostMemory(), attributes, output_dir)
 
         def begin() -> None:
             shutil.rmtree(aside, ignore_errors=True)

@@ -56,13 +56,13 @@ from rayrm.train.leg import MAY_CHANGE, Leg
 from rayrm.train.optimizer import check_holds, check_optimizers, made_of
 from rayrm.train.preemption import leaving_before_training
 from rayrm.train.rank import Rank
-from rayrm.train.records import read_progress, read_records
 from rayrm.train.run_data import RunData, check_form
-from rayrm.train.rundir import RunStart, bring, check_resume, claim, examine, identity_of, only_run
+from rayrm.train.rundir import Resume, RunStart, bring, check_resume, claim, examine, identity_of, only_run
 from rayrm.train.script_calls import ScriptCalls
 from rayrm.train.script_words import Rows
 from rayrm.train.sequence import check_workers
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
+from rayrm.train.trainer_state import TRAINER_STATE
 from rayrm.train.user_metrics import prefixed, user_metrics
 from rayrm.train.workers import check_cluster, check_pickles, check_run_config, fit_here, fit_on_workers
 
@@ -160,7 +160,8 @@ class RewardTrainer(ScriptCalls):
         self._model: torch.nn.Module | None = None
         if self.num_workers == 0:
             set_seed(self.args.seed)
-            self._model = build_model(self._source, self.args, self.processing_class)
+            built = build_model(self._source, self.args, self.processing_class)
+            self._model = built.to(Rank.here(use_cpu=self.args.use_cpu).device)
             if self._optimizers is not None:
                 check_holds(self._optimizers[0], self._model)
         self._call("on_init_end")
@@ -174,15 +175,17 @@ class RewardTrainer(ScriptCalls):
                 and not (self.output_dir / "adapter_config.json").exists()
             ):
                 raise RayrmError(
-                    "the workers hold the model; call `train()` first, and `model` loads its result."
+                    "the workers hold the model; call `train()` first, and `model` loads its result. Leave "
+                    "`scaling_config` out to look at a model before it is trained."
                 )
-            self._model = load_saved(self.output_dir).model
+            trusts = self.args.trust_remote_code
+            self._model = load_saved(self.output_dir, trust_remote_code=trusts).model
             reopen_attributes(self._model, self.output_dir)
         return self._model
 
     def train(
         self,
-        resume_from_checkpoint: bool | str | None = None,
+        resume_from_checkpoint: Resume = None,
         trial: None = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
@@ -194,8 +197,9 @@ class RewardTrainer(ScriptCalls):
         if trial is not None:
             raise ConfigError("`trial` is not supported: for a search type `rayrm sweep`, or use Ray Tune.")
         with only_run(self.output_dir):
+            resume = resume_from_checkpoint
             with leaving_before_training(self.output_dir):
-                start = self._claim(resume_from_checkpoint)
+                start = self._claim(self.args.resume_from_checkpoint if resume is None else resume)
             steps = steps_for(
                 self.train_set,
                 self.args,
@@ -210,13 +214,8 @@ class RewardTrainer(ScriptCalls):
                 else:
                     fit_on_workers(job, self._scaling, self._run_config)
                     self._model = None
-        self.state.log_history = read_records(self.output_dir)
+        self.state = TrainerState.load_from_json(str(self.output_dir / TRAINER_STATE))
         summary = self.state.log_history[-1]
-        self.state.global_step, self.state.epoch = int(summary["step"]), summary["epoch"]
-        standing = read_progress(self.output_dir)
-        self.state.max_steps = standing["num_steps"]
-        if best := standing.get("best_checkpoint"):
-            self.state.best_model_checkpoint = str(self.output_dir / best)
         if self.args.push_to_hub:
             self.push_to_hub()
         return TrainOutput(self.state.global_step, summary["train_loss"], summary)
@@ -239,9 +238,9 @@ class RewardTrainer(ScriptCalls):
         for name, rows in sets.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
             metrics |= self._scored(rows, prefix)[1]
-        self.state.log_history.append(
-            {**metrics, "epoch": self.state.epoch or 0.0, "step": self.state.global_step}
-        )
+            metrics[f"{prefix}num_tokens"] = self.state.num_input_tokens_seen
+        metrics["epoch"] = self.state.epoch
+        self.state.log_history.append({**metrics, "step": self.state.global_step})
         self._call("on_log", logs=dict(metrics))
         self._call("on_evaluate", metrics=metrics)
         return metrics
@@ -265,15 +264,15 @@ class RewardTrainer(ScriptCalls):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and tokenizer as transformers does, in `output_dir` or the run's directory."""
         directory = Path(output_dir).expanduser().absolute() if output_dir else self.output_dir
-        directory.mkdir(parents=True, exist_ok=True)
-        if self.num_workers and (self.output_dir / FACTS).exists():
-            copy_saved(self.output_dir, directory)
-        else:
-            model = self.model
-            if self.args.merge_on_save and is_adapted(model):
-                model = copy.deepcopy(model).merge_and_unload()
-            objective = Objective.of(self.args).settings
-            save_model(model, self.processing_class, directory, text_form=self.text_form, objective=objective)
+        with self._writing(directory):
+            if self.num_workers and (self.output_dir / FACTS).exists():
+                copy_saved(self.output_dir, directory)
+            else:
+                model = self.model
+                if self.args.merge_on_save and is_adapted(model):
+                    model = copy.deepcopy(model).merge_and_unload()
+                how: dict[str, Any] = {"objective": Objective.of(self.args).settings}
+                save_model(model, self.processing_class, directory, text_form=self.text_form, **how)
         if self.args.push_to_hub and not _internal_call:
             self._hub.push(directory, "Model save")
 
@@ -315,7 +314,7 @@ class RewardTrainer(ScriptCalls):
             **callbacks,
         }
 
-    def _claim(self, resume: bool | str | None) -> RunStart:
+    def _claim(self, resume: Resume) -> RunStart:
         """Check the output directory and the token budget, and make the directory this run's."""
         rows_per_step = self.args.train_batch_rows(self.num_workers)
         num_rows = self.train_set.sample.rows_per_epoch
@@ -334,11 +333,10 @@ class RewardTrainer(ScriptCalls):
             rows_per_step=rows_per_step,
             optimizer=self._optimizer or made_of(self._optimizers),
         )
-        wanted = resume if resume is not None else self.args.resume_from_checkpoint
-        bring(self.args, self.output_dir, identity, goes_on=bool(wanted) or self._auto_resume)
+        asked: dict[str, Any] = {"resume": resume, "automatic": self._auto_resume}
+        bring(self.args, self.output_dir, identity, **asked)
         free = frozenset() if self._leg is None else MAY_CHANGE
-        automatic = self._auto_resume
-        start = examine(self.output_dir, identity, resume=wanted, automatic=automatic, may_differ=free)
+        start = examine(self.output_dir, identity, **asked, may_differ=free, own=self._own)
         budget = self._budget(start)
         claim(self.output_dir, identity, budget, self._run_toml(budget), start.origin)
         kept = self.output_dir / "quarantine.jsonl"

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
 from rayrm.deepspeed_rules import resolved_stage
-from rayrm.errors import CheckpointError, RayrmError
+from rayrm.errors import CheckpointError, RayrmError, writing
 from rayrm.metrics.attributes import rewards_of
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.adapters import needs_frozen
@@ -46,13 +46,13 @@ from rayrm.train.preemption import Notice
 from rayrm.train.rank import Hosts, Rank
 from rayrm.train.rank_model import build_rank_model
 from rayrm.train.rank_steps import Packer
-from rayrm.train.records import RunLog, read_records
+from rayrm.train.records import RunLog, read_records, replace_text
 from rayrm.train.row_log import RowLog
 from rayrm.train.sharded_export import ShardExport
 from rayrm.train.soundness import Soundness, shown
 from rayrm.train.storage import storage_of
 from rayrm.train.train_data import train_steps
-from rayrm.train.trainer_state import TRAINER_STATE, trainer_state_json
+from rayrm.train.trainer_state import TRAINER_STATE, state_json, trainer_state
 from rayrm.train.user_metrics import prefixed
 
 logger = logging.getLogger("rayrm.train")
@@ -210,12 +210,22 @@ class _RankRun:
         self._write_model()
         self._report({"step": state.step, "train_loss": state.train_loss})
         self.rank.barrier()
-        summary = self.log.finish(state, self.schedule.num_steps)
+        summary = self.log.summarize(state)
+        if self.rank.index == 0:
+            file = self.job.output_dir / TRAINER_STATE
+            with writing(file):
+                replace_text(file, self._trainer_state(state))
+        self.log.finish(state, self.schedule.num_steps)
         if self.storage is not None:
             self.storage.keep_result()
         if self.callbacks is not None:
             self.callbacks.logged(summary)
             self.callbacks.ended(state)
+
+    def _trainer_state(self, state: TrainState) -> str:
+        """transformers' record of where the run stands, of all that is logged."""
+        records = read_records(self.job.output_dir)
+        return state_json(trainer_state(state, records, self.config, self.schedule, self.job.output_dir))
 
     def _standing(self) -> tuple[Path | None, TrainState]:
         """The checkpoint that the run goes on from, if any, and where training stands."""
@@ -316,26 +326,25 @@ class _RankRun:
     def _save(self, state: TrainState) -> None:
         self.log.sync()
         self.row_log.sync()
+        place = self.job.output_dir / f"checkpoint-{state.step}"
 
         def take(host: HostMemory) -> Snapshot:
             engine = self.engine.state(host)
             export, model = self.model.export, self.model.module.model
             attributes = settle_attributes(self.model.module)
             if isinstance(export, ShardExport):
-                part = export.take(model, host, attributes)
+                part = export.take(model, host, attributes, place)
                 return Snapshot(engine, part, export.join if self.rank.index == 0 else None)
             gathered = self.engine.model_state(frozen=self.saves_frozen)
             if export is None:
                 return Snapshot(engine)
-            return Snapshot(engine, export.take(model, gathered, host, attributes))
+            return Snapshot(engine, export.take(model, gathered, host, attributes, place))
 
         if self.callbacks is not None:
             state.callbacks = self.callbacks.exported()
         files = {}
         if self.rank.index == 0:
-            records = read_records(self.job.output_dir)
-            where = (self.config, self.schedule, self.job.output_dir)
-            files[TRAINER_STATE] = trainer_state_json(state, records, *where)
+            files[TRAINER_STATE] = self._trainer_state(state).encode()
         self.writer.save(state, take, files)
         if self.callbacks is not None:
             if self.callbacks.reads_checkpoints:

@@ -157,7 +157,8 @@ def fetched_by(output_dir: Path, **settings: Any) -> list[str]:
         RewardConfig(str(output_dir), storage_path=ROOMS),
         output_dir,
         {"seed": 42, **settings},
-        goes_on=True,
+        resume=True,
+        automatic=False,
     )
     return [path.name for path in checkpoints(output_dir)]
 

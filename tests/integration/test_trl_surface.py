@@ -83,6 +83,15 @@ def test_the_log_has_every_name_of_trls_and_its_order(both: tuple[Any, RewardTra
     assert ours[-2]["eval_b_runtime"] > 0
 
 
+def test_the_state_at_the_end_is_trls(both: tuple[Any, RewardTrainer]) -> None:
+    theirs, ours = (trainer.state for trainer in both)
+    for name in (
+        "global_step", "epoch", "max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps",
+        "train_batch_size", "best_metric", "best_global_step", "best_model_checkpoint",
+    ):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
 def test_what_a_script_calls_when_it_ends(
     both: tuple[Any, RewardTrainer], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +129,9 @@ def test_rankings_show_their_ranks(ray_cluster: None, tmp_path: Path) -> None:
 
 def test_one_of_the_sets_is_evaluated_by_its_name(both: tuple[Any, RewardTrainer]) -> None:
     theirs, ours = both
+    told = {key.replace("eval_a_", "eval_") for key in ours.evaluate("a")}
+    assert set(theirs.evaluate("a")) - {"eval_model_preparation_time"} <= told
+    theirs.state.log_history.pop()
     for found in (ours.evaluate("a"), ours.evaluate()):
         assert found["eval_a_loss"] == pytest.approx(theirs.state.log_history[-3]["eval_a_loss"], abs=1e-4)
     assert "eval_b_loss" not in ours.evaluate("a")

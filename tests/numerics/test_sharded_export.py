@@ -84,6 +84,9 @@ def test_each_rank_s_file_holds_its_share_of_the_weights_that_one_file_has(
     assert set(index["weight_map"].values()) == set(names)
     assert {"model.safetensors.index.json", *names} <= set(saved_files(shards).content)
     assert not [file for file in shards.iterdir() if file.name.startswith(".")]
+    for run, saved in ((f"{model}-one", one), (f"{model}-shards", shards)):
+        card = (saved / "README.md").read_text()
+        assert f'from_pretrained("{run}{"/" if place else ""}{place}"' in card
 
 
 @pytest.mark.parametrize("model", MODELS)

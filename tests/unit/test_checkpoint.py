@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -313,11 +314,15 @@ def test_a_tokenizer_s_several_templates_are_part_of_the_checkpoint(
     export = ModelExport(model, tokenizer, "conversational")
     writer = writer_of(tmp_path)
     state = EngineState({"format": 1}, [])
-    writer.save(TrainState(step=1), lambda host: Snapshot(state, export.take(model, None, host)))
+    checkpoint = tmp_path / "checkpoint-1"
+    part = partial(export.take, model, None, place=checkpoint)
+    writer.save(TrainState(step=1), lambda host: Snapshot(state, part(host)))
     writer.wait()
     writer.close()
-    checkpoint = tmp_path / "checkpoint-1"
     verify_checkpoint(checkpoint)
+    card = (checkpoint / "README.md").read_text()
+    assert f'from_pretrained("{tmp_path.name}/checkpoint-1"' in card
+    assert ".model-0" not in card
     listed = json.loads((checkpoint / "checkpoint.json").read_text())["files"]
     there = {str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file()}
     assert set(listed) == there - {"checkpoint.json"}

@@ -34,9 +34,10 @@ def content(directory: Path) -> dict[str, bytes]:
 def test_without_room_nothing_half_written_stays_and_the_error_says_what_to_type(
     tmp_path: Path, fits: str
 ) -> None:
-    (tmp_path / "whole").mkdir()
-    save(tmp_path / "whole", tiny_model(seed=1))
-    whole = content(tmp_path / "whole")
+    same_name = tmp_path / "whole" / "disk"  # which the card tells
+    same_name.mkdir(parents=True)
+    save(same_name, tiny_model(seed=1))
+    whole = content(same_name)
     weights = len(whole["model.safetensors"])
     room = {"nothing": 8192, "a part of the weights": weights // 2, "the weights": weights + 16384}[fits]
     with disk_of(2**22, tmp_path / "disk") as disk:
@@ -84,9 +85,14 @@ def test_all_of_a_tokenizer_s_templates_come_along_and_nothing_stays_aside(tmp_p
     save_trained(tiny_model(), tokenizer, tmp_path, text_form="conversational", gathered=None)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert load_saved(tmp_path).tokenizer.chat_template == templates
+    card = (tmp_path / "README.md").read_text()
+    assert f'from_pretrained("{tmp_path.name}"' in card
+    assert "partial" not in card
 
 
 def test_what_a_kill_left_of_a_save_is_cleared_by_the_next_attempt(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-model.partial").mkdir()
+    (tmp_path / ".push-abc").mkdir()
+    (tmp_path / ".push-abc" / "model.safetensors").write_bytes(b"weights")
     drop_partial(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
+import re
+import shlex
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.errors import ConfigError, RayrmError
@@ -74,9 +79,9 @@ def test_without_a_name_it_is_called_as_the_directory(hub: HubServer, run: Path)
 
 def test_what_the_hub_refuses_says_what_to_type(hub: HubServer, run: Path) -> None:
     repository = of(run)
-    hub.refuses = 403
+    hub.refuses, hub.says = 403, f"{TOKEN} may not write to https://me:{TOKEN}@hub.invalid"
     with pytest.raises(
-        RayrmError, match=rf"could not be pushed to me/{run.name}.*`hf upload me/{run.name} "
+        RayrmError, match=rf"could not be pushed to me/{run.name}.*may not write.*`hf upload me/{run.name} "
     ) as error:
         repository.push(run, "End of training")
     assert TOKEN not in str(error.value)
@@ -87,6 +92,80 @@ def test_what_the_hub_refuses_says_what_to_type(hub: HubServer, run: Path) -> No
     assert not list(run.glob(".push-*"))
     with pytest.raises(ConfigError, match=r"`hub_model_id` \('a/b/c'\) cannot be pushed to: .*hf auth login"):
         of(run, hub_model_id="a/b/c").create()
+
+
+def uploaded_by(command: str, directory: Path) -> set[str]:
+    """What of the directory the command line of the hub would upload."""
+    words = shlex.split(command)
+    assert words[:2] == ["hf", "upload"]
+    assert words[3] == str(directory)
+    wanted = [after for word, after in itertools.pairwise(words) if word == "--include"]
+    there = [str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()]
+    return set(filter_repo_objects(there, allow_patterns=wanted))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_a_refused_push_says_to_type_uploads_the_models_files_alone(
+    hub: HubServer, run: Path, sharded: bool
+) -> None:
+    if sharded:
+        (run / "model.safetensors").rename(run / "model-00001-of-00002.safetensors")
+        for name in ("model-00002-of-00002.safetensors", "model.safetensors.index.json"):
+            (run / name).write_text("{}")
+    (run / "checkpoint-3" / "model-00001-of-00002.safetensors").write_text("a row of the data")
+    repository = of(run, hub_revision="second")
+    pushed = repository.push(run, "End of training") and set(hub.commits[0].files)
+    hub.refuses = 403
+    with pytest.raises(RayrmError) as error:
+        repository.push(run, "End of training")
+    (command,) = re.findall(r"`(hf upload [^`]*)`", str(error.value))
+    assert " --revision second " in command
+    assert uploaded_by(command, run) == pushed
+    assert "run.toml" not in pushed
+
+
+def test_on_the_hub_a_card_names_the_repository(hub: HubServer, run: Path) -> None:
+    checkpoint = run / "checkpoint-3"
+    save_model(tiny_model(), tiny_tokenizer(), checkpoint, text_form="conversational")
+    repository = of(run, hub_model_id="org/reward")
+    repository.push_beside(checkpoint)
+    repository.close()
+    repository.push(run, "End of training")
+    for commit in hub.commits:
+        card = commit.files["README.md"].decode()
+        assert card.count('from_pretrained("org/reward"') == 2
+        assert "\n# org/reward\n" in card
+        assert run.name not in card
+    assert len(hub.commits) == 2
+    assert f'from_pretrained("{run.name}"' in (run / "README.md").read_text()
+
+
+def test_a_models_own_code_is_pushed_and_a_script_beside_it_is_not(hub: HubServer, run: Path) -> None:
+    (run / "modeling_mine.py").write_text("class Mine: ...")
+    repository = of(run)
+    repository.push(run, "without")
+    config = json.loads((run / "config.json").read_text())
+    mapped = {"AutoModelForSequenceClassification": "modeling_mine.Mine"}
+    (run / "config.json").write_text(json.dumps({**config, "auto_map": mapped}))
+    repository.push(run, "with")
+    assert ["modeling_mine.py" in commit.files for commit in hub.commits] == [False, True]
+
+
+def test_a_checkpoint_that_cannot_be_pushed_leaves_no_copy(
+    hub: HubServer, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(tiny_model(), tiny_tokenizer(), run / "checkpoint-3", text_form="conversational")
+    repository = of(run, hub_model_id="a/b/c")
+    repository.push_beside(run / "checkpoint-3")
+    repository.close()
+    assert "`hub_model_id` ('a/b/c') cannot be pushed to" in caplog.text
+    assert "could not be pushed" not in caplog.text
+    assert not list(run.glob(".push-*"))
+    nowhere = HubRepository(RewardConfig(str(run), hub_token=TOKEN), run / "gone")
+    nowhere.push_beside(run / "checkpoint-3")
+    assert "was not pushed, since its files could not be copied aside" in caplog.text
+    with pytest.raises(RayrmError, match="could not be copied aside"):
+        HubRepository(RewardConfig(str(run), hub_token=TOKEN), run / "gone").push(run, "End of training")
 
 
 def test_a_checkpoint_is_pushed_beside_unless_one_is_on_its_way(
@@ -104,7 +183,7 @@ def test_a_checkpoint_is_pushed_beside_unless_one_is_on_its_way(
         repository.close()
         assert [commit.message for commit in hub.commits] == ["Training in progress, step 3"]
         assert hub.commits[0].files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
-        hub.refuses = 403
+        hub.refuses, hub.says = 403, f"no {TOKEN}"
         repository.push_beside(checkpoint)
         repository.close()
     assert "could not be pushed" in caplog.text

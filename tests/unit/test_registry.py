@@ -13,10 +13,12 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
 
+from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.errors import PublishError
 from rayrm.model.adapters import add_adapter
 from rayrm.model.reward_model import load_model
 from rayrm.model.saving import save_model
+from rayrm.runfile import Run, dump_run
 from rayrm.serve import registry as registry_module
 from rayrm.serve.registry import (
     content_version,
@@ -26,6 +28,7 @@ from rayrm.serve.registry import (
     publish,
     set_current,
 )
+from rayrm.serve.saved import training_records
 from rayrm.serve.scorer import RewardModel
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -215,6 +218,26 @@ def test_what_is_known_of_the_training_is_kept(checkpoint: Path, tmp_path: Path)
     assert manifest["evaluation"] == {"step": 20.0, "eval_accuracy": 0.75}
     assert (published.path / "run.toml").read_text() == '[model]\nname = "tiny"\n'
     assert "| eval_accuracy | 0.75 |" in (published.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("best", "expected"), [(True, (10, 0.9, 0.8)), (False, (20, 0.5, 0.4))])
+def test_the_evaluation_is_of_the_published_weights_on_all_sets(
+    checkpoint: Path, best: bool, expected: tuple[float, ...]
+) -> None:
+    """A run that ends with its best checkpoint's weights was evaluated later too."""
+    reward = RewardConfig(load_best_model_at_end=best, eval_strategy="steps", eval_steps=10, save_steps=10)
+    (checkpoint / "run.toml").write_text(dump_run(Run(ModelConfig("m"), DataConfig("d"), reward)))
+    standing = {"step": 20, "num_steps": 20, "finished": True, "best_checkpoint": "checkpoint-10"}
+    (checkpoint / "progress.json").write_text(json.dumps(standing))
+    records = [
+        {"step": 10, "eval_a_accuracy": 0.9}, {"step": 10, "eval_b_accuracy": 0.8},
+        {"step": 20, "eval_a_accuracy": 0.5}, {"step": 20, "eval_b_accuracy": 0.4},
+        {"step": 20, "train_loss": 0.3},
+    ]  # fmt: skip
+    (checkpoint / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    _, evaluation = training_records(checkpoint)
+    names = ("step", "eval_a_accuracy", "eval_b_accuracy")
+    assert evaluation == dict(zip(names, expected, strict=True))
 
 
 def test_a_directory_that_is_no_reward_model_is_refused_with_the_fix(

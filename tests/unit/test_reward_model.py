@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,59 @@ def test_a_copy_has_all_that_was_saved_and_nothing_else(tmp_path: Path) -> None:
     copy_saved(saved, copy)
     assert {file.relative_to(copy) for file in copy.rglob("*") if file.is_file()} == files
     assert Path("additional_chat_templates/rag.jinja") in files
+
+
+OWN_CODE = """
+from transformers import AutoModel, LlamaConfig, LlamaForSequenceClassification, LlamaModel
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaModel):
+    config_class = OwnConfig
+
+
+AutoModel.register(OwnConfig, OwnModel)
+
+
+class OwnForSequenceClassification(LlamaForSequenceClassification):
+    config_class = OwnConfig
+"""
+
+
+def test_a_models_own_code_is_saved_copied_and_run_where_it_is_trusted(base: Path, tmp_path: Path) -> None:
+    (base / "modeling_own.py").write_text(OWN_CODE)
+    config = json.loads((base / "config.json").read_text())
+    names = {"AutoConfig": "OwnConfig", "AutoModelForSequenceClassification": "OwnForSequenceClassification"}
+    mapped = {key: f"modeling_own.{name}" for key, name in names.items()}
+    own = {"model_type": "own", "architectures": ["OwnForSequenceClassification"], "auto_map": mapped}
+    (base / "config.json").write_text(json.dumps({**config, **own}))
+    model = load_model(str(base), trust_remote_code=True)
+    assert type(model).__name__ == "OwnForSequenceClassification"
+    saved, copy = tmp_path / "saved", tmp_path / "copy"
+    save_model(model, load_tokenizer(str(base)), saved, text_form="standard")
+    copy.mkdir()
+    (saved / "rows-0.jsonl").write_text("{}")
+    copy_saved(saved, copy)
+    shutil.rmtree(base)
+    shutil.rmtree(saved)
+    loaded = load_saved(copy, device="cpu", trust_remote_code=True).model.state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load_saved(copy, device="cpu")
+
+
+def test_a_copy_is_of_the_model_alone_where_another_was_saved_in_more_files(tmp_path: Path) -> None:
+    saved, copy = tmp_path / "saved", tmp_path / "copy"
+    save_model(tiny_model(seed=1), tiny_tokenizer(), saved, text_form="standard")
+    other = tiny_model(seed=2)
+    other.save_pretrained(copy, max_shard_size="20KB")
+    assert len(list(copy.glob("model-*.safetensors"))) > 1
+    copy_saved(saved, copy)
+    assert sorted(file.name for file in copy.glob("model*")) == ["model.safetensors"]
+    expected = load_saved(saved).model.state_dict()
+    assert all(
+        torch.equal(expected[name], weight) for name, weight in load_saved(copy).model.state_dict().items()
+    )

@@ -19,6 +19,7 @@ from rayrm.train.checkpoint import TrainState
 from rayrm.train.records import RunLog, read_progress, read_records
 from rayrm.train.rundir import (
     RunStart,
+    check_resume,
     check_writable,
     claim,
     examine,
@@ -66,6 +67,42 @@ def test_claiming_writes_who_owns_the_directory(begun: Path) -> None:
 @pytest.mark.parametrize("resume", [True, "true", "True"])
 def test_a_run_that_was_cut_off_goes_on_from_its_newest_checkpoint(begun: Path, resume: bool | str) -> None:
     assert examine(begun, identity(), resume=resume) == RunStart(begun / "checkpoint-20", 4096)
+
+
+@pytest.mark.parametrize("resume", [False, "false", "none", None])
+def test_a_run_is_not_gone_on_with_by_any_word_for_no(begun: Path, resume: Any) -> None:
+    with pytest.raises(RunDirectoryError, match="did not finish"):
+        examine(begun, identity(), resume=resume)
+
+
+@pytest.mark.parametrize("given", [str, Path])
+def test_a_checkpoint_is_the_same_by_its_path_and_by_its_name(
+    begun: Path, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative one too, which workers could not find."""
+    with pytest.raises(CheckpointError, match="not the newest"):
+        examine(begun, identity(), resume=given(begun / "checkpoint-10"))
+    newest, other = begun / "checkpoint-20", begun.parent / "other"
+    monkeypatch.chdir(begun)
+    assert examine(begun, identity(), resume=given("checkpoint-20")).resume == newest
+    assert examine(other, identity(), resume=given("checkpoint-20")) == RunStart(newest, None, newest)
+    check_resume(given("checkpoint-20"))
+    for nowhere in (given("checkpoint-30"), given(begun / "checkpoint-30")):
+        with pytest.raises(CheckpointError, match=f"`{begun}/checkpoint-30` is not a complete checkpoint"):
+            check_resume(nowhere)
+    assert (
+        RewardConfig(resume_from_checkpoint=given("checkpoint-20")).resume_from_checkpoint == "checkpoint-20"
+    )
+    assert RewardConfig(given(begun)).output_dir == str(begun)
+
+
+def test_what_the_trainer_itself_wrote_is_no_one_elses(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match=r"not of a run of rayrm \(config.json\)"):
+        examine(tmp_path, identity(), resume=None, own=frozenset({"trainer_state.json"}))
+    own = frozenset({"trainer_state.json", "config.json"})
+    assert examine(tmp_path, identity(), resume=None, own=own) == RunStart(None, None)
 
 
 def test_the_newest_checkpoint_may_be_named(begun: Path) -> None:
@@ -225,6 +262,7 @@ def test_a_rank_that_is_not_first_writes_nothing(tmp_path: Path) -> None:
     log.begin(0)
     log.write({"step": 1})
     log.progress(1, 2)
+    log.summarize(TrainState(step=2))
     log.finish(TrainState(step=2), 2)
     log.close()
     assert not (tmp_path / "run").exists()

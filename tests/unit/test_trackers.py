@@ -61,7 +61,7 @@ def cut_off_and_resumed(output_dir: Path, config: RewardConfig) -> None:
     second.begin(2)
     for one in (record(4), evaluation(4), record(6)):
         second.write(one)
-    second.finish(TrainState(step=6, epoch=1.5, loss_sum=3.0), 6)
+    second.summarize(TrainState(step=6, epoch=1.5, loss_sum=3.0))
     second.close()
 
 
