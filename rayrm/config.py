@@ -68,6 +68,11 @@ Scheduler = Literal[
 ]
 
 
+def _also(name: str) -> dict[str, list[str]]:
+    """Another name of a field on the command lines of transformers' `HfArgumentParser`."""
+    return {"aliases": [f"--{name}", f"--{name.replace('_', '-')}"]}
+
+
 @settings
 class RewardConfig:
     """How a reward model is trained: TRL's `RewardConfig`, and our own settings at the end."""
@@ -147,9 +152,11 @@ class RewardConfig:
     """bf16 autocast over fp32 parameters; fp32 on hardware without fast bf16. None: True unless `fp16`."""
     fp16: bool = False
     """fp16 autocast over fp32 parameters with loss scaling; GPUs only."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = dataclasses.field(default=True, metadata=_also("activation_checkpointing"))
     """Recompute activations in the backward pass: less memory, more time."""
-    gradient_checkpointing_kwargs: OptionalTable = None
+    gradient_checkpointing_kwargs: OptionalTable = dataclasses.field(
+        default=None, metadata=_also("activation_checkpointing_kwargs")
+    )
     """Arguments of `torch.utils.checkpoint`. `use_reentrant` unset: True for an adapter under ZeRO-3, as in
     TRL, else False."""
     activation_offloading: bool = False
@@ -208,6 +215,10 @@ class RewardConfig:
     "mse" or "brier", or is `attribute_mse_<name>`."""
     resume_from_checkpoint: Annotated[str | None, BeforeValidator(switch_word)] = None
     """A checkpoint's directory, or "true" (or True) for the newest in `output_dir`."""
+
+    restore_callback_states_from_checkpoint: bool = False
+    """Either value means the same: what callbacks keep (`ExportableState`) goes on where a run goes on, so
+    that it ends as one that was not cut off."""
 
     # The hub.
     push_to_hub: bool = False

@@ -15,7 +15,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -61,6 +61,13 @@ def json_value(value: Any) -> Any:
         raise ValueError(f"is not valid JSON: {problem}") from None
 
 
+def _table(value: Any) -> Any:
+    value = json_value(value)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError("must be a table, or one as JSON text such as '{\"name\": 1}'")
+    return value
+
+
 def _named_model(value: str) -> str:
     if not value.strip():
         raise ValueError(f"`name` ({value!r}): names no model. Type a directory or a hub name.")
@@ -74,7 +81,11 @@ OptionalNonNegativeFloat = Annotated[Annotated[float, Field(ge=0)] | None, Befor
 Names = Annotated[str | list[str], BeforeValidator(_no_names)]
 NameList = Annotated[list[str], BeforeValidator(_name_list)]
 OptionalBool = Annotated[bool | None, BeforeValidator(none_word)]
-OptionalTable = Annotated[dict[str, Any] | None, BeforeValidator(json_value)]
+if TYPE_CHECKING:
+    OptionalTable = dict[str, Any] | None
+else:
+    # `str`: transformers' command lines hand text to a field whose type has it, and to a table's not.
+    OptionalTable = Annotated[dict[str, Any] | str | None, BeforeValidator(_table)]
 OptionalTableOrPath = Annotated[dict[str, Any] | str | None, BeforeValidator(json_value)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=1)]

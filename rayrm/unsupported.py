@@ -53,7 +53,6 @@ NOT_HONOURED: Final[dict[str, Any]] = {
     "optim_target_modules": None,
     "parallelism_config": None,
     "prediction_loss_only": False,
-    "restore_callback_states_from_checkpoint": False,
     "save_on_each_node": False,
     "save_only_model": False,
     "skip_memory_metrics": True,

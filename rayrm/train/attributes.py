@@ -110,7 +110,7 @@ def _unfit(model: torch.nn.Module, head: AttributeHead, names: tuple[str, ...]) 
     if head.names != names:
         return f"`attributes` names {', '.join(names) or 'none'}"
     layer = own_layer(model)
-    with _whole(list(layer.parameters())):
+    with _whole([*layer.parameters(), *head.parameters()]):
         return None if makes_reward_of(head, layer) else "they make another reward than its own head"
 
 

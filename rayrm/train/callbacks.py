@@ -7,7 +7,9 @@ as many micro-batches as memory asks for) and no `on_prediction_step`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,6 +80,10 @@ class CallbackArgs:
         fields = self.to_dict()
         return {key: value if isinstance(value, plain) else str(value) for key, value in fields.items()}
 
+    def to_json_string(self) -> str:
+        """The settings as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, default=str)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
@@ -93,8 +99,9 @@ def call_all(
     callbacks: Sequence[TrainerCallback], event: str, args: CallbackArgs, state: TrainerState, **given: Any
 ) -> None:
     """An event outside of training, where nothing is to be decided."""
+    absent = dict.fromkeys(("optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"))
     for one in callbacks:
-        getattr(one, event)(args, state, TrainerControl(), **given)
+        getattr(one, event)(args, state, TrainerControl(), **absent, **given)
 
 
 class UserCallbacks:
@@ -141,12 +148,15 @@ class UserCallbacks:
             self._handler.remove_callback(DefaultFlowCallback)  # missed where absent; the schedule is ours
             self._restore(state.callbacks)
             self.state = trainer_state(state, records, self._config, self._schedule, self._output_dir)
-            if _overrides(self._callbacks, "on_pre_optimizer_step"):
-                engine.optimizer.register_step_pre_hook(lambda *_: self._call("on_pre_optimizer_step"))
-            if _overrides(self._callbacks, "on_optimizer_step"):
-                engine.optimizer.register_step_post_hook(lambda *_: self._call("on_optimizer_step"))
+            engine.around_update = self._around_update
         self._call("on_train_begin")
         self._tell()
+
+    @staticmethod
+    def had_stopped(state: TrainState) -> bool:
+        """Whether training had ended, by a callback or by itself, at the checkpoint of `state`."""
+        kept = state.callbacks.get(TrainerControl.__name__, {})
+        return bool(kept.get("args", {}).get("should_training_stop"))
 
     def step_begins(self, state: TrainState, begins_epoch: bool) -> None:
         self._stand(state)
@@ -155,10 +165,16 @@ class UserCallbacks:
         self._call("on_step_begin")
 
     def due(self, state: TrainState, ends_epoch: bool) -> Iterator[Due]:
-        """What is to be done after a step: as the schedule says, unless a callback says otherwise."""
+        """What is to be done after a step: as the schedule says, unless a callback says otherwise.
+
+        What callbacks make of it while it is done changes the one that was given.
+        """
         self._stand(state)
+        if state.step == self._schedule.num_steps:
+            self._control.should_training_stop = True  # which callbacks read
         yield self._decided("on_step_end", self._schedule.due(state.step, at_epoch=False))
         if ends_epoch or self.stopped:
+            self._stand(state)
             yield self._decided("on_epoch_end", self._schedule.due(state.step, at_epoch=True))
 
     def logged(self, record: Record) -> None:
@@ -168,10 +184,9 @@ class UserCallbacks:
         self._tell()
 
     def evaluated(self, metrics: Record) -> None:
-        """One set was; a callback may ask that this step is saved."""
+        """One set was."""
         self._call("on_evaluate", metrics={key: value for key, value in metrics.items() if key != "step"})
-        flags = self._tell()
-        self._due.save = bool(flags & _SAVE)
+        self._tell()
 
     @property
     def reads_checkpoints(self) -> bool:
@@ -193,28 +208,54 @@ class UserCallbacks:
         self._tell()
 
     def exported(self) -> dict[str, Any]:
-        """What those that keep a state have in it, by class; travels with checkpoints."""
-        return {
-            type(one).__name__: one.state()["attributes"]
-            for one in self._callbacks
-            if self._calls and isinstance(one, ExportableState)
-        }
+        """The states of those that keep one, and of the flags, as transformers keeps them in checkpoints."""
+        if not self._calls:
+            return {}
+        keep = [one for one in (*self._callbacks, self._control) if isinstance(one, ExportableState)]
+        kept = dict(TrainerState(stateful_callbacks=keep).stateful_callbacks)
+        for name, states in kept.items():
+            try:
+                json.dumps(states)
+            except TypeError as error:
+                raise ConfigError(
+                    f"`callbacks`: what {name}.state() gives cannot be kept in a checkpoint: {error}. Give "
+                    "numbers, texts, and lists and dicts of them."
+                ) from error
+        return kept
 
     def _restore(self, kept: Mapping[str, Any]) -> None:
+        """Give each callback what one of its class had; what it was made with is the run's own."""
+        left = {name: list(states if isinstance(states, list) else [states]) for name, states in kept.items()}
+        left.pop(TrainerControl.__name__, None)
         for one in self._callbacks:
-            for name, value in kept.get(type(one).__name__, {}).items():
-                setattr(one, name, value)
+            states = left.get(type(one).__name__)
+            if states and isinstance(one, ExportableState):
+                for name, value in states.pop(0).get("attributes", {}).items():
+                    setattr(one, name, value)
+        if missed := sorted(name for name, states in left.items() if states):
+            logger.warning(
+                "the checkpoint has the state of callbacks that are not here: %s", ", ".join(missed)
+            )
 
     def _stand(self, state: TrainState) -> None:
         stand(self.state, state, self._output_dir)
 
     def _decided(self, event: str, due: Due) -> Due:
+        """What the schedule asks for, and callbacks have asked for since the step began or do now."""
         control = self._control
-        control.should_log, control.should_evaluate, control.should_save = due.log, due.evaluate, due.save
+        control.should_log = control.should_log or due.log
+        control.should_evaluate = control.should_evaluate or due.evaluate
+        control.should_save = control.should_save or due.save
         self._call(event)
-        flags = self._tell()
-        self._due = Due(bool(flags & _LOG), bool(flags & _EVALUATE), bool(flags & _SAVE))
+        self._due = Due()
+        self._tell()
         return self._due
+
+    @contextlib.contextmanager
+    def _around_update(self) -> Iterator[None]:
+        self._call("on_pre_optimizer_step")
+        yield
+        self._call("on_optimizer_step")
 
     def _call(self, event: str, **kwargs: Any) -> None:
         if self._handler is None or self._failure is not None:
@@ -222,13 +263,18 @@ class UserCallbacks:
         try:
             call = getattr(self._handler, event)
             self._control = call(self._args, self.state, self._control, **kwargs)
+            if self._control.should_epoch_stop:
+                raise ConfigError(
+                    "a callback asks for the end of the epoch (`should_epoch_stop`), and epochs are whole "
+                    "here. Set `should_training_stop` instead."
+                )
         except Exception as error:
             if not self._several:
                 raise
             self._failure = error  # told to the other ranks where they listen next
 
-    def _tell(self) -> int:
-        """What stands now, on every rank."""
+    def _tell(self) -> None:
+        """Bring every rank to what callbacks have decided: what is due, and whether training stops."""
         control = self._control
         flags = sum(
             bit
@@ -246,13 +292,9 @@ class UserCallbacks:
             failure = self._failure
             told = self._hosts.joined([] if failure is None else [f"{type(failure).__name__}: {failure}"])
             raise failure or RayrmError(f"a callback failed on rank 0: {told[0]}")
-        if self._calls and control.should_epoch_stop:
-            raise ConfigError(
-                "a callback asks for the end of the epoch (`should_epoch_stop`), and epochs are whole here. "
-                "Set `should_training_stop` instead."
-            )
-        self.stopped = self.stopped or bool(flags & _STOP)
-        return flags
+        due = self._due
+        due.log, due.evaluate, due.save = bool(flags & _LOG), bool(flags & _EVALUATE), bool(flags & _SAVE)
+        self.stopped = bool(flags & _STOP)
 
 
 def _overrides(callbacks: Iterable[TrainerCallback], event: str) -> bool:

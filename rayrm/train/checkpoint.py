@@ -49,7 +49,8 @@ class TrainState:
     """Where training stands. `interval` holds the metrics of steps that are done but not yet logged.
 
     `skipped_steps` counts those that were left out, for a loss that was not finite. `max_tokens` is the run's
-    token budget, which a run that goes on from here keeps (None: not written).
+    token budget, which a run that goes on from here keeps (None: not written). `best_metric` is the best of
+    all evaluations, `best_checkpoint_metric` that of `best_checkpoint`.
     """
 
     step: int = 0
@@ -62,10 +63,11 @@ class TrainState:
     interval: list[list[float]] = field(default_factory=list)
     best_metric: float | None = None
     best_checkpoint: str | None = None
+    best_checkpoint_metric: float | None = None
     num_workers: int = 1
     max_tokens: int | None = None
     callbacks: dict[str, Any] = field(default_factory=dict)
-    """What transformers' callbacks that keep a state have in it, by class."""
+    """The states of transformers' callbacks that keep one, by class; a list where a class has several."""
 
     @property
     def train_loss(self) -> float:

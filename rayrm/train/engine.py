@@ -7,6 +7,8 @@ holds the factor (world size / the step's global row count), since both engines 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +29,7 @@ from rayrm.train.host_memory import HostMemory
 from rayrm.train.precision import Precision, in_precision
 from rayrm.train.row_gradient import RowGradient
 
+AroundUpdate = Callable[[], contextlib.AbstractContextManager[None]]
 _BUCKET_ELEMENTS = 16_000_000
 
 
@@ -40,6 +43,9 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
     """As it was made; ZeRO steps by it."""
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    around_update: AroundUpdate
+    """Entered once a step, around the update. In PyTorch gradients are clipped before it and cleared after
+    it; DeepSpeed does both within."""
 
     def train(self, mode: bool) -> None: ...
 
@@ -100,6 +106,7 @@ class TorchEngine:
         self.world_size = world_size
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.around_update: AroundUpdate = contextlib.nullcontext
         self._max_grad_norm = max_grad_norm
         self._precision = precision
         self.scales_loss = precision == "fp16"
@@ -134,7 +141,9 @@ class TorchEngine:
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         if self._embedding is not None:
             self._embedding.give(gradients[-1])
-        if self._update():
+        with self.around_update():
+            updated = self._update()
+        if updated:
             self.scheduler.step()
         if self._embedding is not None:
             self._embedding.clear()

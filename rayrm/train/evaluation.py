@@ -142,20 +142,36 @@ def speed_of(prefix: str, began: float, num_rows: int, batch_rows: int) -> Recor
     return dict(speed_metrics(prefix.rstrip("_"), began, num_samples=num_rows, num_steps=steps))
 
 
-def note_best(state: TrainState, found: Record, config: RewardConfig) -> bool:
-    """Note in `state` whether its step's checkpoint is the best so far, by `metric_for_best_model`."""
+def note_metric(state: TrainState, found: Record, config: RewardConfig) -> float | None:
+    """Note an evaluation's `metric_for_best_model`, which is returned; None where there is no such setting.
+
+    As with transformers every evaluation counts but the one before the first step. Raises ConfigError where
+    the evaluation has no such metric.
+    """
     wanted = config.metric_for_best_model
     if wanted is None:
-        return False
+        return None
     name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
     value = found.get(name)
     if value is None:
         metrics = ", ".join(sorted(key for key in found if key.startswith("eval_")))
         raise ConfigError(f"`metric_for_best_model` ({wanted}) is not a metric of this run: {metrics}.")
-    better = state.best_metric is None or (
-        value > state.best_metric if config.greater_is_better else value < state.best_metric
-    )
-    if better:
+    if state.step > 0 and is_better(value, state.best_metric, config):
         state.best_metric = value
-        state.best_checkpoint = f"checkpoint-{state.step}"
-    return better
+    return value
+
+
+def note_checkpoint(state: TrainState, value: float | None, config: RewardConfig) -> None:
+    """Note in `state` whether its step's checkpoint, whose metric is `value`, is the best so far.
+
+    A better model that no checkpoint holds does not stand in the way of one that is kept.
+    """
+    if value is not None and is_better(value, state.best_checkpoint_metric, config):
+        state.best_checkpoint, state.best_checkpoint_metric = f"checkpoint-{state.step}", value
+
+
+def is_better(value: float, than: float | None, config: RewardConfig) -> bool:
+    """Whether `metric_for_best_model` is better at `value`: any number is than None, and NaN is never."""
+    if than is None:
+        return not math.isnan(value)
+    return value > than if config.greater_is_better else value < than

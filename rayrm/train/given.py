@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +30,8 @@ def absolute(name: Any) -> Any:
 
 
 def check_types(args: Any, scaling_config: Any) -> None:
-    """Raise ConfigError for a config of another library, and for what is no `ScalingConfig`."""
+    """Raise ConfigError for a config of another library, for what is no `ScalingConfig`, and without one
+    where a launcher has started several processes: each would train alone."""
     if args is not None and not isinstance(args, RewardConfig):
         raise ConfigError(
             f"`args` is a {type(args).__module__}.{type(args).__qualname__}. Import it from here: "
@@ -39,6 +41,14 @@ def check_types(args: Any, scaling_config: Any) -> None:
         raise ConfigError(
             f"`scaling_config` is a {type(scaling_config).__name__}. Pass "
             "`ray.train.ScalingConfig(num_workers=2)`."
+        )
+    launched = os.environ.get("WORLD_SIZE", "")
+    if scaling_config is None and launched.isdigit() and int(launched) > 1:
+        raise ConfigError(
+            f"`WORLD_SIZE` is {launched}: a launcher (torchrun, accelerate, deepspeed) has started this "
+            "script as often, and each process would train alone. Start it once, with `python`, and pass "
+            f"`scaling_config=ray.train.ScalingConfig(num_workers={launched}, use_gpu=True)`: Ray starts the "
+            "workers. Where it was started once, unset WORLD_SIZE."
         )
 
 

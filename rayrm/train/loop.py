@@ -189,6 +189,10 @@ class Interval:
         self.local.append(totals)
         self.local_tokens.append(num_tokens_computed)
 
+    def __bool__(self) -> bool:
+        """Whether there are steps that were not logged."""
+        return bool(self.local or self.reduced)
+
     def reduce(self) -> list[list[float]]:
         """Add up over ranks what is still local: one row of 12 numbers per step. The only host sync."""
         if self.local:
@@ -285,7 +289,7 @@ def run_loop(
         for asked in due(state, state.cursor.step == 0 or state.step == schedule.num_steps):
             if asked:
                 soundness.check(interval.reduce(), state.step)
-            if asked.log:
+            if asked.log and interval:
                 events.log(_record(state, interval, soundness, learning_rate, clock))
             if asked.evaluate:
                 engine.train(False)

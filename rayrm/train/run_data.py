@@ -20,6 +20,7 @@ from rayrm.errors import DataError
 from rayrm.model.saving import TextForm
 from rayrm.objective import Objective
 from rayrm.train.attributes import check_rated
+from rayrm.train.script_words import Rows
 
 logger = logging.getLogger("rayrm.train")
 
@@ -76,6 +77,7 @@ class RunData:
         self, source: Any, name: str, max_rows: int | None, selection: Selection = EVERY_ROW
     ) -> TokenizedSet:
         """A source, read whole; a set that was read already is itself."""
+        source = source.of if isinstance(source, Rows) else source
         if isinstance(source, TokenizedSet):
             _check_usable(source, self._labels)
             return source

@@ -47,6 +47,7 @@ _FREE = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "dataset_num_proc",
     "project", "storage_path",
     "do_train", "do_eval", "do_predict", "remove_unused_columns", "max_bad_row_fraction",
+    "restore_callback_states_from_checkpoint",
     "logging_strategy", "logging_steps", "logging_first_step",
     "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size",
     "eval_delay", "save_strategy", "save_steps", "save_total_limit",

@@ -14,7 +14,8 @@ from rayrm.config import RewardConfig
 from rayrm.model.saving import FACTS
 from rayrm.train.callbacks import check_callbacks
 from rayrm.train.hub import HubRepository
-from rayrm.train.script_words import MainProcess, missing
+from rayrm.train.script_words import MainProcess, check_subclass, is_unread, missing
+from rayrm.train.workers import check_pickles
 
 
 class ScriptCalls:
@@ -23,11 +24,17 @@ class ScriptCalls:
     args: RewardConfig
     state: TrainerState
     output_dir: Path
+    num_workers: int
     accelerator = MainProcess()
     _callbacks: list[TrainerCallback]
     _hub: HubRepository
     _own: frozenset[str] = frozenset()
     """What this trainer has written into `output_dir` before a run of it began: no file of someone else."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # The trainer is made of this class; what is made of the trainer is a user's.
+        check_subclass(cls, next(kind for kind in reversed(cls.__mro__) if ScriptCalls in kind.__bases__))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         raise NotImplementedError
@@ -90,7 +97,10 @@ class ScriptCalls:
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """One more, for what follows."""
-        self._callbacks += check_callbacks([callback])
+        added = check_callbacks([callback])
+        if self.num_workers:
+            check_pickles({"callback": added[0]})
+        self._callbacks += added
 
     def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
         """Remove a callback, or the first of a class, and return it; None where there is none."""
@@ -105,6 +115,11 @@ class ScriptCalls:
         self.pop_callback(callback)
 
     if not TYPE_CHECKING:  # hidden from mypy, which would take every misspelt attribute for one
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if is_unread(type(self), name):
+                raise AttributeError(f"nothing would read `{name}`: {missing(name)}")
+            super().__setattr__(name, value)
 
         def __getattr__(self, name: str) -> Any:
             raise AttributeError(missing(name))

@@ -59,7 +59,7 @@ from rayrm.train.rank import Rank
 from rayrm.train.run_data import RunData, check_form
 from rayrm.train.rundir import Resume, RunStart, bring, check_resume, claim, examine, identity_of, only_run
 from rayrm.train.script_calls import ScriptCalls
-from rayrm.train.script_words import Rows
+from rayrm.train.script_words import Rows, check_overrides
 from rayrm.train.sequence import check_workers
 from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
 from rayrm.train.trainer_state import TRAINER_STATE
@@ -126,6 +126,7 @@ class RewardTrainer(ScriptCalls):
         self._metrics = user_metrics(compute_metrics, preprocess_logits_for_metrics, self.args)
         self.num_workers = 0 if scaling_config is None else int(scaling_config.num_workers or 0)
         check_workers(self.args, self.num_workers)
+        check_overrides(type(self), RewardTrainer, self.args)
         given = (optimizers, optimizer_cls_and_kwargs, self.args)
         self._optimizers = check_optimizers(
             *given, num_workers=self.num_workers, has_adapter=peft_config is not None

@@ -27,6 +27,7 @@ def trainer_state(
         max_steps=schedule.num_steps,
         logging_steps=config.interval("logging", schedule.num_steps),
         eval_steps=config.interval("eval", schedule.num_steps),
+        stateful_callbacks=dict(state.callbacks),
         save_steps=config.interval("save", schedule.num_steps),
         train_batch_size=config.per_device_train_batch_size,
         num_train_epochs=_epochs(config, schedule),

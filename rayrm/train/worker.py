@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
 from rayrm.deepspeed_rules import resolved_stage
-from rayrm.errors import CheckpointError, RayrmError, writing
+from rayrm.errors import CheckpointError, ConfigError, RayrmError, writing
 from rayrm.metrics.attributes import rewards_of
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.adapters import needs_frozen
@@ -33,7 +33,7 @@ from rayrm.train.checkpoint import (
 )
 from rayrm.train.checkpoint_writer import CheckpointWriter, Snapshot
 from rayrm.train.environment import adopt
-from rayrm.train.evaluation import note_best, score_rows, speed_of
+from rayrm.train.evaluation import is_better, note_checkpoint, note_metric, score_rows, speed_of
 from rayrm.train.export import save_trained
 from rayrm.train.holding import only_writer
 from rayrm.train.host_memory import HostMemory
@@ -91,6 +91,7 @@ class _RankRun:
         self.job, self.rank, self.hosts, self._report = job, rank, hosts, report
         self.config, self.objective = job.config, Objective.of(job.config)
         self._step = 0
+        self._measured: tuple[int, float | None] = (0, None)
         self.begins_from, self.state = self._standing()
         self.source = train_steps(job.train_set, self.config, rank.count)
         if rank.index == 0:
@@ -180,33 +181,38 @@ class _RankRun:
                 self.engine.train(False)
                 self._evaluate(state)
             self._progress(state.step)
-            state = run_loop(
-                self.engine,
-                steps,
-                self.schedule,
-                state,
-                events,
-                objective=self.objective,
-                soundness=Soundness(
-                    self.engine,
-                    skips=self.config.nonfinite_loss == "skip",
-                    hosts=self.hosts,
-                    on_skip=self._keep_skipped,
-                    before_stop=self.writer.wait,  # the last sound checkpoint is kept
-                ),
-            )
+            # This run's own last checkpoint; from another's it goes on.
+            resumed = self.begins_from is not None and self.begins_from.parent == self.job.output_dir
+            ended = resumed and told is not None and told.had_stopped(state)
+            state = self._loop(steps, state, events, last=state.step if ended else self.schedule.num_steps)
             self.writer.wait()
-            if state.step == self.schedule.num_steps or (told is not None and told.stopped):
+            if ended or state.step == self.schedule.num_steps or (told is not None and told.stopped):
                 self._finish(state)
             elif self.rank.index == 0:
                 self.log.leave(state.step, self.schedule.num_steps)
         self.rank.barrier()
         return self.model.module.model
 
+    def _loop(self, steps: Iterator[RankStep], state: TrainState, events: Events, last: int) -> TrainState:
+        schedule = dataclasses.replace(self.schedule, num_steps=last)
+        soundness = Soundness(
+            self.engine,
+            skips=self.config.nonfinite_loss == "skip",
+            hosts=self.hosts,
+            on_skip=self._keep_skipped,
+            before_stop=self.writer.wait,  # the last sound checkpoint is kept
+        )
+        return run_loop(
+            self.engine, steps, schedule, state, events, objective=self.objective, soundness=soundness
+        )
+
     def _finish(self, state: TrainState) -> None:
         if self.config.load_best_model_at_end and state.best_checkpoint:
             self.engine.load(self.job.output_dir / state.best_checkpoint / "engine")
-            self._say(f"the best model is {state.best_checkpoint} (metric {state.best_metric:.4f})")
+            metric = state.best_checkpoint_metric
+            self._say(f"the best model is {state.best_checkpoint} (metric {metric:.4f})")
+        elif self.config.load_best_model_at_end:
+            self._say("no checkpoint was evaluated (`load_best_model_at_end`): the model is the last step's")
         self._write_model()
         self._report({"step": state.step, "train_loss": state.train_loss})
         self.rank.barrier()
@@ -236,7 +242,7 @@ class _RankRun:
         state = TrainState() if source is None else read_state(source)
         if source is not None and source.parent != self.job.output_dir:
             # The best checkpoint so far is the other directory's.
-            state.best_metric = state.best_checkpoint = None
+            state.best_checkpoint = state.best_checkpoint_metric = None
         state.num_workers = self.rank.count
         return source, state
 
@@ -283,7 +289,12 @@ class _RankRun:
             self.callbacks.logged(record)
 
     def _evaluate(self, state: TrainState) -> bool:
-        """Evaluate every set; note which checkpoint is the best. Whether this step is to be saved for it."""
+        """Evaluate every set, and note how good the model is. Whether this step is to be saved for it."""
+        if not self.job.eval_sets and not self.schedule.evaluates(state.step):
+            raise ConfigError(
+                "a callback asks for an evaluation (`should_evaluate`), and there is no `eval_dataset`. "
+                "Pass one."
+            )
         found: Record = {}
         parts = self.config.sequence_parallel_size
         batch_rows = self.config.per_device_eval_batch_size * (self.rank.count // parts)
@@ -317,11 +328,11 @@ class _RankRun:
             self._report(record)
             if self.callbacks is not None:
                 self.callbacks.evaluated(record)
-        # A better model that no checkpoint holds must not stand in the way of one that is kept.
-        saves_best = self.config.save_strategy == "best" and state.step > 0
-        if saves_best or self.schedule.saves(state.step):
-            return note_best(state, found, self.config) and saves_best
-        return False
+        value = note_metric(state, found, self.config)
+        self._measured = (state.step, value)
+        if value is None or self.config.save_strategy != "best" or state.step == 0:
+            return False
+        return is_better(value, state.best_checkpoint_metric, self.config)
 
     def _save(self, state: TrainState) -> None:
         self.log.sync()
@@ -340,6 +351,8 @@ class _RankRun:
                 return Snapshot(engine)
             return Snapshot(engine, export.take(model, gathered, host, attributes, place))
 
+        measured_at, value = self._measured
+        note_checkpoint(state, value if measured_at == state.step else None, self.config)
         if self.callbacks is not None:
             state.callbacks = self.callbacks.exported()
         files = {}

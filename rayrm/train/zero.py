@@ -32,6 +32,7 @@ from rayrm.model.cost import head_sizes
 from rayrm.model.forward import DeviceBatch, PackedScorer
 from rayrm.model.sequence import Attend, Exchange
 from rayrm.train.build import on_first_rank
+from rayrm.train.engine import AroundUpdate
 from rayrm.train.engine_state import (
     EngineState,
     Holding,
@@ -211,6 +212,7 @@ class DeepSpeedEngine:
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._norm = torch.zeros((), device=device)
         self.scheduler = scheduler
+        self.around_update: AroundUpdate = contextlib.nullcontext
         if self._stage == 0:
             optimizer.register_step_pre_hook(self._clip)
         if offloads_optimizer(settings) and on_first_rank():
@@ -252,7 +254,9 @@ class DeepSpeedEngine:
     def step(self) -> torch.Tensor:
         # Where an overflow (fp16) leaves the update out, stage 0 measures nothing.
         self._norm = torch.full((), torch.nan, device=self.device)
-        self._engine.step()
+        # The optimizer itself is called several times a step: for each group of parameters, or part of one.
+        with self.around_update():
+            self._engine.step()
         if self._stage > 0:
             self._norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
         return self._norm.detach().float()

@@ -143,6 +143,41 @@ def test_what_a_callback_vetoes_is_not_saved_and_what_it_wants_is_on_disk_when_i
     assert saves.found == [True]
 
 
+class AsksWhenLogged(TrainerCallback):
+    """Asks for what is not in the settings, and writes each update down."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **given: Any) -> None:
+        if "loss" in logs and state.global_step == 2:
+            control.should_evaluate = control.should_save = True
+        control.should_training_stop = "loss" in logs and state.global_step == 3
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._write(args, "before", state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._write(args, "after", state.global_step)
+
+    def _write(self, args: Any, *words: Any) -> None:
+        with (Path(args.output_dir) / "updates.jsonl").open("a") as out:
+            out.write(json.dumps([args.process_index, *words]) + "\n")
+
+
+@pytest.mark.parametrize("zero_stage", [None, 2])
+def test_all_ranks_do_what_a_callback_asks_for_when_it_is_told_of_a_log(
+    ray_cluster: None, tmp_path: Path, zero_stage: int | None
+) -> None:
+    scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5})
+    trainer = trainer_of(
+        tmp_path / "run", [AsksWhenLogged], max_steps=4, logging_steps=1, save_strategy="no", rows=32,
+        zero_stage=zero_stage, scaling_config=scaling,
+    )  # fmt: skip
+    assert trainer.train().global_step == 3
+    assert [place.name for place in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [record["step"] for record in trainer.state.log_history if "eval_loss" in record] == [2]
+    updates = [json.loads(line) for line in (tmp_path / "run" / "updates.jsonl").read_text().splitlines()]
+    assert updates == [[0, when, step] for step in range(3) for when in ("before", "after")]
+
+
 class Fails(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         raise RuntimeError("no more")

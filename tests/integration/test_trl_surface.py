@@ -64,9 +64,11 @@ def test_the_tokenized_rows_are_trls(both: tuple[Any, RewardTrainer]) -> None:
     for place in (0, 5, -1):
         for key in ("chosen_ids", "rejected_ids"):
             assert ours.train_dataset[place][key] == theirs.train_dataset[place][key]
-    assert [row["chosen_ids"] for row in ours.train_dataset][:3] == [
-        row["chosen_ids"] for row in ours.train_dataset[:3]
-    ]
+    for key in ("chosen_ids", "rejected_ids"):
+        assert list(ours.train_dataset[key]) == list(theirs.train_dataset[key])
+        assert ours.train_dataset[2:5][key] == theirs.train_dataset[2:5][key]
+        assert ours.train_dataset[[3, 1]][key] == theirs.train_dataset[[3, 1]][key]
+    assert ours.predict(ours.train_dataset).metrics["test_num_pairs"] == 16
     assert list(ours.eval_dataset) == ["a", "b"]
     with pytest.raises(IndexError):
         ours.train_dataset[16]

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import enum
 import inspect
+import json
 import math
 import pickle
 from pathlib import Path
@@ -175,6 +176,35 @@ def test_scalars_on_a_transformers_command_line_are_parsed() -> None:
     words = ["--output_dir", "x", "--learning_rate", "2e-6", "--max_length", "32", "--bf16", "false"]
     (config,) = transformers.HfArgumentParser(RewardConfig).parse_args_into_dataclasses(words)
     assert config == RewardConfig("x", learning_rate=2e-6, max_length=32, bf16=False)
+
+
+TABLES = {
+    "lr_scheduler_kwargs": {"num_cycles": 2},
+    "model_init_kwargs": {"dtype": "float32", "num_hidden_layers": 2},
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "activation_checkpointing_kwargs": {"use_reentrant": True},
+    "deepspeed": {"zero_optimization": {"stage": 2}},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_on_a_transformers_command_line_are_json(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    parser = transformers.HfArgumentParser(RewardConfig)
+    (config,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", "x", f"--{name}", json.dumps(TABLES[name])]
+    )
+    assert config == RewardConfig("x", **{name: TABLES[name]})
+    assert getattr(config, name) == TABLES[name]
+    (config,) = parser.parse_args_into_dataclasses(["--output_dir", "x", "--activation-checkpointing", "no"])
+    assert not config.gradient_checkpointing
+
+
+def test_what_is_no_table_is_refused_with_an_example() -> None:
+    for value in ("cosine", 3, [1]):
+        said = refusal(lr_scheduler_kwargs=value)
+        assert said.startswith(f"`lr_scheduler_kwargs` ({value!r}): must be a table, or one as JSON text")
+    assert "is not valid JSON" in refusal(lr_scheduler_kwargs='{"num_cycles": 2')
 
 
 @pytest.mark.parametrize("name", sorted(NOT_HONOURED))

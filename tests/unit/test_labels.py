@@ -309,9 +309,10 @@ def test_compute_metrics_is_for_rows_with_two_sides() -> None:
 
 def test_a_trainer_s_rows_say_what_the_source_said() -> None:
     rows = Rows(TokenizedSet.of_table(table_of(LABELLED)))
-    assert rows[0] == {"chosen_ids": [5, 6], "rejected_ids": [5, 7], "target": 0.25}
-    assert rows[1] == {"completion_ids": [[5, 8], [5, 9, 9]], "scores": [2.5, -1.0]}
-    assert rows[2] == {"completion_ids": [[5, 6], [5, 7]], "ranks": [0, 0]}
+    said = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    assert said[0] == {"chosen_ids": [5, 6], "rejected_ids": [5, 7], "margin": 0.0, "target": 0.25}
+    assert said[1] == {"completion_ids": [[5, 8], [5, 9, 9]], "scores": [2.5, -1.0]}
+    assert said[2] == {"completion_ids": [[5, 6], [5, 7]], "ranks": [0, 0], "margin": 0.0, "target": 1.0}
 
 
 def test_inspect_tells_what_rows_say_and_what_a_run_needs_for_it(tmp_path: Path) -> None:
