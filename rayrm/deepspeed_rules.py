@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from rayrm.deepspeed_keys import KEYS, check_keys
 from rayrm.deepspeed_sections import (
     QUANTIZED,
     at,
@@ -42,6 +43,9 @@ _ONLY: Final[dict[tuple[str, ...], tuple[Any, str]]] = {
     ("torch_autocast", "enabled"): (False, "`bf16` and `fp16` say it"),
     ("amp", "enabled"): (False, "`bf16` and `fp16` say it"),
     ("data_types", "grad_accum_dtype"): ("fp32", "gradients are added up in float32"),
+    ("data_types", "param_dtype"): ("fp32", "weights are float32, and `bf16` and `fp16` autocast them"),
+    ("gradient_allreduce_op",): ("mean", "a step's loss is divided for gradients that are averaged"),
+    ("zero_optimization", "compute_grad_norm"): (True, "the norm of the gradient is logged"),
 }
 """A key of DeepSpeed's -> the only value it may have, and why."""
 _NO_NUMBERS: Final = {"aio", "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown"}
@@ -49,7 +53,7 @@ _NO_NUMBERS: Final = {"aio", "steps_per_print", "wall_clock_breakdown", "dump_st
 
 
 def read_deepspeed(deepspeed: Table | str) -> Table:
-    """The configuration without its "auto" values: what is absent is ours to say.
+    """The configuration without its "auto" and null values: what is absent is ours to say.
 
     Raises:
         ConfigError: it is no file, or no table.
@@ -75,7 +79,7 @@ def _without_auto(section: Table) -> Table:
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in section.items()
-        if value != "auto"
+        if value is not None and value != "auto"
     }
 
 
@@ -116,6 +120,9 @@ def check_deepspeed(config: RewardConfig) -> list[str]:
         table = read_deepspeed(config.deepspeed)
     except ConfigError as problem:
         return [*problems, str(problem)]
+    problems += check_keys(table)
+    if any(not isinstance(table.get(path[0]) or {}, dict) for path in KEYS if path):
+        return problems  # which say so, and nothing can be read there
     problems += [*check_optimizer(table, config), *check_scheduler(table, config)]
     stage = at(table, "zero_optimization", "stage")
     if stage not in (None, 0, 1, 2, 3):
@@ -208,18 +215,31 @@ def check_partition(table: Table, num_workers: int) -> None:
         )
 
 
-def without_effect(table: Table, config: RewardConfig) -> list[str]:
-    """What the file says and a run cannot heed, each with the reason."""
+def without_effect(table: Table, config: RewardConfig, *, autocast: bool) -> list[str]:
+    """What the file says and a run cannot heed, each with the reason. `autocast`: it computes in 16 bits."""
     found = []
     if at(table, "zero_optimization", "overlap_comm"):
         found.append(
             "`deepspeed.zero_optimization.overlap_comm` (true) is off: DeepSpeed overlaps only where it "
             "manages accumulation itself"
         )
-    scaling = sorted({*table.get("fp16", {})} - {"enabled"})
-    if scaling and at(table, "fp16", "enabled") is not False:
+    for key, why in (
+        ("fp16", "fp16 is autocast, with the loss scale that torch has"),
+        ("bf16", "bf16 is autocast over float32 weights, gradients and state"),
+        ("bfloat16", "bf16 is autocast over float32 weights, gradients and state"),
+    ):
+        others = sorted({*table.get(key, {})} - {"enabled"})
+        if others and at(table, key, "enabled") is not False:
+            found.append(f"`deepspeed.{key}` ({', '.join(others)}) is not used: {why}")
+    if table.get("activation_checkpointing"):
         found.append(
-            f"`deepspeed.fp16` ({', '.join(scaling)}) is not used: fp16 is autocast, and torch's loss scale"
+            "`deepspeed.activation_checkpointing` is not used: `gradient_checkpointing` says whether layers "
+            "are computed again"
+        )
+    if table.get("communication_data_type") and autocast:
+        found.append(
+            f"`deepspeed.communication_data_type` ({table['communication_data_type']}) is not used under "
+            "autocast: gradients are averaged in float32"
         )
     if (
         "scheduler" in table

@@ -24,7 +24,11 @@ _HOW_COMPUTED: Final = {"torch_adam", "fp32_optimizer_states"}
 _OFFLOADED: Final = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 _DEVICES: Final = ("none", "cpu", "nvme")
 # Deprecated names, which DeepSpeed reads as a section with device "cpu".
-_OLD: Final = {"cpu_offload": "offload_optimizer", "cpu_offload_params": "offload_param"}
+_OLD: Final = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "cpu_offload_params": "offload_param",
+}
 QUANTIZED: Final = (
     "zero_quantized_weights",
     "zero_quantized_nontrainable_weights",
@@ -173,6 +177,12 @@ def check_zero_plus_plus(table: Table, config: RewardConfig) -> list[str]:
             f"{stage}. Delete it, or set `zero_optimization.stage` to 3."
             for key in [*chosen, *(["zero_hpz_partition_size"] if size != 1 else [])]
         ]
+    if "zero_quantized_weights" in chosen and (config.bf16 or config.fp16):
+        word = "bf16" if config.bf16 else "fp16"
+        problems.append(
+            f"`deepspeed.zero_optimization.zero_quantized_weights` (true) and `{word}` (True): DeepSpeed "
+            f"does not quantize weights under autocast. Type `{word}=false`, or delete it."
+        )
     if not isinstance(size, int) or size < 1:
         problems.append(
             f"`deepspeed.zero_optimization.zero_hpz_partition_size` ({size!r}) must be a whole number from 1 "

@@ -32,6 +32,8 @@ SECTIONS: dict[str, type] = {
     "serve": ServeConfig,
 }
 """A run file's sections and what each becomes."""
+_SECRETS = ("token", "use_auth_token", "hub_token")
+"""In tables: arguments that open gated repositories."""
 
 
 @dataclasses.dataclass
@@ -140,7 +142,8 @@ def dump_run(run: Run) -> str:
     """The resolved run as TOML; `read_run` of it gives an equal run, but for credentials in URLs (`***`).
 
     Settings that are None are left out, or written "none" where None is not the default; so are None values
-    inside tables, and secrets (fields without a repr). Raises ConfigError for a value that TOML cannot hold.
+    inside tables, and secrets (fields without a repr, and tokens in tables). Raises ConfigError for a value
+    that TOML cannot hold.
     """
     return dump_tables({section: getattr(run, section) for section in SECTIONS})
 
@@ -266,6 +269,11 @@ def _misplaced(name: str, sections: Mapping[str, type]) -> str:
     return f"`[{name}]` is no section.{_sections(name, sections)}"
 
 
+def without_secrets(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table without what the hub takes as a token; `True`, which means the stored one, is none."""
+    return {k: v for k, v in table.items() if not (k in _SECRETS and isinstance(v, str))}
+
+
 def _storable(value: Any, key: str) -> Any:
     """`value` in TOML's types; a torch dtype becomes its name, which transformers reads back."""
     if isinstance(value, str):
@@ -273,7 +281,8 @@ def _storable(value: Any, key: str) -> Any:
     if isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(k): _storable(v, f"{key}.{k}") for k, v in value.items() if v is not None}
+        told = without_secrets(value)
+        return {str(k): _storable(v, f"{key}.{k}") for k, v in told.items() if v is not None}
     if isinstance(value, list | tuple):
         return [_storable(item, key) for item in value]
     if dataclasses.is_dataclass(value):

@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
         "logs",
         "settings",
         "unsupported",
+        "deepspeed_keys",
         "deepspeed_rules",
         "objective",
         "deepspeed_sections",

@@ -25,6 +25,14 @@ logger = logging.getLogger("rayrm.model")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADS = ("score", "classifier", "classification_head")
+_ON_FEW_BITS = (True, False, "gaussian", "eva")
+"""`init_lora_weights` that neither change the base nor take its weights in pieces."""
+_NOT_REPEATED = {
+    "pissa_niter_": "directions drawn at random, which are drawn anew when it is loaded",
+    "corda": "what `preprocess_corda` found in texts, which is not saved",
+    "lora_ga": "gradients, which are not saved",
+}
+"""How `init_lora_weights` begins -> by what it changes the base."""
 
 
 def is_adapted(model: Any) -> bool:
@@ -92,12 +100,48 @@ def check_settings(config: Any, named: str) -> None:
             f"{named}: {kind} has no `modules_to_save`, by which the reward head is trained and saved. Use "
             "LoRA (which has `trainable_token_indices` for tokens), IA3 or another method that has it."
         )
+    check_init(config, named)
 
 
-def add_adapter(model: PreTrainedModel, peft_config: Any, new_tokens: Sequence[int] = ()) -> torch.nn.Module:
+def check_init(config: Any, named: str, *, quantized: bool = False) -> None:
+    """Raise ModelError where LoRA begins in a way that cannot be repeated when the adapter is loaded.
+
+    PEFT 0.21 saves the adapter's weights alone, and begins again on the base before it reads them: one that
+    changes the base must change it alike. `quantized`: the base is in 4 or 8 bits.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    if quantized and init == "loftq":
+        raise ModelError(
+            f"{named}: LoftQ (`init_lora_weights`) rounds the base itself, from weights in full precision, "
+            "and these are in 4 or 8 bits already. Leave the quantization out, or set "
+            "`init_lora_weights=True`."
+        )
+    if quantized and init not in _ON_FEW_BITS:
+        raise ModelError(
+            f"{named}: `init_lora_weights` ({init!r}) needs the base's weights in full precision, and these "
+            "are in 4 or 8 bits: what it leaves of them, rounded anew, would not be there when the adapter "
+            "is loaded. Set `init_lora_weights=True`, or leave the quantization out."
+        )
+    for kind, reason in _NOT_REPEATED.items():
+        if isinstance(init, str) and init.startswith(kind):
+            raise ModelError(
+                f"{named}: `init_lora_weights` ({init!r}) changes the base's weights by {reason}: the saved "
+                'adapter would not have the scores of training. Set it to "pissa", "olora" or True, or '
+                "convert the adapter (PEFT: `path_initial_model_for_weight_conversion`)."
+            )
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    peft_config: Any,
+    new_tokens: Sequence[int] = (),
+    *,
+    revision: str | None = None,
+) -> torch.nn.Module:
     """Put an adapter on the model; the reward head is trained and saved with it without being asked.
 
     `new_tokens`: ids that the run adds to the vocabulary, whose embeddings are trained and saved too.
+    `revision`: the model's, which the adapter's files name beside it.
     """
     from peft import get_peft_model
 
@@ -112,8 +156,8 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, new_tokens: Sequence[i
     if new_tokens:
         _train_tokens(model, peft_config, new_tokens)
     try:
-        adapted: torch.nn.Module = get_peft_model(model, peft_config)
-    except ValueError as error:
+        adapted: torch.nn.Module = get_peft_model(model, peft_config, revision=revision)
+    except (ValueError, TypeError) as error:
         raise ModelError(f"`peft_config` does not fit {type(model).__name__}: {error}") from error
     _warn_of_a_base_in_memory(adapted)
     return adapted
@@ -204,6 +248,7 @@ def open_adapter(base: PreTrainedModel, directory: Path, *, trainable: bool = Fa
     """A `PeftModel` of `base` with the adapter saved in `directory`."""
     from peft import PeftModel
 
+    check_init(settings_of(directory), f"adapter `{directory}`")
     own = {name for name, _ in base.named_parameters()}
     try:
         adapted = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
@@ -250,9 +295,14 @@ def _no_fit(directory: Path, said: str) -> str:
 
 
 def embedding_is_saved(model: Any) -> bool:
-    """Whether an adapter's files hold the whole input embedding: it grew, and not only by trained rows."""
+    """Whether an adapter's files hold the base's whole input embedding: it grew, not only by trained rows.
+
+    One that is trained whole (`modules_to_save`) is the adapter's own, and saved as that.
+    """
     config = model.peft_config[active_adapter(model)]
     base = config.base_model_name_or_path
+    if hasattr(unwrapped(model).get_input_embeddings(), "modules_to_save"):
+        return False
     if not base or getattr(config, "trainable_token_indices", None):
         return False
     try:

@@ -80,11 +80,16 @@ def check_name(name: str, init: Mapping[str, Any], *, trust_remote_code: bool = 
             f"`model_init_kwargs` asks for `num_labels={init['num_labels']}`, but reward models require "
             "`num_labels=1`. Remove it."
         )
+    if "use_auth_token" in init:
+        raise ModelError("`model_init_kwargs` has `use_auth_token`, whose name is `token` now. Rename it.")
     if (Path(name) / ADAPTER_CONFIG).exists():
         return None
     try:
         config = AutoConfig.from_pretrained(
-            name, trust_remote_code=trust_remote_code, revision=init.get("revision") or "main"
+            name,
+            trust_remote_code=trust_remote_code,
+            revision=init.get("revision") or "main",
+            token=init.get("token"),
         )
     except (OSError, ValueError, KeyError) as error:
         here = "" if Path(name).is_dir() else f"there is no directory `{name}` here, and as a hub name: "
@@ -209,12 +214,18 @@ def check_num_labels(model: torch.nn.Module) -> None:
         )
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The tokenizer saved with `name`."""
+def load_tokenizer(
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Any:
+    """The tokenizer saved with `name`; `token` is the hub's."""
     _check_source(name)
     try:
         return AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code, revision=revision or "main"
+            name, trust_remote_code=trust_remote_code, revision=revision or "main", token=token
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
@@ -289,6 +300,12 @@ def read_facts(directory: Path) -> dict[str, Any]:
     return facts
 
 
+def grow_to(base: PreTrainedModel, tokenizer: Any) -> None:
+    """Give each token of an adapter an embedding: where it added some, what is trained of them is its own."""
+    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(len(tokenizer))
+
+
 def load_adapted(
     directory: Path, *, trainable: bool = False, quantized: dict[str, Any] | None = None, **init: Any
 ) -> Any:
@@ -299,15 +316,13 @@ def load_adapted(
     """
     if quantized is not None:
         init |= {"quantization_config": quantization_from(quantized), "device_map": {"": "cpu"}}
-    base = load_model(settings_of(directory).base_model_name_or_path, new_head=False, **init)
+    settings = settings_of(directory)
+    if settings.revision:
+        init.setdefault("revision", settings.revision)
+    base = load_model(settings.base_model_name_or_path, new_head=False, **init)
     if quantized is not None:
         with quiet_transformers():
             base = base.dequantize(dtype=base.dtype)
     if (directory / "tokenizer_config.json").exists():
-        # Tokens may have been added; what is trained of their embeddings is the adapter's.
-        num_tokens = len(
-            load_tokenizer(str(directory), trust_remote_code=init.get("trust_remote_code", False))
-        )
-        if num_tokens > base.get_input_embeddings().num_embeddings:
-            base.resize_token_embeddings(num_tokens)
+        grow_to(base, load_tokenizer(str(directory), trust_remote_code=init.get("trust_remote_code", False)))
     return open_adapter(base, directory, trainable=trainable)

@@ -26,6 +26,7 @@ from rayrm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, misfit, name_i
 from rayrm.model.layout import unwrapped
 from rayrm.model.reward_model import (
     LoadedModel,
+    grow_to,
     load_model,
     load_tokenizer,
     position_limit,
@@ -136,7 +137,7 @@ class SharedBases:
         if (directory / MANIFEST).is_file():
             directory = open_published(directory).path
         config = settings_of(directory)
-        if reason := _not_apart(config):
+        if reason := _not_apart(config, read_facts(directory)):
             logger.info("%s has a base of its own: %s", directory, reason)
             return RewardModel.from_pretrained(
                 directory, device=self._device, max_tokens_per_batch=max_tokens_per_batch
@@ -203,7 +204,12 @@ def _load_adapter(directory: Path, config: Any, base: SharedWeights) -> LoadedMo
         for name, _ in base.model.named_parameters()
         if name in named and apart.isdisjoint(name.split("."))
     }
+    tokenizer = load_tokenizer(str(directory))
+    embedding = base.model.get_input_embeddings().weight
+    if len(tokenizer) > len(embedding):  # grown in place
+        copied |= {name for name, parameter in base.model.named_parameters() if parameter is embedding}
     tree = base.copy_with(copied)
+    grow_to(tree, tokenizer)
     try:
         # A copy: PEFT writes into the configuration that it is given.
         adapted = PeftModel.from_pretrained(
@@ -214,7 +220,6 @@ def _load_adapter(directory: Path, config: Any, base: SharedWeights) -> LoadedMo
     if said := misfit(adapted, stored, copied):
         raise ModelError(_no_fit(directory, base, said))
     facts = read_facts(directory)
-    tokenizer = load_tokenizer(str(directory))
     pad_token_id = facts.get("pad_token_id", tree.config.get_text_config().pad_token_id)
     if pad_token_id is not None:
         set_pad_token(adapted, pad_token_id)
@@ -230,8 +235,10 @@ def _no_fit(directory: Path, base: SharedWeights, said: str) -> str:
     )
 
 
-def _not_apart(config: Any) -> str | None:
+def _not_apart(config: Any, facts: Mapping[str, Any]) -> str | None:
     """Why an adapter of this configuration cannot lie beside weights that others use, or None."""
+    if facts.get("quantization"):
+        return "it was trained on weights in 4 or 8 bits, and scores on those"
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in _APART:
         return f"{kind} is merged"

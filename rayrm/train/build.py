@@ -22,6 +22,7 @@ from rayrm.model.adapters import (
     add_adapter,
     adopt_adapter,
     check_given,
+    check_init,
     check_settings,
     is_adapted,
     settings_of,
@@ -35,6 +36,7 @@ from rayrm.model.reward_model import (
     check_router,
     load_adapted,
     load_model,
+    read_facts,
     set_pad_token,
 )
 from rayrm.model.saving import add_tags
@@ -129,7 +131,9 @@ def build_model(source: ModelSource, config: RewardConfig, tokenizer: Any) -> to
             tokenizer.pad_token,
         )
     if source.peft_config is not None:
-        model = add_adapter(inner, source.peft_config, new_tokens)
+        loaded = isinstance(source.model, str)
+        revision = (config.model_init_kwargs or {}).get("revision") if loaded else None
+        model = add_adapter(inner, source.peft_config, new_tokens, revision=revision)
         adapted = True
     give_attributes(model, config, source.place)
     if config.disable_dropout:
@@ -149,6 +153,12 @@ def _load(source: ModelSource, config: RewardConfig) -> torch.nn.Module:
         init["quantization_config"] = bitsandbytes_config(quantization, compute_dtype=computes)
         init["device_map"] = {"": device}  # weights in few bits stay where they were made
     directory = source.adapter_directory
+    if directory is not None and quantization is None and read_facts(directory).get("quantization"):
+        logger.warning(
+            "adapter `%s` was trained on weights in 4 or 8 bits, and goes on here on the weights in full "
+            "precision: its scores begin elsewhere. Pass the same `quantization_config` to go on from them.",
+            directory,
+        )
     loaded: torch.nn.Module = (
         load_model(source.name, **init)
         if directory is None
@@ -293,6 +303,7 @@ def _check_quantized(source: ModelSource, config: RewardConfig, found: Any) -> N
             "weights in 4 or 8 bits cannot be trained: only an adapter on them can. Pass `peft_config` (for "
             "example `peft.LoraConfig()`; in a run file type `model.lora.r=16`)."
         )
+    check_init(source.adapter, "the adapter", quantized=True)
     if resolved_stage(config) == 3:
         raise ConfigError(
             "ZeRO stage 3 cuts weights in pieces, which those in 4 or 8 bits do not allow. Type "
@@ -344,6 +355,11 @@ def check_peft(source: ModelSource) -> None:
         )
     _check_tuner(source.peft_config, "`peft_config`")
     check_settings(source.peft_config, "`peft_config`")
+    if getattr(source.peft_config, "init_lora_weights", None) == "eva":
+        raise ConfigError(
+            '`peft_config` has `init_lora_weights="eva"`, which begins from texts that PEFT is shown by '
+            "`initialize_lora_eva_weights`. Make the `PeftModel` yourself, call that, and pass the model."
+        )
     if source.adapter_directory is not None:
         raise ModelError(
             f"model directory `{source.model}` holds an adapter, and `peft_config` (`model.lora`) would put "

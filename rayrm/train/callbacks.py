@@ -21,6 +21,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 
 from rayrm.config import RewardConfig
 from rayrm.errors import ConfigError, RayrmError
+from rayrm.runfile import without_secrets
 from rayrm.train.checkpoint import TrainState
 from rayrm.train.engine import Engine
 from rayrm.train.loop import Due, Record, Schedule
@@ -67,8 +68,11 @@ class CallbackArgs:
         self.eval_batch_size = config.per_device_eval_batch_size
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings; a token of the hub is masked, as with transformers."""
-        fields = dataclasses.asdict(self._config)
+        """The settings; a token of the hub is masked, as with transformers, and in no table."""
+        fields = {
+            key: without_secrets(value) if isinstance(value, dict) else value
+            for key, value in dataclasses.asdict(self._config).items()
+        }
         hidden = {
             key: f"<{key.upper()}>" for key, value in fields.items() if key.endswith("_token") and value
         }

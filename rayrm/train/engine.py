@@ -26,6 +26,7 @@ from rayrm.train.engine_state import (
     whole_holdings,
 )
 from rayrm.train.host_memory import HostMemory
+from rayrm.train.loss_scale import LossScale
 from rayrm.train.precision import Precision, in_precision
 from rayrm.train.row_gradient import RowGradient
 
@@ -39,13 +40,17 @@ class Engine(Protocol):
     device: torch.device
     world_size: int
     module: PackedScorer
-    scales_loss: bool
     optimizer: torch.optim.Optimizer
     """As it was made; ZeRO steps by it."""
     scheduler: torch.optim.lr_scheduler.LRScheduler
     around_update: AroundUpdate
     """Entered once a step, around the update. In PyTorch gradients are clipped before it and cleared after
     it; DeepSpeed does both within."""
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a norm that is not finite is a matter of the loss scale (fp16), which is then lowered."""
+        ...
 
     def train(self, mode: bool) -> None: ...
 
@@ -60,7 +65,8 @@ class Engine(Protocol):
     def step(self) -> torch.Tensor:
         """Average gradients over ranks, clip, update; the global gradient norm before clipping, a scalar.
 
-        One made to skip leaves everything but the gradients as it is where that norm is not finite.
+        One made to skip, and any in fp16, leaves everything but the gradients as it is where that norm is not
+        finite.
         """
         ...
 
@@ -109,16 +115,18 @@ class TorchEngine:
         self.around_update: AroundUpdate = contextlib.nullcontext
         self._max_grad_norm = max_grad_norm
         self._precision = precision
-        self.scales_loss = precision == "fp16"
-        self._skips_nonfinite = skips_nonfinite and not self.scales_loss  # the scaler does
-        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        # Unscaling reads the parameters' own gradients, and none is there while it is held by row.
-        self._embedding = None if self.scales_loss else RowGradient.of(unwrapped(module.model), device)
+        self._scale = LossScale() if precision == "fp16" else None
+        self._skips_nonfinite = skips_nonfinite
+        self._embedding = RowGradient.of(unwrapped(module.model), device)
         apart = None if self._embedding is None else self._embedding.weight
         self._dense = [p for p in module.parameters() if p.requires_grad and p is not apart]
         # What ranks tell each other between hosts, so that no device is waited for; None: all they say.
         between_devices = world_size > 1 and dist.get_backend() != "gloo"
         self._hosts = dist.new_group(backend="gloo") if between_devices else None
+
+    @property
+    def scales_loss(self) -> bool:
+        return self._scale is not None and not self._scale.is_spent
 
     def train(self, mode: bool) -> None:
         self.module.train(mode)
@@ -127,14 +135,15 @@ class TorchEngine:
         return in_precision(self.module, batch, self._precision)
 
     def backward(self, loss: torch.Tensor) -> None:
-        torch.autograd.backward(self._scaler.scale(loss))
+        torch.autograd.backward(loss if self._scale is None else loss * self._scale.scale)
 
     def step(self) -> torch.Tensor:
         gradients = self._gradients()
-        self._scaler.unscale_(self.optimizer)
+        if self._scale is not None:
+            torch._foreach_mul_(gradients, 1 / self._scale.scale)
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self._skips_nonfinite and not bool(torch.isfinite(norm)):
-            self.optimizer.zero_grad(set_to_none=True)
+        if self._is_left_out(norm):
+            self._clear_gradients()
             return norm
         if self._max_grad_norm > 0:
             # As torch.nn.utils.clip_grads_with_norm_, which takes parameters.
@@ -142,24 +151,22 @@ class TorchEngine:
         if self._embedding is not None:
             self._embedding.give(gradients[-1])
         with self.around_update():
-            updated = self._update()
-        if updated:
-            self.scheduler.step()
+            self.optimizer.step()
+        self.scheduler.step()
         if self._embedding is not None:
             self._embedding.clear()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         return norm
 
-    def _update(self) -> bool:
-        """The optimizer's step; False where gradients overflowed (fp16), so that there was none."""
-        if not self.scales_loss:
-            self.optimizer.step()
-            return True
-        scale = self._scaler.get_scale()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        # The scale is lowered after an overflow and then only; a fused optimizer tells it in no other way.
-        return self._scaler.get_scale() >= scale
+    def _is_left_out(self, norm: torch.Tensor) -> bool:
+        """Whether there is to be no update; reads the norm where that can be."""
+        if self._scale is not None:
+            return not self._scale.update(float(norm))
+        return self._skips_nonfinite and not bool(torch.isfinite(norm))
+
+    def _clear_gradients(self) -> None:
+        # All of the module's: an optimizer need not hold every parameter that has one.
+        self.module.zero_grad(set_to_none=True)
 
     def _gradients(self) -> list[torch.Tensor]:
         """This step's gradients, averaged over ranks; the embedding's touched rows come last."""
@@ -193,23 +200,24 @@ class TorchEngine:
         if self._embedding is not None:
             self._embedding.close()
         # Of a step that raised: an optimizer of the model's owner would take them for its own.
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
 
     def _is_first(self) -> bool:
         return self.world_size == 1 or dist.get_rank() == 0
 
     def state(self, host: HostMemory) -> EngineState:
-        common = common_state(self.optimizer, self.scheduler, self._scaler)
+        common = common_state(self.optimizer, self.scheduler, self._scale)
         holdings = whole_holdings(self.module, self.optimizer) if self._is_first() else []
         return take_state(self.optimizer, holdings, host, common)
 
     def load(self, directory: Path) -> None:
         reader = StateReader(directory)
-        reader.check(self.optimizer, [n for n, p in self.module.named_parameters() if p.requires_grad])
-        restore_state(self.optimizer, whole_holdings(self.module, self.optimizer), reader)
+        holdings = whole_holdings(self.module, self.optimizer)
+        reader.check(self.optimizer, [span.name for holding in holdings for span in holding.spans])
+        restore_state(self.optimizer, holdings, reader)
         self.scheduler.load_state_dict(reader.common["scheduler"])
-        if reader.common["scaler"]:
-            self._scaler.load_state_dict(reader.common["scaler"])
+        if self._scale is not None and reader.common["scaler"]:
+            self._scale.load_state_dict(reader.common["scaler"])
 
 
 def _average_in_buckets(gradients: list[torch.Tensor], world_size: int) -> None:

@@ -23,6 +23,7 @@ from safetensors import safe_open
 
 from rayrm.errors import CheckpointError
 from rayrm.train.host_memory import HostMemory
+from rayrm.train.loss_scale import LossScale
 
 ENGINE = "engine.json"
 WEIGHT = "weight"
@@ -94,7 +95,7 @@ def whole_holdings(module: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     ]
 
 
-def common_state(optimizer: torch.optim.Optimizer, scheduler: Any, scaler: Any) -> dict[str, Any]:
+def common_state(optimizer: torch.optim.Optimizer, scheduler: Any, scale: LossScale | None) -> dict[str, Any]:
     """What is no tensor and the same on every rank."""
     groups = [
         {key: value for key, value in group.items() if key not in _OF_THE_MACHINE}
@@ -105,7 +106,7 @@ def common_state(optimizer: torch.optim.Optimizer, scheduler: Any, scaler: Any) 
         "optimizer": type(optimizer).__name__,
         "groups": groups,
         "scheduler": scheduler.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
+        "scaler": None if scale is None else scale.state_dict(),
     }
 
 
@@ -182,8 +183,8 @@ class StateReader:
             for name, scalars in part["scalars"].items():
                 self.scalars.setdefault(name, {}).update(scalars)
 
-    def check(self, optimizer: torch.optim.Optimizer, trainable: Iterable[str]) -> None:
-        """Refuse the state of another optimizer or of other parameters."""
+    def check(self, optimizer: torch.optim.Optimizer, stepped: Iterable[str]) -> None:
+        """Refuse the state of another optimizer or of other parameters than those that it steps."""
         wrote, mine = self.common["optimizer"], type(optimizer).__name__
         if wrote != mine or len(self.common["groups"]) != len(optimizer.param_groups):
             raise CheckpointError(
@@ -191,7 +192,7 @@ class StateReader:
                 f"{len(self.common['groups'])} group(s), this run's is `{mine}` with "
                 f"{len(optimizer.param_groups)}. Resume with the optimizer that wrote it (`optim`)."
             )
-        different = sorted(set(trainable) ^ set(self._shapes))
+        different = sorted(set(stepped) ^ set(self._shapes))
         if different:
             raise CheckpointError(
                 f"`{self._directory}` does not hold the parameters that this run trains: "

@@ -115,10 +115,12 @@ def tokenizer_of(
             f"`processing_class` is a {type(processing_class).__name__}, and text is tokenized here. Pass "
             "its tokenizer (`processor.tokenizer`)."
         )
+    init = args.model_init_kwargs or {}
     tokenizer = processing_class or load_tokenizer(
         _tokenizer_place(source),
         trust_remote_code=args.trust_remote_code,
-        revision=(args.model_init_kwargs or {}).get("revision"),
+        revision=init.get("revision"),
+        token=init.get("token"),
     )
     before = set(tokenizer.get_vocab().values())
     prepared = prepare_tokenizer(

@@ -1,22 +1,24 @@
 """Offload to NVMe: what a machine must have for it, and a folder for each process to write to.
 
 DeepSpeed 0.19 names its files by rank and leaves them, so that two runs in one `nvme_path` would read each
-other's. Each process has a folder of its own there, locked while it lives (`holding`) and deleted at its end;
-what a killed process left is deleted by the next run that comes by.
+other's. Each process has a folder of its own there, locked while it can be seen (`holding`) and deleted at
+its end; what a killed process left is deleted by the next run that comes by, where the disk has locks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import read_deepspeed
@@ -28,6 +30,8 @@ from rayrm.train.rank import Hosts, Rank
 logger = logging.getLogger("rayrm.train")
 _SECTIONS = ("offload_optimizer", "offload_param")
 _PREFIX = "rayrm-"
+# Containers of one host may have its name, and process ids that are equal.
+_PROCESS = secrets.token_hex(4)
 _OR = 'Or set `device` to "cpu".'
 
 
@@ -46,7 +50,7 @@ def _path_of(zero: dict[str, Any], section: str) -> str | None:
 
 
 def _own_folder(nvme_path: str) -> Path:
-    return Path(nvme_path) / f"{_PREFIX}{socket.gethostname()}-{os.getpid()}"
+    return Path(nvme_path) / f"{_PREFIX}{socket.gethostname()}-{os.getpid()}-{_PROCESS}"
 
 
 @contextlib.contextmanager
@@ -102,10 +106,12 @@ def _load_operator(rank: Rank) -> None:
 @contextlib.contextmanager
 def _folder(nvme_path: str) -> Iterator[None]:
     own = _own_folder(nvme_path)
+    # Unseen until it is locked: what has no holder is deleted.
+    made = own.with_name(f".{own.name}")
     try:
         for folder in Path(nvme_path).glob(f"{_PREFIX}*"):
             _delete_if_left(folder)
-        own.mkdir(parents=True, exist_ok=True)
+        made.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"`nvme_path` ({nvme_path}) cannot be written to ({error.strerror}). Name a folder of a local "
@@ -115,7 +121,8 @@ def _folder(nvme_path: str) -> Iterator[None]:
     def taken(holder: str) -> None:
         raise ConfigError(f"`nvme_path`: {own} is written to by {holder}. Let that run end.")
 
-    with holding(own / LOCK, taken):
+    with holding(made / LOCK, taken):
+        made.rename(own)
         try:
             yield
         finally:
@@ -126,9 +133,20 @@ def _delete_if_left(folder: Path) -> None:
     """Delete a folder whose process has ended; one without a lock is not known to be left."""
     if not (folder / LOCK).exists():
         return
-    with contextlib.suppress(_Lives), holding(folder / LOCK, _lives):
+    with contextlib.suppress(_Lives), holding(folder / LOCK, _lives, flock=_surely):
         shutil.rmtree(folder, ignore_errors=True)
         logger.info("deleted %s, which a killed run left", folder)
+
+
+def _surely(lock: IO[str], how: int) -> None:
+    """Lock; where the disk has no locks, nobody knows who lives."""
+    try:
+        fcntl.flock(lock, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        lock.close()
+        raise _Lives(str(error)) from error
 
 
 class _Lives(Exception):

@@ -71,6 +71,12 @@ def check_optimizers(
     """`optimizers` as the trainer was given them; None for (None, None). Raises ConfigError."""
     if spec is not None:
         check_one_optimizer(config)
+        if named := sorted({"params", "model"} & set(spec[1])):
+            raise ConfigError(
+                f"`optimizer_cls_and_kwargs` has `{named[0]}`, and is given the parameters of each worker's "
+                "model. Leave it out: what is not to be trained is frozen (`requires_grad_(False)`) in the "
+                "model that is passed, or left out of `optimizers`."
+            )
     optimizer, scheduler = given
     if optimizer is None and scheduler is None:
         return None

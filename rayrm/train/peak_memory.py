@@ -65,15 +65,23 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, value: Any, *, made: bool) -> None:
         if not isinstance(value, torch.Tensor):
             return
-        storage = value.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes() if made else 0
-        self._known.add(key)
-        self._live += size
-        weakref.finalize(storage, self._forget, key, size).atexit = False
+        for tensor in _dense_parts(value):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._known:
+                continue
+            size = storage.nbytes() if made else 0
+            self._known.add(key)
+            self._live += size
+            weakref.finalize(storage, self._forget, key, size).atexit = False
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._live -= size
+
+
+def _dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What holds a tensor's memory: itself, or the places and values of a sparse one."""
+    if tensor.layout == torch.strided:
+        return [tensor]
+    return [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else []

@@ -22,7 +22,7 @@ from typing import Any
 from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import shaping
 from rayrm.errors import CheckpointError, ConfigError, RunDirectoryError
-from rayrm.runfile import dump_run, read_run
+from rayrm.runfile import dump_run, read_run, without_secrets
 from rayrm.settings import switch_word
 from rayrm.train.checkpoint import IDENTITY, MANIFEST, RUN, checkpoints, read_state, verify_checkpoint
 from rayrm.train.holding import LOCK, holding
@@ -95,7 +95,7 @@ def identity_of(
     optimizer: tuple[type, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """What must be equal for two starts to be one run."""
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
+    settings = {key: _told(value) for key, value in dataclasses.asdict(config).items() if key not in _FREE}
     return {
         "model": model,
         "adapter": None if adapter is None else _plain(adapter.to_dict()),
@@ -106,6 +106,14 @@ def identity_of(
         "optimizer": None if optimizer is None else f"{optimizer[0].__qualname__} {_plain(optimizer[1])}",
         **_plain({**settings, "deepspeed": shaping(config)}),
     }
+
+
+def _told(value: Any) -> Any:
+    """A setting without its secrets; one that was nothing else is none."""
+    if not isinstance(value, dict):
+        return value
+    told = without_secrets(value)
+    return None if value and not told else told
 
 
 def _table(quantization: Any) -> dict[str, Any]:

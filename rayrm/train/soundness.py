@@ -134,8 +134,8 @@ def _unsound(step: SeenStep, loss: float, norm: float, rows: Sequence[str]) -> s
     what = f"loss ({loss})" if not math.isfinite(loss) else f"gradient norm ({norm})"
     return (
         f"the {what} is not finite at step {step.number}, though the loss of each of its {step.num_rows} "
-        "rows is. Lower `learning_rate`, or train in fp32 (`bf16=false`); `nonfinite_loss=skip` leaves such "
-        "steps out. The last checkpoint is intact."
+        "rows is. Lower `learning_rate`, or train in fp32 (`bf16=false fp16=false`); "
+        "`nonfinite_loss=skip` leaves such steps out. The last checkpoint is intact."
     )
 
 

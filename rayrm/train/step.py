@@ -2,7 +2,7 @@
 
 Shapes: N scores, C comparisons, V scored completions of a micro-batch. What the step reports is summed on the
 device and read only when something is logged: in fp32 and bf16 there is no host sync inside a step
-(`tests/unit/test_no_sync.py`). Two wait for the device in each: fp16, whose loss scale is read to see whether
+(`tests/unit/test_no_sync.py`). Two wait for the device in each: fp16, whose gradient norm tells whether
 gradients overflowed, and DeepSpeed, which checks and clips on the host.
 """
 

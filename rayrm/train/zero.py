@@ -43,13 +43,14 @@ from rayrm.train.engine_state import (
     whole_holdings,
 )
 from rayrm.train.host_memory import HostMemory
+from rayrm.train.loss_scale import LossScale
 from rayrm.train.nvme import buffers_told, in_own_folders
 from rayrm.train.precision import Precision
 from rayrm.train.zero_state import (
     forget_state_on_disk,
     inner_optimizer,
-    loss_scaler,
     partition_holdings,
+    scale_by,
     share_weights,
     spread,
 )
@@ -60,7 +61,7 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # Rows per step are counted by the caller; mixed precision is autocast; optimizer and schedule are torch's.
 # Groups of ranks are ours too: DeepSpeed averages over all ranks.
 _OURS = (
-    "train_batch_size", "bf16", "bfloat16", "fp16", "optimizer", "scheduler",
+    "train_batch_size", "bf16", "bfloat16", "fp16", "amp", "optimizer", "scheduler",
     "sequence_parallel_size", "data_parallel_size",
 )  # fmt: skip
 
@@ -73,7 +74,7 @@ def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: in
     chosen: dict[str, Any] = {} if config.deepspeed is None else read_deepspeed(config.deepspeed)
     check_batch_size(chosen, config, num_workers)
     check_partition(chosen, num_workers)
-    for ignored in without_effect(chosen, config):
+    for ignored in without_effect(chosen, config, autocast=precision != "fp32"):
         if on_first_rank():
             logger.warning("%s", ignored)
     stage = resolved_stage(config) or 0
@@ -97,7 +98,8 @@ def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: in
     chosen["zero_optimization"] = in_own_folders(chosen["zero_optimization"])
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
-        chosen["torch_autocast"] = {"enabled": True, "dtype": dtype}
+        # Without the empty list, the gradients of linear layers would be averaged in that precision.
+        chosen["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
         chosen["data_types"] = {**chosen.get("data_types", {}), "grad_accum_dtype": "fp32"}
     return chosen
 
@@ -204,7 +206,8 @@ class DeepSpeedEngine:
         self.device = device
         self.world_size = world_size
         self.module = module
-        self.scales_loss = settings.get("torch_autocast", {}).get("dtype") == "float16"
+        is_fp16 = settings.get("torch_autocast", {}).get("dtype") == "float16"
+        self._scale = LossScale() if is_fp16 else None
         self._stage = int(settings["zero_optimization"]["stage"])
         self._max_grad_norm = max_grad_norm
         self._skips_nonfinite = skips_nonfinite
@@ -227,10 +230,21 @@ class DeepSpeedEngine:
             )
         if self._stage == 3:
             share_weights(self._engine.optimizer)
+        self._tell_scale()
+
+    def _tell_scale(self) -> None:
+        scale_by(self._engine, self._stage, None if self._scale is None else self._scale.scale)
+
+    @property
+    def scales_loss(self) -> bool:
+        return self._scale is not None and not self._scale.is_spent
 
     def _clip(self, *_: Any) -> None:
-        self._norm = torch.nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
-        if self._skips_nonfinite:
+        gradients = [p.grad for p in self._trainable if p.grad is not None]
+        if self._scale is not None:
+            torch._foreach_mul_(gradients, 1 / self._scale.scale)
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+        if self._skips_nonfinite or self._scale is not None:
             # As the optimizers of the other stages, which leave such a step out whatever was asked for:
             # DeepSpeed reads `overflow`, and then leaves the schedule alone.
             self.optimizer.overflow = not bool(torch.isfinite(self._norm))
@@ -249,16 +263,19 @@ class DeepSpeedEngine:
         return scores
 
     def backward(self, loss: torch.Tensor) -> None:
+        if self._stage == 0 and self._scale is not None:
+            loss = loss * self._scale.scale
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> torch.Tensor:
-        # Where an overflow (fp16) leaves the update out, stage 0 measures nothing.
-        self._norm = torch.full((), torch.nan, device=self.device)
         # The optimizer itself is called several times a step: for each group of parameters, or part of one.
         with self.around_update():
             self._engine.step()
         if self._stage > 0:
             self._norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
+        if self._scale is not None:
+            self._scale.update(float(self._norm))
+            self._tell_scale()
         return self._norm.detach().float()
 
     def learning_rate(self) -> float:
@@ -306,7 +323,7 @@ class DeepSpeedEngine:
 
     def state(self, host: HostMemory) -> EngineState:
         optimizer = inner_optimizer(self._engine, self._stage)
-        common = common_state(optimizer, self.scheduler, loss_scaler(self._engine, self._stage))
+        common = common_state(optimizer, self.scheduler, self._scale)
         common["counters"] = {name: getattr(self._engine, name) for name in _COUNTERS}
         mine = self._holdings() if self._stage > 0 or on_first_rank() else []
         return take_state(optimizer, mine, host, common)
@@ -322,9 +339,9 @@ class DeepSpeedEngine:
         self.scheduler.load_state_dict(reader.common["scheduler"])
         for name, value in reader.common.get("counters", {}).items():
             setattr(self._engine, name, value)
-        scaler = loss_scaler(self._engine, self._stage)
-        if scaler is not None and reader.common["scaler"]:
-            scaler.load_state_dict(reader.common["scaler"])
+        if self._scale is not None and reader.common["scaler"]:
+            self._scale.load_state_dict(reader.common["scaler"])
+            self._tell_scale()
 
 
 @contextlib.contextmanager

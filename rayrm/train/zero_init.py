@@ -46,11 +46,11 @@ def builds_in_parts(
     """
     if config.zero_init is False or resolved_stage(config) != 3:
         return False
-    check_zero_init_of(name, config)
     if rank.count == 1:
         if config.zero_init:
             say("`zero_init` (True) sets nothing here: one worker holds all of the model")
         return False
+    check_zero_init_of(name, config)
     if config.zero_init:
         say("`zero_init`: the model is loaded in parts")
         return True

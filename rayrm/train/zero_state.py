@@ -21,8 +21,18 @@ def inner_optimizer(engine: Any, stage: int) -> torch.optim.Optimizer:
     return optimizer
 
 
-def loss_scaler(engine: Any, stage: int) -> Any:
-    return engine.torch_autocast_z0_gradscaler if stage == 0 else engine.optimizer.torch_autocast_gradscaler
+def scale_by(engine: Any, stage: int, scale: float | None) -> None:
+    """Let DeepSpeed multiply losses by `scale`, and divide gradients by it before it measures and clips them.
+
+    None: it leaves both as they are. At stage 0 they are the caller's in either case. The scalers that
+    DeepSpeed itself makes beside autocast divide after clipping; and once a run in fp16 was in this process,
+    it makes them in whatever precision.
+    """
+    engine.torch_autocast_z0_gradscaler = None
+    if stage > 0:
+        engine.optimizer.torch_autocast_gradscaler = None
+        if scale is not None:
+            engine.optimizer.override_loss_scale(scale)
 
 
 def share_weights(zero: Any) -> None:

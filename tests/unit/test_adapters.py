@@ -23,7 +23,7 @@ from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, ModelError
 from rayrm.model.adapters import add_adapter
 from rayrm.model.head import head_parts
-from rayrm.model.reward_model import load_adapted, load_saved
+from rayrm.model.reward_model import load_adapted, load_model, load_saved
 from rayrm.model.saving import save_model
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.evaluation import score_model
@@ -302,3 +302,56 @@ def test_an_adapter_of_another_name_is_saved_at_the_root(base: Path, tmp_path: P
     save_model(given, tiny_tokenizer(), tmp_path / "saved", text_form="standard")
     assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "saved" / "reward").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'corda'")  # its settings are not looked at here
+@pytest.mark.parametrize(
+    ("init", "said"),
+    [
+        ("pissa_niter_4", "drawn anew when it is loaded"),
+        ("corda", "which is not saved"),
+        ("lora_ga", "gradients, which are not saved"),
+    ],
+)
+def test_a_beginning_that_a_saved_adapter_cannot_repeat_is_refused(
+    init: str, said: str, base: Path, tmp_path: Path
+) -> None:
+    """Loaded again, such adapters had scores that were wrong by more than their spread."""
+    begun = lora(init_lora_weights=init)
+    with pytest.raises(ModelError, match=rf"`peft_config`: `init_lora_weights` \({init!r}\).*{said}"):
+        check_source(ModelSource(str(base), begun), RewardConfig())
+    given = given_on(base)
+    given.peft_config["default"].init_lora_weights = init
+    with pytest.raises(ModelError, match=said):
+        check_source(ModelSource(given), RewardConfig())
+    given.save_pretrained(tmp_path / "saved")
+    config = tmp_path / "saved" / "adapter_config.json"
+    # PEFT's own: whatever it was made with.
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": init}))
+    with pytest.raises(ModelError, match=said):
+        load_adapted(tmp_path / "saved")
+
+
+def test_a_beginning_that_waits_for_texts_is_refused(base: Path) -> None:
+    with pytest.warns(UserWarning, match="EVA"):
+        begun = lora(init_lora_weights="eva")
+    with pytest.raises(ConfigError, match=r"initialize_lora_eva_weights.*pass the model"):
+        check_source(ModelSource(str(base), begun), RewardConfig())
+
+
+def test_an_adapter_names_the_revision_of_its_base_and_is_loaded_on_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RewardConfig(model_init_kwargs={"revision": "v2"})
+    model = build_model(ModelSource(str(base), lora()), config, tiny_tokenizer())
+    save_model(model, tiny_tokenizer(), tmp_path / "saved", text_form="standard")
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["revision"] == "v2"
+    asked = []
+
+    def load(name: str, **init: Any) -> Any:
+        asked.append(init.get("revision"))
+        return load_model(name, **init)
+
+    monkeypatch.setattr("rayrm.model.reward_model.load_model", load)
+    load_saved(tmp_path / "saved", device="cpu")
+    assert asked == ["v2"]

@@ -67,6 +67,13 @@ def test_auto_takes_the_field(table: dict[str, Any], field: str, said: Any, ours
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled` (True)"),
         ({"amp": {"enabled": True}}, "amp.enabled` (True)"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype` (bf16)"),
+        ({"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype` (bf16)"),
+        # It would make gradients as many times as large as there are workers.
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op` (sum)"),
+        (
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+            "zero_optimization.compute_grad_norm` (False)",
+        ),
     ],
     ids=str,
 )
@@ -319,7 +326,9 @@ def test_what_only_deepspeed_knows_passes_and_what_it_is_told_too_is_ours(
     assert made["wall_clock_breakdown"] is True
     assert made["steps_per_print"] == 7
     assert made["gradient_clipping"] == 0.5
-    assert made["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    # Gradients of linear layers are averaged in float32 too.
+    autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert made["torch_autocast"] == autocast
     assert not {"fp16", "bf16", "train_batch_size"} & set(made)
     assert caplog.text == ""
 

@@ -12,21 +12,28 @@ import torch.distributed as dist
 from rayrm.config import Optimizer, RewardConfig
 from rayrm.data.packing import pack_rows
 from rayrm.data.tokenize import TokenizedRow
+from rayrm.errors import ConfigError
 from rayrm.model.forward import PackedScorer
 from rayrm.model.layout import Layout
+from rayrm.train.checkpoint import ENGINE_DIR, TrainState
+from rayrm.train.checkpoint_writer import Snapshot
 from rayrm.train.engine import TorchEngine
-from rayrm.train.optimizer import make_optimizer, make_scheduler
+from rayrm.train.optimizer import check_optimizers, make_optimizer, make_scheduler
 from rayrm.train.step import train_step
 from tests.numerics.ranks import tokenized
 from tests.tiny import tiny_model
+from tests.whole_checkpoint import writer_of
 
 CPU = torch.device("cpu")
 
 
-def engine_of(world_size: int = 1, precision: Any = "fp32", **settings: Any) -> TorchEngine:
+def engine_of(
+    world_size: int = 1, precision: Any = "fp32", given: Any = None, **settings: Any
+) -> TorchEngine:
+    """`given`: the model's parameters -> an optimizer."""
     config = RewardConfig(**{"bf16": False, "max_grad_norm": 0.0, **settings})
     module = PackedScorer(tiny_model(seed=1), Layout("shared"))
-    optimizer = make_optimizer(module, config, None)
+    optimizer = make_optimizer(module, config, None) if given is None else given(module.model)
     return TorchEngine(
         module,
         optimizer,
@@ -68,6 +75,50 @@ def test_a_loss_that_is_scaled_gives_the_gradient_norm_of_one_that_is_not() -> N
     plain, scaled = (train_step(engine_of(precision=p), [batch], 4).grad_norm for p in ("fp32", "fp16"))
     # Ten bits of fp16 keep three digits; the scale is 65536.
     assert float(scaled) == pytest.approx(float(plain), rel=1e-2)
+
+
+def of_the_head(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.score.parameters(), lr=0.0, momentum=0.9)  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gradients_that_an_optimizer_does_not_hold_are_of_one_step_too(precision: str) -> None:
+    engine = engine_of(precision=precision, given=of_the_head)
+    batch = pack_rows(tokenized(4), 0)
+    # Weights stay where they are, and so does the gradient.
+    norms = [float(train_step(engine, [batch], 4).grad_norm) for _ in range(3)]
+    assert norms[1:] == norms[:1] * 2
+    whole = float(train_step(engine_of(precision=precision), [batch], 4).grad_norm)
+    assert norms[0] == pytest.approx(whole, rel=1e-6)
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
+
+
+def of_some(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Without the head, and with an embedding that is not trained."""
+    model.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
+    rest = [parameter for name, parameter in model.named_parameters() if "score" not in name]
+    return torch.optim.SGD(rest, lr=0.1, momentum=0.9)
+
+
+def test_a_run_with_an_optimizer_over_some_of_the_parameters_is_resumed(tmp_path: Path) -> None:
+    batch = pack_rows(tokenized(4), 0)
+    engine = engine_of(given=of_some)
+    train_step(engine, [batch], 4)
+    writer = writer_of(tmp_path)
+    writer.save(TrainState(step=1), lambda host: Snapshot(engine.state(host)))
+    writer.wait()
+    writer.close()
+    resumed = engine_of(given=of_some)
+    resumed.load(tmp_path / "checkpoint-1" / ENGINE_DIR)
+    for going_on in (engine, resumed):
+        train_step(going_on, [batch], 4)
+    assert all(equal(weights(engine), weights(resumed)))
+
+
+def test_a_class_of_optimizers_is_given_parameters_and_names_none() -> None:
+    spec: Any = (torch.optim.SGD, {"lr": 0.1, "params": []})
+    with pytest.raises(ConfigError, match=r"`optimizer_cls_and_kwargs` has `params`.* `optimizers`"):
+        check_optimizers((None, None), spec, RewardConfig(), num_workers=0, has_adapter=False)
 
 
 # Of the tiny model's weights: which ranks have a gradient of it.

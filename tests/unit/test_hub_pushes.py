@@ -11,15 +11,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.utils import filter_repo_objects
 
 from rayrm.config import DataConfig, ModelConfig, RewardConfig
 from rayrm.errors import ConfigError, RayrmError
 from rayrm.model.saving import save_model
 from rayrm.runfile import Run, dump_run
+from rayrm.train.callbacks import CallbackArgs
 from rayrm.train.hub import HubRepository
+from rayrm.train.rank import Rank
 from rayrm.train.rundir import identity_of
 from tests.hub_server import HubServer, hub_server
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -222,3 +226,19 @@ def test_a_token_is_in_no_file_and_no_words() -> None:
     assert TOKEN not in repr(config)
     assert TOKEN not in dump_run(Run(ModelConfig("m"), DataConfig("d"), config))
     assert TOKEN not in str(identity_of(config, model="m", adapter=None, data="d", rows_per_step=8))
+
+
+@pytest.mark.parametrize("key", ["token", "use_auth_token"])
+def test_nor_is_one_among_the_arguments_of_loading_which_another_start_may_have_changed(key: str) -> None:
+    def told(config: RewardConfig) -> tuple[str, dict[str, Any]]:
+        identity = identity_of(config, model="m", adapter=None, data="d", rows_per_step=8)
+        return dump_run(Run(ModelConfig("m"), DataConfig("d"), config)), identity
+
+    kept = {"revision": "v2", "attn_implementation": "sdpa"}
+    with_token = RewardConfig("x", model_init_kwargs={**kept, key: TOKEN})
+    assert told(with_token) == told(RewardConfig("x", model_init_kwargs=kept))
+    alone = RewardConfig("x", model_init_kwargs={key: TOKEN})
+    assert told(alone)[1] == told(RewardConfig("x"))[1]
+    shown = CallbackArgs(with_token, Rank(0, 1, torch.device("cpu")))
+    assert TOKEN not in str([shown.to_dict(), shown.to_sanitized_dict()])
+    assert with_token.model_init_kwargs == {**kept, key: TOKEN}  # what loads the model still has it

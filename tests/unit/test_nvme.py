@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +74,39 @@ def test_what_a_killed_process_left_is_deleted_and_nothing_else(
         assert (living / "state.swp").exists()
         assert (other / "state.swp").exists()
     assert f"deleted {left}, which a killed run left" in caplog.text
+
+
+def test_a_folder_is_locked_before_another_run_can_see_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen without a holder, it would be deleted by a run that starts at the same moment."""
+    seen: list[list[Path]] = []
+
+    def looked(file: Path, *args: Any, **kwargs: Any) -> Any:
+        seen.append(list(tmp_path.glob("rayrm-*")))
+        return holding(file, *args, **kwargs)
+
+    monkeypatch.setattr(nvme, "holding", looked)
+    with nvme_folders(config_on(tmp_path), RANK, Hosts()):
+        (own,) = tmp_path.glob("rayrm-*")
+        with pytest.raises(AssertionError, match=f"process {os.getpid()}"), holding(own / ".lock", no_one):
+            pass
+    assert seen == [[]]
+
+
+def test_where_a_disk_has_no_locks_nothing_is_taken_for_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living = tmp_path / "rayrm-b-2"
+    living.mkdir()
+    (living / ".lock").write_text("process 2 on b")
+
+    def without_locks(lock: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(nvme.fcntl, "flock", without_locks)
+    with nvme_folders(config_on(tmp_path), RANK, Hosts()):
+        assert living.exists()
 
 
 def test_a_path_that_cannot_be_written_to_is_refused_by_name(tmp_path: Path) -> None:

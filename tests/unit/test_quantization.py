@@ -15,10 +15,12 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rayrm.config import LoraConfig, ModelConfig, QuantizationConfig, RewardConfig
 from rayrm.data.tokenized_set import TokenizedSet
-from rayrm.errors import ConfigError
+from rayrm.errors import ConfigError, ModelError
 from rayrm.model.quantization import bitsandbytes_config
 from rayrm.model.reward_model import load_saved
 from rayrm.runfile import read_run
+from rayrm.serve.adapters import AdapterModel, SharedBases
+from rayrm.serve.scorer import RewardModel
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.evaluation import score_model
 from rayrm.train.launch import peft_settings
@@ -27,6 +29,7 @@ from rayrm.train.worker import train_rank
 from tests.numerics.ranks import Outcome, Variant, job_of, outcome_of, tokenized
 from tests.numerics.test_same_gradients import differences
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.unit.test_scorer import some_texts
 
 FOUR = QuantizationConfig(load_in_4bit=True)
 EIGHT = BitsAndBytesConfig(load_in_8bit=True)
@@ -85,6 +88,13 @@ def test_the_saved_adapter_has_the_scores_of_training(
     again = score_model(saved.model, TokenizedSet.from_rows(tokenized(12)), config)
     assert np.abs(again - scores).max() < near
     assert scores.std() > 5 * near
+    if "use_dora" not in adapter:
+        # Served beside others of its base, it would score on weights that were never rounded.
+        served = SharedBases("cpu").open(tmp_path / "run")
+        assert not isinstance(served, AdapterModel)
+        texts = some_texts(8)
+        expected = RewardModel.from_pretrained(tmp_path / "run", device="cpu").score(*texts)
+        assert served.score(*texts) == pytest.approx(expected, abs=1e-6)
     assert "in few bits when it was trained" in (tmp_path / "run" / "README.md").read_text()
     assert (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").exists()
 
@@ -103,12 +113,17 @@ def test_every_form_of_a_step_has_one_trajectory_in_four_bits(base: str, tmp_pat
         assert differences(outcome, reference) == [], name
 
 
-def test_an_adapter_on_few_bits_goes_on_in_a_new_run(base: str, tmp_path: Path) -> None:
+def test_an_adapter_on_few_bits_goes_on_in_a_new_run(
+    base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _, _, first = run(ModelSource(base, lora(), FOUR), tmp_path / "first")
     _, _, second = run(
         ModelSource(str(tmp_path / "first"), None, FOUR), tmp_path / "second", learning_rate=0.0
     )
     assert second == pytest.approx(first, abs=1e-5)
+    with caplog.at_level(logging.WARNING, "rayrm.train"):
+        build_model(ModelSource(str(tmp_path / "first")), RewardConfig(bf16=False), tiny_tokenizer())
+    assert "was trained on weights in 4 or 8 bits, and goes on here on the weights in full" in caplog.text
 
 
 def test_it_may_stand_among_the_arguments_of_loading(base: str) -> None:
@@ -136,6 +151,30 @@ def test_what_cannot_be_trained_or_is_said_twice_is_refused(base: str) -> None:
         check_source(ModelSource(base, lora(), FOUR), RewardConfig(merge_on_save=True))
     with pytest.raises(ConfigError, match=r"is a dict\. Pass `transformers\.BitsAndBytesConfig"):
         check_source(ModelSource(base, lora(), {"load_in_4bit": True}), RewardConfig())
+
+
+@pytest.mark.parametrize(
+    ("init", "said"),
+    [
+        ("loftq", "LoftQ .* rounds the base itself, from weights in full precision"),
+        ("pissa", r"`init_lora_weights` \('pissa'\) needs the base's weights in full precision"),
+        ("olora", "needs the base's weights in full precision"),
+        ("orthogonal", "needs the base's weights in full precision"),
+    ],
+)
+def test_an_adapter_that_begins_from_the_base_is_refused_on_few_bits(
+    init: str, said: str, base: str, tmp_path: Path
+) -> None:
+    more = {"loftq_config": peft.LoftQConfig(loftq_bits=4)} if init == "loftq" else {}
+    begun = lora(init_lora_weights=init, **more)
+    with pytest.raises(ModelError, match=said):
+        check_source(ModelSource(base, begun, FOUR), RewardConfig())
+    check_source(ModelSource(base, begun), RewardConfig())
+    # Saved before, in full precision, and now to go on in 4 bits.
+    begun.base_model_name_or_path = base
+    begun.save_pretrained(str(tmp_path / "saved"))
+    with pytest.raises(ModelError, match=said):
+        check_source(ModelSource(str(tmp_path / "saved"), None, FOUR), RewardConfig())
 
 
 def test_with_a_model_object_it_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

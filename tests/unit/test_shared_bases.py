@@ -193,6 +193,44 @@ def test_a_base_that_is_missing_or_does_not_fit_is_named(
     check_base(base)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"modules_to_save": ["embed_tokens"]}], ids=["rows", "whole_embedding"]
+)
+def test_an_adapter_with_tokens_of_its_own_scores_as_it_was_trained(
+    settings: dict[str, Any], tmp_path: Path, base: Path, adapters: dict[str, Path]
+) -> None:
+    tokenizer = load_tokenizer(str(base))
+    before = len(tokenizer)
+    tokenizer.add_tokens(["<mine>", "<yours>"])
+    model = load_model(str(base))
+    model.resize_token_embeddings(len(tokenizer))
+    set_pad_token(model, 0)
+    adapted = add_adapter(model, LoraConfig(**LORA, **settings), range(before, len(tokenizer)))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
+    save_model(adapted, tokenizer, tmp_path / "own", text_form="standard")
+    bases = SharedBases("cpu")
+    other = bases.open(adapters["lora"])
+    alone = scores_of(other)
+    shared = bases.open(tmp_path / "own")
+    assert isinstance(shared, AdapterModel)
+    merged = RewardModel.from_pretrained(tmp_path / "own", device="cpu")
+    texts = ["what is it?"] * 3, [" it is <mine>", " it is <yours> <mine>", " it is old"]
+    ids = shared.encode(text_inputs(*texts, None, None, rendered=False))
+    assert before in ids[0]
+    adapted.eval()
+    with torch.no_grad():
+        trained = [float(adapted(input_ids=torch.as_tensor(one)[None].long()).logits) for one in ids]
+    assert np.std(trained) > 100 * MERGED
+    assert shared.score(*texts) == pytest.approx(trained, abs=MERGED)
+    assert merged.score(*texts) == pytest.approx(trained, abs=MERGED)
+    # The base that both share is as it was.
+    assert shared.base.model.get_input_embeddings().weight.shape[0] == before
+    assert scores_of(other) == alone
+
+
 @pytest.mark.parametrize("init", ["olora", "pissa"])
 def test_an_adapter_that_changes_its_base_is_merged_into_one_of_its_own(
     init: str, tmp_path: Path, base: Path, adapters: dict[str, Path], caplog: pytest.LogCaptureFixture

@@ -43,3 +43,12 @@ def test_parts_are_chosen_where_two_copies_take_more_than_half_of_what_is_free(
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(zero_init, "available_memory", lambda: None)
     assert not chosen(directory)[0]
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["by_name", "built_before"])
+def test_one_worker_holds_the_whole_model_and_that_is_said(built: bool, tmp_path: Path) -> None:
+    said: list[str] = []
+    name = None if built else str(save_tiny(tmp_path / "base"))
+    config = RewardConfig(zero_stage=3, zero_init=True)
+    assert not builds_in_parts(name, config, Rank(0, 1, CPU), Hosts(), said.append)
+    assert said == ["`zero_init` (True) sets nothing here: one worker holds all of the model"]
