@@ -238,12 +238,12 @@ class RewardTrainer(ScriptCalls):
         metrics: dict[str, float] = {}
         for name, rows in sets.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
-            metrics |= self._scored(rows, prefix)[1]
-            metrics[f"{prefix}num_tokens"] = self.state.num_input_tokens_seen
-        metrics["epoch"] = self.state.epoch
-        self.state.log_history.append({**metrics, "step": self.state.global_step})
-        self._call("on_log", logs=dict(metrics))
-        self._call("on_evaluate", metrics=metrics)
+            found = self._scored(rows, prefix)[1]
+            found |= {f"{prefix}num_tokens": self.state.num_input_tokens_seen, "epoch": self.state.epoch}
+            self.state.log_history.append({**found, "step": self.state.global_step})
+            self._call("on_log", logs=dict(found))
+            self._call("on_evaluate", metrics=found)
+            metrics |= found
         return metrics
 
     def predict(

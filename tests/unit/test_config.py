@@ -116,13 +116,13 @@ def test_every_honoured_default_resolves_as_trls() -> None:
 )
 def test_the_best_model_by_an_error_is_the_one_with_less(metric: str, less_is_better: bool) -> None:
     from rayrm.train.checkpoint import TrainState
-    from rayrm.train.evaluation import note_best
+    from rayrm.train.evaluation import note_checkpoint, note_metric
 
     name = metric if metric.startswith("eval_") else f"eval_{metric}"
     config, state = RewardConfig(metric_for_best_model=metric), TrainState()
     for step, value in enumerate((0.5, 0.2, 0.8, 0.4), start=1):
         state.step = step
-        note_best(state, {name: value}, config)
+        note_checkpoint(state, note_metric(state, {name: value}, config), config)
     assert (state.best_metric, state.best_checkpoint) == (
         (0.2, "checkpoint-2") if less_is_better else (0.8, "checkpoint-3")
     )
