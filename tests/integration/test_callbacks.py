@@ -162,7 +162,7 @@ class AsksWhenLogged(TrainerCallback):
             out.write(json.dumps([args.process_index, *words]) + "\n")
 
 
-@pytest.mark.parametrize("zero_stage", [None, 2])
+@pytest.mark.parametrize("zero_stage", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_all_ranks_do_what_a_callback_asks_for_when_it_is_told_of_a_log(
     ray_cluster: None, tmp_path: Path, zero_stage: int | None
 ) -> None:

@@ -125,8 +125,11 @@ def test_a_service_that_is_removed_answers_every_http_request(
         in_flight = [threads.submit(post, url, large) for _ in range(3)]
         time.sleep(1)  # they have come to the replica, which has seconds of work by them
         serve.delete("leaving", _blocking=False)
-        time.sleep(0.5)
         status, refusal = post(url, small)
+        deadline = time.monotonic() + 60
+        while status == 200 and time.monotonic() < deadline:  # until the word has come
+            time.sleep(0.1)
+            status, refusal = post(url, small)
         assert (status, refusal["error"]["type"]) == (503, "unavailable")
         assert "is being stopped" in refusal["error"]["message"]
         assert [asked.result()[0] for asked in in_flight] == [200] * 3
