@@ -80,7 +80,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize(("workers", "engine"), [(0, ""), (2, "zero_stage=2")])
+@pytest.mark.parametrize(
+    ("workers", "engine"), [(0, ""), pytest.param(2, "zero_stage=2", marks=pytest.mark.slow)]
+)
 def test_a_run_told_to_leave_saves_and_the_same_command_goes_on_bit_for_bit(
     home: Path, workers: int, engine: str
 ) -> None:

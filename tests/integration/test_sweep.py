@@ -127,6 +127,7 @@ def test_no_file_below_a_sweep_holds_a_token(base: list[str], monkeypatch: pytes
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
+@pytest.mark.slow
 def test_the_trackers_of_trials_are_told_as_those_of_a_run_and_each_trial_is_one_run(
     base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
