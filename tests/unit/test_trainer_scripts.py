@@ -106,7 +106,7 @@ def test_the_state_at_the_end_is_one_for_callbacks_scripts_and_files(tmp_path: P
     assert seen == dataclasses.asdict(state)
     assert TrainerState.load_from_json(str(tmp_path / "run/trainer_state.json")) == state
     within = TrainerState.load_from_json(str(tmp_path / "run/checkpoint-4/trainer_state.json"))
-    moved = {"log_history", "global_step", "epoch", "num_input_tokens_seen"}
+    moved = {"log_history", "global_step", "epoch", "num_input_tokens_seen", "stateful_callbacks"}
     told, ended = (dataclasses.asdict(one) for one in (within, state))
     assert {key for key in ended if ended[key] != told[key] and not key.startswith("best_")} == moved
     assert state.log_history[: len(within.log_history)] == within.log_history
