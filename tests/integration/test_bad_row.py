@@ -89,7 +89,7 @@ def quarantined(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / "run" / "quarantine.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_row_is_named_and_the_run_then_goes_on_without_its_steps(
     home: Path, tmp_path: Path, workers: int
 ) -> None:

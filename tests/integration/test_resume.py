@@ -212,6 +212,7 @@ def test_a_run_begins_when_what_a_killed_one_left_has_stopped_writing(
     assert not any(path.name.endswith(".lock") for path in run.iterdir())
 
 
+@pytest.mark.slow
 def test_a_zero2_run_that_failed_goes_on_when_told_to(in_process: Path, base: str, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"(?i)worker|died|killed"):
         trainer_of(tmp_path, base, workers=2, killed=True, zero_stage=2).train()

@@ -144,6 +144,7 @@ def test_the_trackers_of_trials_are_told_as_those_of_a_run_and_each_trial_is_one
     assert all("eval/near_loss" in run.data.metrics for run in runs)
 
 
+@pytest.mark.slow
 def test_a_trial_that_halving_stops_frees_its_workers_and_their_placement_group(base: list[str]) -> None:
     words = ["cluster.num_workers=2", "eval_strategy=steps", "eval_steps=20", "sweep.scheduler=asha"]
     settings = ["sweep.grace=25", "sweep.reduction=2", "sweep.metric=eval_near_loss", "max_steps=400"]
