@@ -40,6 +40,8 @@ RUN = "run.json"
 IDENTITY = "identity.json"
 """The same in the run's own directory (`rundir.py`)."""
 ENGINE_DIR = "engine"
+PUSH_ASIDE = ".push-"
+"""How the copies begin that a push to the hub uploads; a kill may leave one."""
 Files = dict[str, dict[str, Any]]
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -149,7 +151,7 @@ def step_of(checkpoint: Path) -> int:
 def drop_partial(output_dir: Path) -> None:
     """Delete what attempts that were cut off have left: checkpoints that never became whole, copies for the
     hub."""
-    for pattern in (".checkpoint-*.partial", ".push-*"):
+    for pattern in (".checkpoint-*.partial", f"{PUSH_ASIDE}*"):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -25,11 +25,10 @@ from rayrm.config import RewardConfig
 from rayrm.errors import ConfigError, RayrmError
 from rayrm.model.card import CARD, move_card, shown
 from rayrm.model.saving import copy_saved
+from rayrm.train.checkpoint import PUSH_ASIDE
 from rayrm.urls import MASK, masked
 
 logger = logging.getLogger("rayrm.train")
-# `drop_partial` deletes what a kill leaves of it.
-_ASIDE = ".push-"
 _PATIENCE_S = 60.0
 # The hub's storage of large files fails by RuntimeErrors. Ours are of these too, and pass as they are.
 _FAILURES = (httpx.HTTPError, OSError, ValueError, RuntimeError)
@@ -164,7 +163,7 @@ class HubRepository:
 
     def _copy(self, directory: Path, said: Mapping[str, Any]) -> Path:
         """The directory of the copy; none stays where it cannot be made."""
-        aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=self._output_dir))
+        aside = Path(tempfile.mkdtemp(prefix=PUSH_ASIDE, dir=self._output_dir))
         try:
             copy_saved(directory, aside, directory)
             if said:
@@ -198,7 +197,7 @@ class HubRepository:
                     patience_s,
                 )
                 return
-        for aside in self._output_dir.glob(f"{_ASIDE}*"):  # of a push that did not come to its upload
+        for aside in self._output_dir.glob(f"{PUSH_ASIDE}*"):  # of a push that did not come to its upload
             shutil.rmtree(aside, ignore_errors=True)
 
 
