@@ -272,8 +272,13 @@ class RewardTrainer(ScriptCalls):
                 model = self.model
                 if self.args.merge_on_save and is_adapted(model):
                     model = copy.deepcopy(model).merge_and_unload()
-                how: dict[str, Any] = {"objective": Objective.of(self.args).settings}
-                save_model(model, self.processing_class, directory, text_form=self.text_form, **how)
+                save_model(
+                    model,
+                    self.processing_class,
+                    directory,
+                    text_form=self.text_form,
+                    objective=Objective.of(self.args).settings,
+                )
         if self.args.push_to_hub and not _internal_call:
             self._hub.push(directory, "Model save")
 
