@@ -101,7 +101,9 @@ def test_the_state_at_the_end_is_one_for_callbacks_scripts_and_files(tmp_path: P
     assert state.best_model_checkpoint == str(tmp_path / f"run/checkpoint-{best}")
     assert state.num_input_tokens_seen == output.metrics["num_tokens"] > 0
     assert state.log_history[-1]["train_loss"] == output.training_loss
-    # What callbacks keep stands in files alone.
+    # What callbacks keep, here the flags alone, stands in files.
+    assert watches.states[-1].stateful_callbacks == {}
+    assert list(state.stateful_callbacks) == ["TrainerControl"]
     seen = {**dataclasses.asdict(watches.states[-1]), "stateful_callbacks": state.stateful_callbacks}
     assert seen == dataclasses.asdict(state)
     assert TrainerState.load_from_json(str(tmp_path / "run/trainer_state.json")) == state
