@@ -185,8 +185,8 @@ class RewardConfig:
 
     # Evaluation.
     per_device_eval_batch_size: Count = 8
-    """Accepted as in TRL, and sets nothing: evaluation goes by `max_tokens_per_microbatch`, and its metrics
-    depend on neither."""
+    """Sets only the order in which `compute_metrics` gets the scores, as in TRL: evaluation goes by
+    `max_tokens_per_microbatch`, and our metrics depend on neither."""
     eval_strategy: Strategy = "no"
     """When to evaluate: every `eval_steps`, every epoch, or not."""
     eval_steps: OptionalNonNegativeFloat = None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rayrm.deepspeed_rules import check_deepspeed, check_zero_init
 from rayrm.objective import ATTRIBUTE_NAME, check_objective
 from rayrm.settings import nearest
-from rayrm.unsupported import INSTEAD, NOT_HONOURED, RENAMED
+from rayrm.unsupported import GONE, INSTEAD, NOT_HONOURED, RENAMED
 from rayrm.urls import is_url, masked
 
 if TYPE_CHECKING:
@@ -63,11 +63,14 @@ def adopt_trl_names(names: dict[str, Any], known: Sequence[str]) -> dict[str, An
                 adopted[field] = value
         elif name in RENAMED:
             problems.append(f"`{name}` ({value!r}) is no setting here. Type `{RENAMED[name]}`.")
+        elif name in GONE:
+            problems.append(f"`{name}` ({value!r}) is no setting any more. Delete it: {GONE[name]}")
         elif name in NOT_HONOURED:
             only = NOT_HONOURED[name]
             if not _is_default(value, only):
-                fix = INSTEAD.get(name, "Delete it.")
-                problems.append(f"`{name}` ({value!r}) is not supported: it can only be {only!r}. {fix}")
+                problems.append(
+                    f"`{name}` ({value!r}) is not supported: it can only be {only!r}. {INSTEAD[name]}"
+                )
         elif name not in known:
             near = nearest(name, [*known, *NOT_HONOURED, *SAME])
             problems.append(f"`{name}` is no setting of RewardConfig.{near}")

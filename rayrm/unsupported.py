@@ -1,7 +1,7 @@
 """The TRL and transformers settings that rayrm does not honour: one table, so that none is silently ignored.
 
 A name in `NOT_HONOURED` is accepted at the default given here (TRL's own) and is an error at any other value.
-A name in `RENAMED` belongs to an older transformers or TRL and is an error that names today's setting.
+A name in `RENAMED` or `GONE` belongs to an older transformers or TRL and is an error that says what is now.
 Everything else that a TRL `RewardConfig` takes is a field of `rayrm.config.RewardConfig`, with TRL's meaning.
 """
 
@@ -70,22 +70,85 @@ NOT_HONOURED: Final[dict[str, Any]] = {
 """Name -> the only value it may have: TRL's default."""
 
 INSTEAD: Final[dict[str, str]] = {
+    "accelerator_config": "Delete it: rayrm trains without accelerate.",
     "auto_find_batch_size": "Set `max_tokens_per_microbatch`: it bounds memory and cannot change the loss.",
+    "average_tokens_across_devices": "Delete it: a step's loss is its pairs' mean, whatever the workers.",
+    "batch_eval_metrics": "Delete it: `compute_metrics` gets all scores of a set at once.",
+    "bf16_full_eval": "Delete it: evaluation computes as training does, so that its scores are the model's.",
+    "dataloader_in_order": "Delete it: rows always come in the order that the seed decides.",
+    "dataloader_multiprocessing_context": "Delete it: Ray Data reads in processes of its own.",
     "dataloader_num_workers": "Delete it: Ray Data reads and tokenizes in parallel by itself.",
+    "dataloader_persistent_workers": "Delete it: Ray Data reads in processes of its own.",
     "dataloader_pin_memory": "Delete it: Ray Data feeds the workers.",
+    "dataloader_prefetch_factor": "Delete it: each worker prepares its next steps beside the current one.",
     "ddp_backend": "Delete it: NCCL is used on GPUs and gloo on CPUs.",
+    "ddp_broadcast_buffers": "Delete it: gradients are summed over workers without DDP.",
+    "ddp_bucket_cap_mb": "Delete it: gradients are summed over workers without DDP.",
+    "ddp_find_unused_parameters": "Delete it: gradients are summed over workers without DDP.",
+    "ddp_static_graph": "Delete it: gradients are summed over workers without DDP.",
+    "ddp_timeout": "Delete it: a worker that is lost ends the others, and Ray Train starts them again.",
+    "debug": "Delete it: a loss that is not finite is always found, and its rows are named.",
+    "enable_jit_checkpoint": "Delete it: SIGTERM always saves after the step and leaves with status 75.",
+    "eval_accumulation_steps": "Delete it: of an evaluation only the scores are kept, one number a text.",
+    "eval_do_concat_batches": "Delete it: `compute_metrics` gets all scores of a set at once.",
+    "eval_use_gather_object": "Delete it: every worker gets all scores.",
+    "fp16_full_eval": "Delete it: evaluation computes as training does, so that its scores are the model's.",
     "fsdp": "Set `zero_stage = 3` to shard parameters, gradients and optimizer state.",
+    "fsdp_config": "Set `zero_stage = 3` to shard parameters, gradients and optimizer state.",
+    "full_determinism": "Delete it: on CPUs a run repeats to the bit. On GPUs set "
+    "CUBLAS_WORKSPACE_CONFIG and `torch.use_deterministic_algorithms(True)` in a callback's `on_train_begin`.",
+    "hub_always_push": "Delete it: a checkpoint that comes while another is uploaded is not uploaded.",
+    "ignore_data_skip": "Delete it: a run that goes on sees exactly the rows that it has not seen.",
+    "include_for_metrics": "Delete it: `compute_metrics` gets the scores; the rows are in your data set.",
+    "include_num_input_tokens_seen": "Delete it: `num_tokens` is always logged.",
+    "label_names": "Delete it: pairs have no labels but their order.",
     "label_smoothing_factor": "Set `label_smoothing`: TRL's trainer gives the factor no effect on this loss.",
+    "length_column_name": "Delete it: rows are packed by their tokens.",
     "liger_kernel_config": "Delete it, as `use_liger_kernel`: no kernels are replaced.",
+    "local_rank": "Delete it: Ray Train numbers the workers.",
+    "log_level": 'Delete it, and set it in your script: `logging.getLogger("rayrm").setLevel(...)`.',
+    "log_level_replica": "Delete it: the first worker speaks for all.",
+    "log_on_each_node": "Delete it: the first worker speaks for all.",
+    "logging_nan_inf_filter": "Delete it: a loss that is not finite ends the run; see `nonfinite_loss`.",
+    "neftune_noise_alpha": "Delete it: noise would differ between the two sides of a shared prompt.",
+    "optim_target_modules": "Delete it: no optimizer of `optim` takes it. Pass `optimizer_cls_and_kwargs`.",
     "parallelism_config": "Set `sequence_parallel_size` for rows that are too long for one worker.",
+    "prediction_loss_only": "Delete it: scores are one number a text.",
+    "save_on_each_node": "Delete it: all nodes see `output_dir`.",
+    "save_only_model": "Delete it: a run goes on from any checkpoint. `save_total_limit` bounds their number.",
+    "skip_memory_metrics": "Delete it: the log says what memory a run was measured to need.",
+    "tf32": 'Delete it, and type `torch.set_float32_matmul_precision("high")` in a callback\'s '
+    "`on_train_begin`.",
     "torch_compile": "Delete it: each packed batch has its own shape and attention plan, and would be "
     "compiled anew, which takes far longer than its step.",
     "torch_compile_backend": "Delete it, as `torch_compile`: each packed batch would be compiled anew.",
     "torch_compile_mode": "Delete it, as `torch_compile`: each packed batch would be compiled anew.",
+    "torch_empty_cache_steps": "Delete it: `max_tokens_per_microbatch` bounds memory.",
+    "trackio_bucket_id": "Delete it: trackio logs on this machine.",
+    "trackio_space_id": "Delete it: trackio logs on this machine.",
+    "trackio_static_space_id": "Delete it: trackio logs on this machine.",
+    "use_cache": "Delete it: nothing is generated, so nothing is kept for it.",
     "use_liger_kernel": "Delete it: its kernels need a GPU and are not tested with shared prefixes; the one "
     "that saves most, the language model's loss, has no place in a reward model.",
 }
-"""Name -> why not, where that needs saying, and what to do instead; without an entry: delete the setting."""
+"""Each of `NOT_HONOURED` -> why not, and what to do instead."""
+
+GONE: Final[dict[str, str]] = {
+    "fp16_backend": "fp16 is torch's autocast.",
+    "fp16_opt_level": "fp16 is torch's autocast.",
+    "half_precision_backend": "fp16 and bf16 are torch's autocast.",
+    "include_inputs_for_metrics": "`compute_metrics` gets the scores; the rows are in your data set.",
+    "jit_mode_eval": "evaluation computes as training does.",
+    "overwrite_output_dir": "a run's directory is never overwritten. Choose another `output_dir`.",
+    "past_index": "nothing is generated.",
+    "ray_scope": "`rayrm sweep` has `metric` and `mode` of its own.",
+    "save_safetensors": "models are always saved as safetensors.",
+    "torchdynamo": "nothing is compiled.",
+    "tpu_num_cores": "rayrm trains on CPUs and GPUs.",
+    "use_ipex": "rayrm trains on CPUs by torch alone.",
+    "use_mps_device": "rayrm trains on CPUs and GPUs of CUDA.",
+}
+"""A name that transformers has dropped and nothing stands for -> why it is not needed."""
 
 RENAMED: Final[dict[str, str]] = {
     "eval_dataset": "data.eval",
@@ -96,6 +159,8 @@ RENAMED: Final[dict[str, str]] = {
     "model_name_or_path": "model.name",
     "no_cuda": "use_cpu",
     "num_processes": "cluster.num_workers",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "train_dataset": "data.train",

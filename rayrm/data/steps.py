@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Step(Protocol):
-    """One optimizer step of R rows. `epoch` is the progress after it."""
+    """One optimizer step of R rows. `epoch` is the progress after it; None where nothing tells."""
 
     @property
     def index(self) -> RowIndex: ...
@@ -28,7 +28,7 @@ class Step(Protocol):
     def after(self) -> Cursor: ...
 
     @property
-    def epoch(self) -> float: ...
+    def epoch(self) -> float | None: ...
 
     def fetch(self, rows: Sequence[int]) -> list[TokenizedRow]:
         """Rows of the step by their places in it, 0 .. R - 1."""

@@ -26,7 +26,8 @@ class StreamStep:
     consumed by every rank.
 
     Row r is row `offset[r]` of `blocks[block_of[r]]`, a reference to a table. `epoch` is the progress after
-    the step, in epochs: whole ones, and the share of the current one's pieces that was begun.
+    the step, in epochs: whole ones, and the share of the current one's pieces that was begun. None: the
+    stream is one piece, which tells no share.
     """
 
     index: RowIndex
@@ -35,7 +36,7 @@ class StreamStep:
     offset: Places
     before: Cursor
     after: Cursor
-    epoch: float
+    epoch: float | None
 
 
 @dataclass(slots=True)
@@ -135,7 +136,9 @@ class StreamCutter:
         self._done = 0
         self.cursor = Cursor(start.epoch, begin + num_steps, *following)
 
-    def _progress(self, after: Cursor) -> float:
+    def _progress(self, after: Cursor) -> float | None:
+        if self._num_pieces == 1:
+            return None
         return after.epoch + min(after.piece / self._num_pieces, 1.0)
 
     def _take(self, num_rows: int) -> list[_Held]:

@@ -47,7 +47,7 @@ class TakenStep:
         return self.told.after
 
     @property
-    def epoch(self) -> float:
+    def epoch(self) -> float | None:
         return self.told.epoch
 
     def fetch(self, rows: Sequence[int]) -> list[TokenizedRow]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +159,14 @@ def load_model(name: str, *, new_head: bool = True, **init: Any) -> PreTrainedMo
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True, **init
             )
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in init:
+            raise
+        raise ModelError(
+            f"`model_init_kwargs` has `{unknown[1]}`, which neither `from_pretrained` nor the config of "
+            f"model `{name}` knows. Leave it out, or correct its name."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model `{name}` could not be loaded: {error}. If its files are damaged, copy or save them again."
@@ -202,6 +211,20 @@ def _dtype(name: str) -> torch.dtype:
         raise ModelError(f'`dtype` ({name}) is not known. Use "float32", "bfloat16", "float16" or "auto".')
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def check_scores_texts(model: torch.nn.Module) -> None:
+    """Raise ModelError for a language model, which scores tokens and not texts."""
+    inner = unwrapped(model)
+    embeddings = getattr(inner, "get_output_embeddings", lambda: None)()
+    if embeddings is None:
+        return
+    adapted = "Peft" if hasattr(model, "peft_config") else ""
+    raise ModelError(
+        f"{type(inner).__name__} is a language model: it gives numbers for tokens, and a reward model one "
+        f"for a text. Load it with `Auto{adapted}ModelForSequenceClassification.from_pretrained(NAME, "
+        f"num_labels=1{', is_trainable=True' if adapted else ''})`, or pass its name."
+    )
 
 
 def check_num_labels(model: torch.nn.Module) -> None:

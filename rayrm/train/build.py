@@ -34,6 +34,7 @@ from rayrm.model.reward_model import (
     check_name,
     check_num_labels,
     check_router,
+    check_scores_texts,
     load_adapted,
     load_model,
     read_facts,
@@ -247,6 +248,7 @@ def check_source(source: ModelSource, config: RewardConfig) -> None:
     else:
         check_text_only(source.name, source.model.config)
         given: Any = source.model
+        check_scores_texts(given)
         check_num_labels(given)
         check_router(source.name, given.config, {})
         check_heads(given.config, config)

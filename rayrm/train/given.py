@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import IterableDataset
 
 from rayrm.config import RewardConfig
@@ -29,9 +30,14 @@ def absolute(name: Any) -> Any:
     return name
 
 
-def check_types(args: Any, scaling_config: Any) -> None:
-    """Raise ConfigError for a config of another library, for what is no `ScalingConfig`, and without one
-    where a launcher has started several processes: each would train alone."""
+def check_types(model: Any, args: Any, scaling_config: Any) -> None:
+    """Raise ConfigError for a config of another library, for what is no model or no `ScalingConfig`, and
+    without one where a launcher has started several processes: each would train alone."""
+    if not isinstance(model, str | torch.nn.Module):
+        raise ConfigError(
+            f"`model` is a {type(model).__name__}. Pass a directory or hub name, or a model that "
+            "`AutoModelForSequenceClassification.from_pretrained(NAME, num_labels=1)` made."
+        )
     if args is not None and not isinstance(args, RewardConfig):
         raise ConfigError(
             f"`args` is a {type(args).__module__}.{type(args).__qualname__}. Import it from here: "

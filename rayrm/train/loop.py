@@ -35,7 +35,7 @@ class RankStep:
 
     `padded`: the model pads each micro-batch to its longest row. `row_names`: of each micro-batch its rows'
     names, "" for a dummy. `pack_alone`: the row at a place of a micro-batch by itself. `epoch`: the progress
-    after the step. `parts`: how many ranks compute each micro-batch together.
+    after the step, None where nothing tells. `parts`: how many ranks compute each micro-batch together.
     """
 
     microbatches: Sequence[PackedBatch]
@@ -45,7 +45,7 @@ class RankStep:
     row_names: Sequence[Sequence[str]]
     pack_alone: Callable[[int, int], PackedBatch]
     padded: bool = False
-    epoch: float = 0.0
+    epoch: float | None = 0.0
     parts: int = 1
 
     @property
@@ -114,6 +114,11 @@ class Schedule:
             log_first=config.logging_first_step,
             evaluates_from=config.eval_delay,
         )
+
+    def epoch_after(self, cursor: Cursor) -> float:
+        """The progress after the step at `cursor` of a stream of unknown length, as transformers counts it:
+        an epoch is taken to have all of the run's steps."""
+        return cursor.epoch + (cursor.step + 1) / self.num_steps
 
     def logs(self, step: int) -> bool:
         return self._due(self.log_every, step) or (self.log_first and step == 1)
@@ -280,7 +285,8 @@ def run_loop(
             state.skipped_steps += 1
             totals = StepTotals.none(engine.device)
         interval.add(totals, step.num_tokens_computed)
-        state.cursor, state.epoch = step.after, step.epoch
+        state.epoch = schedule.epoch_after(state.cursor) if step.epoch is None else step.epoch
+        state.cursor = step.after
         state.num_tokens += step.num_tokens
         events.trained(state.step, step, skipped)
         events.progress(state.step)

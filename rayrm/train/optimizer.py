@@ -60,6 +60,20 @@ def make_scheduler(
     return scheduler
 
 
+def _check_schedule(config: RewardConfig) -> None:
+    """Raise ConfigError for `lr_scheduler_kwargs` that the schedule does not take."""
+    try:
+        if config.lr_scheduler_kwargs and config.lr_scheduler_type.startswith("constant"):
+            raise TypeError("it takes no further arguments, and transformers leaves them out")
+        make_scheduler(torch.optim.SGD([torch.zeros(1)]), config, num_steps=2)
+    except (TypeError, ValueError) as error:
+        given = f"`lr_scheduler_kwargs` ({config.lr_scheduler_kwargs}) and "
+        raise ConfigError(
+            f"{given if config.lr_scheduler_kwargs else ''}`lr_scheduler_type` ({config.lr_scheduler_type}): "
+            f"{error}. See transformers' `get_scheduler` for what each schedule takes."
+        ) from error
+
+
 def check_optimizers(
     given: tuple[Any, Any],
     spec: OptimizerSpec | None,
@@ -78,6 +92,8 @@ def check_optimizers(
                 "model that is passed, or left out of `optimizers`."
             )
     optimizer, scheduler = given
+    if scheduler is None:
+        _check_schedule(config)
     if optimizer is None and scheduler is None:
         return None
     refused = None

@@ -78,7 +78,7 @@ def build_rank_model(
         layout = choose_layout(model, share_prefix=config.share_prefix, longest=longest)
     say(str(layout))
     check_layout(layout, config)
-    if config.per_device_eval_batch_size != _EVAL_ROWS:
+    if config.per_device_eval_batch_size != _EVAL_ROWS and job.metrics is None:
         say(
             f"`per_device_eval_batch_size` ({config.per_device_eval_batch_size}) sets nothing here: "
             "evaluation goes by tokens (`max_tokens_per_microbatch`), and its metrics depend on neither"

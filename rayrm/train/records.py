@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class RunLog:
         before = read_records(self._dir)
         kept = [record for record in before if step and record["step"] <= step and not _is_summary(record)]
         self._trackers.begin(step, before)
-        replace_text(self._dir / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        write_records(self._dir, kept)
 
     def write(self, record: Record) -> None:
         """Append one logging event; it must say its `step`."""
@@ -125,6 +126,11 @@ def read_records(output_dir: Path) -> list[dict[str, Any]]:
         if line.endswith("\n"):
             records.append(json.loads(line))
     return records
+
+
+def write_records(output_dir: Path, records: Sequence[Record]) -> None:
+    """Make these the logging events of a run."""
+    replace_text(output_dir / METRICS, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_progress(output_dir: Path) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from rayrm.runfile import dump_run, read_run, without_secrets
 from rayrm.settings import switch_word
 from rayrm.train.checkpoint import IDENTITY, MANIFEST, RUN, checkpoints, read_state, verify_checkpoint
 from rayrm.train.holding import LOCK, holding
-from rayrm.train.records import METRICS, PROGRESS, replace_text
+from rayrm.train.records import METRICS, PROGRESS, replace_text, write_records
 from rayrm.train.storage import FAILURES, storage_environment, storage_of
+from rayrm.train.trainer_state import log_history
 
 RUN_TOML = "run.toml"
 Resume = bool | str | PathLike[str] | None
@@ -312,13 +313,15 @@ def claim(
     origin: Path | None = None,
 ) -> None:
     """Write what makes the directory this run's: identity, token budget (None: not chosen), resolved run,
-    and the checkpoint elsewhere that it goes on from."""
+    and the checkpoint elsewhere that it goes on from, whose records are the first of its own."""
     output_dir.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = {"identity": identity, _BUDGET: max_tokens}
     if origin is not None:
         kept[_ORIGIN] = str(origin)
     replace_text(output_dir / IDENTITY, json.dumps(kept, indent=2, default=str))
     replace_text(output_dir / RUN_TOML, run_toml)
+    if origin is not None and not (output_dir / METRICS).exists():
+        write_records(output_dir, log_history(origin))
 
 
 def recorded_budget(output_dir: Path) -> int | None:

@@ -42,6 +42,8 @@ def _decide(data: DataConfig, source: Any, config: RewardConfig) -> tuple[Mode, 
         if config.max_steps > 0:
             return "streaming", "the source is an IterableDataset and `max_steps` is set"
         return "indexed", "`max_steps` is not set; the whole IterableDataset is read first"
+    if datasets is not None and isinstance(source, datasets.Dataset):
+        return "indexed", "the source is a Dataset (`data.mode=streaming` would start at once)"
     size = _local_bytes(source)
     if not size:
         return "indexed", "nothing tells the set's size (`data.mode=streaming` would start at once)"

@@ -116,7 +116,7 @@ class RewardTrainer(ScriptCalls):
         if train_dataset is None:
             raise DataError("`train_dataset` is required. Pass a dataset, a path, or a list of rows.")
         self._source = ModelSource(absolute(model), peft_config, quantization_config)
-        check_types(args, scaling_config)
+        check_types(self._source.model, args, scaling_config)
         warn_of_old_columns((train_dataset, eval_dataset))
         self.args = resolved_args(args, self._source, train_dataset)
         self.output_dir = Path(self.args.output_dir or "trainer_output").expanduser().absolute()

@@ -51,6 +51,12 @@ def state_json(found: TrainerState) -> str:
     return json.dumps(dataclasses.asdict(found), indent=2, sort_keys=True) + "\n"
 
 
+def log_history(checkpoint: Path) -> list[Record]:
+    """The logging events of a run up to its checkpoint; none where that does not say them."""
+    file = checkpoint / TRAINER_STATE
+    return list(json.loads(file.read_text())["log_history"]) if file.exists() else []
+
+
 def _epochs(config: RewardConfig, schedule: Schedule) -> int:
     """How many epochs training enters; transformers' word for a stream is a number without end."""
     if config.max_steps < 1:

@@ -24,7 +24,7 @@ import rayrm.serve_settings
 from rayrm.config import ClusterConfig, DataConfig, LoraConfig, ModelConfig, RewardConfig, ServeConfig
 from rayrm.errors import ConfigError
 from rayrm.rules import SAME
-from rayrm.unsupported import INSTEAD, NOT_HONOURED, RENAMED
+from rayrm.unsupported import GONE, INSTEAD, NOT_HONOURED, RENAMED
 
 # transformers warns of its own alias while it resolves TRL's defaults.
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
@@ -78,7 +78,8 @@ def test_every_trl_field_is_honoured_or_in_the_table_and_no_name_is_ours_but_the
     written, _ = trl_defaults()
     assert set(written) == (HONOURED - OURS) | set(NOT_HONOURED) | set(SAME)
     assert not HONOURED & (set(NOT_HONOURED) | set(SAME) | set(RENAMED))
-    assert set(INSTEAD) <= set(NOT_HONOURED)
+    assert set(INSTEAD) == set(NOT_HONOURED)
+    assert not set(GONE) & (set(written) | set(RENAMED) | OURS)
 
 
 def test_the_table_holds_trls_default_of_every_name() -> None:
@@ -215,6 +216,7 @@ def test_an_unsupported_setting_is_accepted_and_readable_at_its_default_only(nam
     said = refusal(**{name: other})
     assert f"`{name}` ({other!r})" in said
     assert repr(default) in said
+    assert said.endswith(INSTEAD[name])
 
 
 @pytest.mark.parametrize(
@@ -241,6 +243,11 @@ def test_an_old_name_is_an_error_that_names_the_new_one(old: str, new: str) -> N
     said = refusal(**{old: 1})
     assert f"`{old}` (1)" in said
     assert f"`{new}`" in said
+
+
+@pytest.mark.parametrize("name", sorted(GONE))
+def test_a_name_that_transformers_dropped_is_an_error_that_says_why_it_is_not_needed(name: str) -> None:
+    assert refusal(**{name: 1}) == f"`{name}` (1) is no setting any more. Delete it: {GONE[name]}"
 
 
 def test_the_new_names_exist() -> None:

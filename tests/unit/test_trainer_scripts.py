@@ -121,7 +121,8 @@ def test_a_run_goes_on_from_a_path(tmp_path: Path) -> None:
     # Elsewhere there is no run, so that True would be refused.
     output = again.train(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
     assert output.global_step == 3
-    assert [record["step"] for record in again.state.log_history] == [3, 3]
+    assert [record["step"] for record in again.state.log_history] == [1, 2, 3, 3]
+    assert again.state.log_history[:2] == whole.state.log_history[:2]
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, again.model.state_dict()[name])
 
