@@ -96,7 +96,7 @@ INSTEAD: Final[dict[str, str]] = {
     "fsdp": "Set `zero_stage = 3` to shard parameters, gradients and optimizer state.",
     "fsdp_config": "Set `zero_stage = 3` to shard parameters, gradients and optimizer state.",
     "full_determinism": "Delete it: on CPUs a run repeats to the bit. On GPUs set "
-    "CUBLAS_WORKSPACE_CONFIG and `torch.use_deterministic_algorithms(True)` in a callback's `on_train_begin`.",
+    "CUBLAS_WORKSPACE_CONFIG, and `torch.use_deterministic_algorithms(True)` in `on_train_begin`.",
     "hub_always_push": "Delete it: a checkpoint that comes while another is uploaded is not uploaded.",
     "ignore_data_skip": "Delete it: a run that goes on sees exactly the rows that it has not seen.",
     "include_for_metrics": "Delete it: `compute_metrics` gets the scores; the rows are in your data set.",
@@ -115,7 +115,7 @@ INSTEAD: Final[dict[str, str]] = {
     "parallelism_config": "Set `sequence_parallel_size` for rows that are too long for one worker.",
     "prediction_loss_only": "Delete it: scores are one number a text.",
     "save_on_each_node": "Delete it: all nodes see `output_dir`.",
-    "save_only_model": "Delete it: a run goes on from any checkpoint. `save_total_limit` bounds their number.",
+    "save_only_model": "Delete it: a run goes on from any checkpoint. `save_total_limit` bounds them.",
     "skip_memory_metrics": "Delete it: the log says what memory a run was measured to need.",
     "tf32": 'Delete it, and type `torch.set_float32_matmul_precision("high")` in a callback\'s '
     "`on_train_begin`.",
