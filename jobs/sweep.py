@@ -12,8 +12,9 @@ The space is the file's [sweep.space]; of a run file without one it is typed:
 The words after the file change it. Submitted again, a sweep that was cut off goes on; for that, `output_dir`
 must be an absolute path on storage that all nodes share. Table and `sweep.html` come at the end.
 
-Exit status: 0 done; 2 what you can mend (settings, files, rows); 1 what failed; 75 told to leave (SIGTERM):
-submit it again. `ray job submit` itself ends with 1 for each of the last three and shows which it was.
+Exit status: 0 done; 2 what you can mend (settings, files, rows); 1 what failed, or every trial; 75 told to
+leave (SIGTERM): submit it again. `ray job submit` itself ends with 1 for each of the last three and shows
+which it was.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def resolve_defaults(config: RewardConfig) -> None:
 
 
 def _reporters(given: str | list[str]) -> list[str]:
-    names = [given] if isinstance(given, str) else list(given)
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given)
     return [] if names == ["none"] else names
 
 
@@ -144,7 +144,7 @@ def check_reward_config(config: RewardConfig) -> None:
         if reporter not in REPORTERS:
             problems.append(
                 f"`report_to` ({reporter!r}) is not supported: it can be none or {', '.join(REPORTERS)}. "
-                "Type `report_to=tensorboard`; `metrics.jsonl` holds every metric for other tools."
+                "Type `report_to=tensorboard,wandb`; `metrics.jsonl` holds every metric for other tools."
             )
     if config.storage_path is not None and not is_url(config.storage_path):
         problems.append(

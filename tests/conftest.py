@@ -35,7 +35,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 address="local",
                 num_cpus=4,
                 object_store_memory=300 * 2**20,
-                include_dashboard=True,
+                # With one Ray Train starts three more processes for each run. `test_jobs` has one.
+                include_dashboard=False,
                 log_to_driver=True,
             )
     yield

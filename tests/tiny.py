@@ -5,6 +5,7 @@ Everything here is seeded, so two calls with the same arguments give the same by
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,8 @@ def tiny_rankings(count: int, *, seed: int = 0, conversational: bool = False) ->
         rng.shuffle(ranks)
         rows.append({"prompt": prompt, "completions": completions, "ranks": ranks})
     return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

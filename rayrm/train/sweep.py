@@ -73,8 +73,11 @@ def run_sweep(file: SweepFile, params: Sequence[str] = ()) -> Sweep:
         record.write()
     sweep = record.sweep
     if sweep.best is None:
-        reasons = "\n".join(f"  {' '.join(trial.words)}: {trial.failure}" for trial in sweep.trials)
-        raise RayrmError(f"every trial failed:\n{reasons}")
+        reasons: dict[str | None, list[str]] = {}
+        for trial in sweep.trials:
+            reasons.setdefault(trial.failure, []).append(" ".join(trial.words))
+        told = "\n".join(f"  {'; '.join(which)}: {why}" for why, which in reasons.items())
+        raise RayrmError(f"every trial failed:\n{told}")
     return sweep
 
 

@@ -16,7 +16,7 @@ from rayrm.serve.registry import PublishedModel, publish
 
 # The handle and the process compute the same float32 numbers in other batches.
 from tests.served import free_port, served
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_rows, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +76,25 @@ def requests_sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Caller, "_send", counted)
     return sent
+
+
+@pytest.fixture
+def sweep_words(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of a tiny run, with relative paths: trials have current directories of their own."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "base")
+    write_rows(tmp_path / "pairs.jsonl", tiny_rows(24, conversational=True))
+    for name, seed in (("near", 5), ("far", 6)):
+        write_rows(tmp_path / f"{name}.jsonl", tiny_rows(16, seed=seed, conversational=True))
+    return [
+        "model.name=base",
+        "data.train=pairs.jsonl",
+        'data.eval={near="near.jsonl", far="far.jsonl"}',
+        "output_dir=sweep",
+        "bf16=false",
+        "max_steps=8",
+        "per_device_train_batch_size=4",
+        "gradient_checkpointing=false",
+        "save_strategy=no",
+        "sweep.mode=min",
+    ]

@@ -13,9 +13,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from rayrm import RewardConfig, RewardTrainer
 from rayrm.errors import RayrmError
 from rayrm.train.checkpoint import checkpoints
-from tests.integration.test_cli import write_rows
 from tests.integration.test_resume import untimed
-from tests.tiny import save_tiny, tiny_model, tiny_rows
+from tests.tiny import save_tiny, tiny_model, tiny_rows, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 BAD, TOKEN = 25, "<|tools|>"

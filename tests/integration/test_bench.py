@@ -18,8 +18,7 @@ import psutil
 import pytest
 import ray
 
-from tests.integration.test_cli import write_rows
-from tests.tiny import save_tiny, tiny_rows
+from tests.tiny import save_tiny, tiny_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 # float32, sums of a few dozen terms in another order.

@@ -8,12 +8,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rayrm import cli
-from tests.tiny import save_tiny, tiny_rankings, tiny_rows
+from tests.tiny import save_tiny, tiny_rankings, tiny_rows, write_rows
 
 pytestmark = pytest.mark.ray
 STEPS = ["bf16=false", "max_steps=3", "per_device_train_batch_size=4", "learning_rate=1e-3", "save_steps=2"]
@@ -48,11 +47,6 @@ def shell(
         '[reward]\noutput_dir = "out"\neval_strategy = "epoch"\n'
     )
     return Shell(tmp_path, capfd)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.mark.parametrize("workers", [0, 2])

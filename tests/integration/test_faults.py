@@ -22,9 +22,8 @@ import torch
 from rayrm import RewardConfig, RewardTrainer
 from rayrm.train.records import read_progress
 from rayrm.train.row_log import read_row_log
-from tests.integration.test_cli import write_rows
 from tests.integration.test_resume import assert_same_run
-from tests.tiny import save_tiny, tiny_rows
+from tests.tiny import save_tiny, tiny_rows, write_rows
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,16 +1,19 @@
 """The scripts in jobs/ as Ray jobs run them, and the examples, on a tiny model.
 
 A job is a process whose RAY_ADDRESS names the cluster: the fast test gives it the tests' own. The slow one
-submits to it by `ray job submit`.
+starts one that has a dashboard, which takes jobs, and submits to it by `ray job submit`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +23,12 @@ from ray import serve
 from examples import colocated, quickstart, trl_migration
 from rayrm.errors import PublishError
 from rayrm.serve.registry import publish
-from tests.integration.test_cli import write_rows
-from tests.tiny import save_tiny, tiny_rows
+from tests.served import free_port
+from tests.tiny import save_tiny, tiny_rows, write_rows
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 @pytest.fixture
@@ -74,19 +78,35 @@ def test_jobs_train_evaluate_publish_and_score_on_the_cluster_they_are_given(
     assert len(set(scores)) == 2
 
 
+@pytest.fixture
+def dashboard() -> Iterator[str]:
+    """The URL of a cluster's dashboard."""
+    taken = {
+        name: free_port()
+        for name in ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    }
+    with tempfile.TemporaryDirectory(prefix="ray-") as short:  # the names of Ray's sockets have a limit
+        line = [*RAY, "start", "--head", "--block", "--num-cpus=4", f"--temp-dir={short}"]
+        line += [f"--{name}={number}" for name, number in taken.items()]
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        yield f"http://127.0.0.1:{taken['dashboard-port']}"
+        process.terminate()
+        process.wait(60)
+
+
 @pytest.mark.slow
-def test_a_submitted_job_logs_its_records_in_its_runtime_environment(ray_cluster: None, home: Path) -> None:
+def test_a_submitted_job_logs_its_records_in_its_runtime_environment(dashboard: str, home: Path) -> None:
     def submit(*words: str) -> tuple[int, str]:
         environment = dict(os.environ)
         if (Path.home() / ".ray" / "auth_token").is_file():
             environment["RAY_AUTH_MODE"] = "token"
-        url = f"http://{ray.worker._global_node.webui_url}"
         variables = json.dumps({"env_vars": {"WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}})
-        line = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", url]
+        line = [*RAY, "job", "submit", "--address", dashboard]
         line += ["--runtime-env-json", variables, "--", sys.executable, str(ROOT / "jobs/train.py"), *words]
         for _ in range(60):
             done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=500)
-            if "No available agent" not in done.stderr:  # a cluster that is young has none yet
+            # A cluster that is young has neither yet.
+            if not re.search("Failed to connect|No available agent", done.stderr):
                 break
             time.sleep(2)
         return done.returncode, done.stdout + done.stderr

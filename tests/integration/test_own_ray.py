@@ -17,8 +17,7 @@ from ray.train.torch import TorchTrainer
 
 from rayrm.errors import ClusterError
 from rayrm.own_ray import ensure_ray, trainer_class
-from tests.integration.test_cli import write_rows
-from tests.tiny import save_tiny, tiny_rows
+from tests.tiny import save_tiny, tiny_rows, write_rows
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]

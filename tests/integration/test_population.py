@@ -17,10 +17,9 @@ from rayrm.runfile import read_run
 from rayrm.train.checkpoint import checkpoints
 from rayrm.train.launch import train_run
 from rayrm.train.records import read_records
-from tests.integration.test_cli import write_rows
 from tests.integration.test_resume import weights
 from tests.integration.test_sweep import start_sweep, until
-from tests.tiny import save_tiny, tiny_rows
+from tests.tiny import save_tiny, tiny_rows, write_rows
 
 pytestmark = pytest.mark.ray
 

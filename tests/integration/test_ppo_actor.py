@@ -30,9 +30,8 @@ from rayrm.rl.service import SCORED_AT_ONCE, scores_by_one_version
 from rayrm.serve.client import RewardClient
 from rayrm.serve.registry import PublishedModel, publish
 from rayrm.serve.scorer import RewardModel
-from tests.integration.test_cli import write_rows
 from tests.served import SAME, replica_pids, served, texts
-from tests.tiny import WORDS, save_tiny
+from tests.tiny import WORDS, save_tiny, write_rows
 from tests.unit.test_ppo import Reward, questions, save_policy
 
 pytestmark = pytest.mark.ray

@@ -21,9 +21,8 @@ import torch
 from rayrm.errors import PreemptedError
 from rayrm.train.checkpoint import checkpoints
 from rayrm.train.records import read_progress, read_records
-from tests.integration.test_cli import write_rows
 from tests.integration.test_resume import assert_same_run, trainer_of
-from tests.tiny import save_tiny, tiny_rows
+from tests.tiny import save_tiny, tiny_rows, write_rows
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]

@@ -34,9 +34,8 @@ from rayrm.serve.registry import PublishedModel, open_published, publish, set_cu
 from rayrm.serve.saved import read_json
 from rayrm.train.launch import train_run
 from rayrm.train.records import read_progress, read_records
-from tests.integration.test_cli import write_rows
 from tests.served import served, writable_copy
-from tests.tiny import save_tiny, tiny_rows
+from tests.tiny import save_tiny, tiny_rows, write_rows
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]

@@ -133,6 +133,10 @@ def test_the_best_model_by_an_error_is_the_one_with_less(metric: str, less_is_be
     )
 
 
+def test_several_trackers_may_be_one_word_of_a_command_line() -> None:
+    assert RewardConfig(report_to="tensorboard, wandb").report_to == ["tensorboard", "wandb"]
+
+
 @pytest.mark.parametrize(
     "given",
     [
