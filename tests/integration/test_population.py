@@ -18,7 +18,8 @@ from rayrm.train.checkpoint import checkpoints
 from rayrm.train.launch import train_run
 from rayrm.train.records import read_records
 from tests.integration.test_resume import weights
-from tests.integration.test_sweep import start_sweep, until
+from tests.integration.test_sweep import until
+from tests.integration.test_sweep_cut_off import start_sweep
 from tests.tiny import save_tiny, tiny_rows, write_rows
 
 pytestmark = pytest.mark.ray
