@@ -20,7 +20,7 @@ import tomli_w
 from rayrm.config import ClusterConfig, DataConfig, ModelConfig, RewardConfig, ServeConfig
 from rayrm.errors import ConfigError
 from rayrm.rules import SAME
-from rayrm.settings import field_names, nearest
+from rayrm.settings import field_names, nearest, none_word
 from rayrm.unsupported import NOT_HONOURED
 from rayrm.urls import masked
 
@@ -209,6 +209,11 @@ def _override(tables: dict[str, Any], word: str, sections: Mapping[str, type], b
     for name in path[:-1]:
         inner = table.setdefault(name, {})
         if not isinstance(inner, dict):
+            if none_word(inner) is not None:
+                raise ConfigError(
+                    f"override `{word}`: `{name}` is {inner!r}, which has no keys. Change it there, or leave "
+                    "one of the two out."
+                )
             inner = table[name] = {}
         table = inner
     table[path[-1]] = _value(text)

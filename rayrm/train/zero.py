@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch._C._distributed_c10d import HashStore
 
 from rayrm.config import RewardConfig
@@ -31,6 +32,7 @@ from rayrm.errors import ConfigError
 from rayrm.model.cost import head_sizes
 from rayrm.model.forward import DeviceBatch, PackedScorer
 from rayrm.model.sequence import Attend, Exchange
+from rayrm.settings import readable
 from rayrm.train.build import on_first_rank
 from rayrm.train.engine import AroundUpdate
 from rayrm.train.engine_state import (
@@ -184,6 +186,15 @@ def exchange_in(group: dist.ProcessGroup, model_config: Any, device: torch.devic
     return exchange
 
 
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """What DeepSpeed refuses of its configuration within the block is an error of `deepspeed`."""
+    try:
+        yield
+    except ValidationError as problems:
+        raise ConfigError(f"`deepspeed` is refused by DeepSpeed: {readable(problems, dict)}") from problems
+
+
 class DeepSpeedEngine:
     """An `Engine` on DeepSpeed. `torch.distributed` must be initialised (also for one rank)."""
 
@@ -220,7 +231,7 @@ class DeepSpeedEngine:
             optimizer.register_step_pre_hook(self._clip)
         if offloads_optimizer(settings) and on_first_rank():
             logger.info("the optimizer's state is offloaded, and torch's own steps over it on the CPU")
-        with buffers_told():
+        with buffers_told(), _named():
             self._engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,

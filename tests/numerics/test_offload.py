@@ -255,6 +255,13 @@ def test_zero_plus_plus_partitions_must_divide_the_workers(tmp_path: Path) -> No
         train_rank(job_of(Variant("run", settings), tmp_path, tokenized(8)), lambda record: None)
 
 
+def test_a_value_that_deepspeed_refuses_is_named(tmp_path: Path) -> None:
+    settings = {**STEP, "deepspeed": {"zero_optimization": {"stage": 2, "reduce_bucket_size": -5}}}
+    said = r"`deepspeed` is refused by DeepSpeed: `reduce_bucket_size` \(-5\): should be greater than"
+    with pytest.raises(ConfigError, match=said):
+        train_rank(job_of(Variant("run", settings), tmp_path, tokenized(8)), lambda record: None)
+
+
 QUANTIZED = {**THREE, "zero_quantized_weights": True, "zero_quantized_gradients": True}
 
 

@@ -182,6 +182,7 @@ def test_a_mistake_in_the_file_is_named_with_the_file_and_the_fix(
         ("clusters.num_workers=2", "`cluster`"),
         ("zero_stag=2", "`zero_stage`"),
         ("cluster.num_workers=two", "`num_workers` ('two')"),
+        ("data.train.path=x", "`train` is 'd.jsonl', which has no keys"),
     ],
 )
 def test_a_mistake_in_an_override_says_what_to_type(word: str, says: str) -> None:
