@@ -6,7 +6,7 @@
 
 With an environment of its own, here for a tracker and without a model hub (README, "On a cluster"):
 
-    ray job submit --working-dir . --runtime-env-json '{"excludes": ["models", "data", "runs"],
+    ray job submit --working-dir . --runtime-env-json '{"excludes": ["/models", "/data", "/runs"],
         "env_vars": {"WANDB_PROJECT": "rewards", "HF_HUB_OFFLINE": "1"}}' -- \\
         python jobs/train.py jobs/first.toml output_dir=/shared/runs/first report_to=wandb
 

@@ -47,16 +47,17 @@ def _sweep(options: argparse.Namespace) -> int:
     file = read_sweep(path, [*overrides, *words])
     _, settings = file.read()  # before the seconds that torch and ray take to import
     from rayrm.report.sweep import write_sweep_report
+    from rayrm.serve.registry import check_published_name, publish
     from rayrm.train.sweep import run_sweep
 
+    if settings.publish is not None:
+        check_published_name(settings.publish)
     sweep = run_sweep(file, options.param)
     print_sweep(sweep)
     assert sweep.best is not None
     print(f"\nbest: {' '.join(sweep.best.words)} in {sweep.best.directory}")
     print(f"report: {write_sweep_report(sweep)}")
     if settings.publish is not None:
-        from rayrm.serve.registry import publish
-
         published = publish(sweep.best.directory, settings.registry, settings.publish)
         was = "published" if published.is_new else "was already published"
         print(f"{published.name} {published.version} {was}: {published.path}")

@@ -191,7 +191,7 @@ def space_of(table: Mapping[str, Any], within: str = "") -> Space:
     space: Space = {}
     for name, value in table.items():
         key = within + name
-        if isinstance(value, Mapping) and value.keys() & {*KINDS, *_FOREIGN_KINDS}:
+        if isinstance(value, Mapping) and (value.keys() & {*KINDS, *_FOREIGN_KINDS} or _is_range(value)):
             kind, ends = next(iter(value.items()))
             if len(value) > 1:
                 raise ConfigError(
@@ -232,6 +232,13 @@ def space_of_params(params: Sequence[str]) -> Space:
         is_range = kind in KINDS or (found is not None and _is_kind(found[1]))
         space[key] = _range(key, kind, ends) if is_range else _listed(key, _split(text))
     return space
+
+
+def _is_range(table: Mapping[str, Any]) -> bool:
+    """Whether a table is meant as one, though its kind is misspelt."""
+    ends = next(iter(table.values()), None)
+    pair = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+    return len(table) == 1 and pair and _is_kind(next(iter(table)))
 
 
 def _is_kind(word: str) -> bool:

@@ -124,7 +124,7 @@ def publish(
             or without spread, or content that is published already with another probe or calibration.
         DataError, ScoreError: what is wrong with the files `probe` and `calibrate`, by its line.
     """
-    _check_name(name)
+    check_published_name(name)
     given = read_publication_texts(probe, calibrate)
     home = Path(registry) / name
     saved = saved_files(checkpoint)
@@ -360,7 +360,8 @@ def _verify(directory: Path, manifest: Manifest) -> None:
             )
 
 
-def _check_name(name: str) -> None:
+def check_published_name(name: str) -> None:
+    """Raise PublishError for a name that no published model can have."""
     if not _NAME.fullmatch(name):
         raise PublishError(
             f"name ({name!r}) must be letters, digits, '.', '_' or '-', beginning with a letter or digit. "

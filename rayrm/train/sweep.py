@@ -19,8 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rayrm.data.sources import plan_sources
 from rayrm.errors import ConfigError, PreemptedError, RayrmError, RunDirectoryError
 from rayrm.logs import show_logs
+from rayrm.model.reward_model import check_name
 from rayrm.own_ray import keeping_handlers
 from rayrm.runfile import Run, dump_run
 from rayrm.sweep_settings import Range, Space, SweepFile, space_of, space_of_params
@@ -183,6 +185,18 @@ class _Plan:
                 f"`{store.url}` holds trials of a sweep already, and the record by which a sweep goes on is "
                 f"not in `{self.home}`. Choose another `output_dir`: its last part is the sweep's name there."
             )
+        self._check_shared()
+
+    def _check_shared(self) -> None:
+        """Raise for a model or data that all trials have in common and none could use."""
+        run = self.base
+        if not self.space.keys() & {"model.name", "model_init_kwargs"}:
+            init = run.reward.model_init_kwargs or {}
+            check_name(run.model.name, init, trust_remote_code=run.reward.trust_remote_code)
+        sets = run.data.eval if isinstance(run.data.eval, dict) else {"eval": run.data.eval}
+        for name, source in {"train": run.data.train, **sets}.items():
+            if source is not None and f"data.{name}" not in self.space:
+                plan_sources(source, max_rows=None, name=name, columns=run.data.columns)
 
     def take_in_finished(self, record: Record) -> None:
         """A trial that came to its end just before a kill is not run again."""

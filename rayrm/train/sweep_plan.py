@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from rayrm.errors import ConfigError
+from rayrm.metrics.names import logged_names
 from rayrm.objective import OBJECTIVE_SETTINGS
 from rayrm.runfile import Run
+from rayrm.settings import nearest
 from rayrm.sweep_settings import Range, Space, SweepConfig
 from rayrm.train.leg import MAY_CHANGE
 
@@ -71,14 +73,25 @@ def check_base(run: Run, sweep: SweepConfig, environment: Mapping[str, str]) -> 
                 f"{variable} ({environment[variable]}) is set in the environment, and names one run of "
                 f"{tool}: each trial of a sweep has its own. Type `unset {variable}`."
             )
-    sets = run.data.eval
-    if sweep.metric.startswith("eval_") and isinstance(sets, dict):
-        prefixes = [f"eval_{name}_" for name in sets]
-        if not sweep.metric.startswith(tuple(prefixes)):
-            raise ConfigError(
-                f"`sweep.metric` ({sweep.metric}) is of no evaluation set: those of `data.eval` have names. "
-                f"Type for example `--metric {prefixes[0]}{sweep.metric.removeprefix('eval_')}`."
-            )
+    _check_metric(run, sweep.metric)
+
+
+def _check_metric(run: Run, metric: str) -> None:
+    """Raise ConfigError for a metric that no trial would log: it would be missed when the first has ended."""
+    sets = list(run.data.eval) if isinstance(run.data.eval, dict) else [""]
+    prefixes = tuple(f"eval_{name}_" if name else "eval_" for name in sets)
+    if metric.startswith("eval_") and not metric.startswith(prefixes):
+        raise ConfigError(
+            f"`sweep.metric` ({metric}) is of no evaluation set: those of `data.eval` have names. "
+            f"Type for example `--metric {prefixes[0]}{metric.removeprefix('eval_')}`."
+        )
+    known = logged_names(sets, run.reward.attributes)
+    if metric not in known:
+        shown = ", ".join(prefixes[0] + name for name in ("accuracy", "loss", "margin"))
+        raise ConfigError(
+            f"`sweep.metric` ({metric}) is nothing that a run logs.{nearest(metric, known)} Type for example "
+            f"one of {shown}."
+        )
 
 
 def check_space(space: Space, sweep: SweepConfig) -> None:

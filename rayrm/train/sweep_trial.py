@@ -11,6 +11,7 @@ of them.
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,7 +129,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         except RayrmError as error:
             said = str(error)
         except RayError as error:  # the process was lost
-            said = f"{type(error).__name__}: {_told_by(error)}"
+            said = f"{type(error).__name__}: {_begun_by(str(error))}"
         return {VALUE: math.nan, FAILURE: said}
 
     def _paused(self, leg: Leg) -> dict[str, Any]:
@@ -173,6 +174,12 @@ def _train(run: Run, leg: Leg | None, environment: Mapping[str, str]) -> None:
 
 def _told_by(error: Exception) -> str:
     return last_line(str(error), type(error).__name__)
+
+
+def _begun_by(text: str) -> str:
+    """The beginning of what Ray says of a process that was lost; its advice follows, and is long."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return textwrap.shorten(" ".join(lines[:2]), 300, placeholder=" ...")
 
 
 def last_line(text: str, otherwise: str) -> str:

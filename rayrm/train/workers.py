@@ -163,14 +163,23 @@ def _run_rank(config: dict[str, Any]) -> None:
         ray.train.report(dict(record))
 
     job: TrainJob = config["job"]
-    if not config.get("may_restart"):
+    may_restart = config.get("may_restart")
+    if may_restart and left_error(job.output_dir) is not None:
+        return
+    try:
         train_rank(job, report)
-    elif left_error(job.output_dir) is None:
-        try:
-            train_rank(job, report)
-        except RayrmError as error:
+    except RayrmError as error:
+        if may_restart:
             leave_error(job.output_dir, error)
-            raise
+        # By a name of Ray Train's own, which shows the stack trace of whatever a rank raises.
+        logging.getLogger("ray.train.v2._internal.util").addFilter(_is_no_mistake)
+        raise
+
+
+def _is_no_mistake(record: logging.LogRecord) -> bool:
+    """Whether a record is about no error that a user can mend, which the driver tells in one line."""
+    error = sys.exc_info()[1]
+    return not (isinstance(error, RayrmError) and isinstance(error, ValueError))
 
 
 def _cause_in_workers(failure: Exception) -> Exception:

@@ -20,6 +20,7 @@ from rayrm.config import RewardConfig
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.metrics.names import EVALUATED
 from rayrm.objective import Objective
 from tests.numerics.ranks import CENTER, HUGE, ONE_HUGE_STEP, TOLERANCE, Variant, outcome_of, run_variants
 from tests.tiny import tiny_model
@@ -189,5 +190,6 @@ def test_the_logged_metrics_are_the_evaluation_s(runs: Path, name: str, run: str
     record = json.loads((runs / run / "metrics.jsonl").read_text().splitlines()[0])
     objective = replace(Objective.of(RewardConfig(**OBJECTIVES[name])), center=CENTER)
     expected = evaluate_scores(reference(name)[3], TokenizedSet.from_rows(ROWS).index, objective)
+    assert set(expected) <= {*EVALUATED}
     for key in ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "mse"):
         assert record[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key

@@ -26,6 +26,7 @@ from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, ModelError, RowError
 from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.metrics.names import logged_names
 from rayrm.model.attribute_head import (
     HEADS_FILE,
     AttributeHead,
@@ -225,6 +226,7 @@ def test_metrics_are_of_what_the_heads_foretell() -> None:
     scores = np.array([1.0, 0.0, 0.5, 1.0, 2.0, -1.0, 3.0])
     foretold = np.arange(14, dtype=np.float64).reshape(7, 2) / 4
     found = evaluate_scores(np.concatenate([scores[:, None], foretold], axis=1), index, OBJECTIVE)
+    assert {f"eval_{name}" for name in found} <= {*logged_names([""], OBJECTIVE.attributes)}
     # Each row: squared errors of its rated entries, their mean.
     errors = [
         ((0 - 1) ** 2 + (0.25 - 2) ** 2 + (0.75 - 5) ** 2) / 3,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.runtime_env.packaging import _get_excludes
 from ray.dashboard.modules.job.cli import submit
 
 from rayrm import cli
@@ -97,4 +98,9 @@ def test_ray_and_the_job_take_the_command(
     else:
         assert not settings
     if given["runtime_env_json"]:
-        assert "env_vars" in json.loads(given["runtime_env_json"])
+        environment = json.loads(given["runtime_env_json"])
+        assert "env_vars" in environment
+        # By Ray's own reading of them: what is left out is no part of the package.
+        leaves_out = _get_excludes(ROOT, environment["excludes"])
+        assert leaves_out(ROOT / "data" / "pairs.jsonl")
+        assert not any(leaves_out(path) for path in (ROOT / "rayrm").rglob("*.py"))

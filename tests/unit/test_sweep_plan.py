@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from rayrm import cli
-from rayrm.errors import ConfigError, RunDirectoryError
+from rayrm.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from rayrm.sweep_settings import Range, SweepConfig, read_sweep, space_of, space_of_params
 from rayrm.train.storage import RunStorage
 from rayrm.train.sweep import _Plan, run_sweep
 from rayrm.train.sweep_plan import Words, check_space, corners, in_order, plan_trials
+from tests.tiny import save_tiny, tiny_rows, write_rows
 
 
 def planned(params: list[str], seed: int = 0, **settings: Any) -> list[Words]:
@@ -280,6 +281,14 @@ EVAL = [*BASE, "data.eval=e.jsonl"]
             ["seed=1,2"],
             "--metric eval_near_accuracy",
         ),
+        ([*EVAL, "sweep.metric=eval_acuracy"], ["seed=1,2"], "Did you mean `eval_accuracy`"),
+        ([*EVAL, "sweep.metric=eval_chat_accuracy"], ["seed=1,2"], "is nothing that a run logs"),
+        (
+            [*BASE, 'data.eval={near="e.jsonl"}', "sweep.metric=eval_near_los"],
+            ["seed=1,2"],
+            "Did you mean `eval_near_loss`",
+        ),
+        ([*EVAL, "sweep.space.learning_rate={lag=[1e-6,1e-4]}"], [], "`lag` is no kind of range"),
     ],
 )
 def test_a_sweep_is_refused_before_anything_starts(
@@ -288,6 +297,22 @@ def test_a_sweep_is_refused_before_anything_starts(
     with pytest.raises(ConfigError, match=said):
         run_sweep(read_sweep(None, [*words, f"output_dir={tmp_path / 'sweep'}"]), params)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_all_trials_lack_is_missed_before_anything_starts(tmp_path: Path) -> None:
+    base, pairs = save_tiny(tmp_path / "base"), write_rows(tmp_path / "pairs.jsonl", tiny_rows(2))
+    home, absent = tmp_path / "sweep", tmp_path / "absent"
+    for model, train, held_out, said in (
+        (absent, pairs, pairs, ModelError),
+        (base, absent, pairs, DataError),
+        (base, pairs, absent, DataError),
+    ):
+        words = [f"model.name={model}", f"data.train={train}", f"data.eval={held_out}", f"output_dir={home}"]
+        with pytest.raises(said, match="absent"):
+            run_sweep(read_sweep(None, words), ["seed=1,2"])
+    words = [f"model.name={base}", f"data.train={pairs}", f"data.eval={pairs}", f"output_dir={home}"]
+    assert cli.main(["sweep", *words, "sweep.publish=../x", "sweep.space.seed=[1, 2]"]) == 2
+    assert not (home / "sweep.json").exists()
 
 
 def test_one_run_of_a_tracker_is_not_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

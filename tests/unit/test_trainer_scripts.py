@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerState
 from rayrm import RewardConfig, RewardTrainer
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import RunDirectoryError
+from rayrm.metrics.names import logged_names
 from rayrm.model.reward_model import load_saved
 from tests.hub_server import hub_server
 from tests.numerics.ranks import tokenized
@@ -101,6 +102,7 @@ def test_the_state_at_the_end_is_one_for_callbacks_scripts_and_files(tmp_path: P
     assert state.best_model_checkpoint == str(tmp_path / f"run/checkpoint-{best}")
     assert state.num_input_tokens_seen == output.metrics["num_tokens"] > 0
     assert state.log_history[-1]["train_loss"] == output.training_loss
+    assert {key for record in state.log_history for key in record} - {"step"} <= {*logged_names([""], [])}
     # What callbacks keep, here the flags alone, stands in files.
     assert watches.states[-1].stateful_callbacks == {}
     assert list(state.stateful_callbacks) == ["TrainerControl"]
