@@ -259,8 +259,8 @@ class RewardConfig:
     """What rows of equal ranks, and pairs with `tie`, teach. "none": nothing, equal ranks are not compared.
     "rao-kupper", "davidson": the probability of a tie under that model."""
     tie_parameter: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(none_word)] = None
-    """How often completions of equal reward tie: Rao and Kupper's theta (above 1; None: 2), Davidson's nu
-    (above 0; None: 1)."""
+    """How often completions of equal reward tie: Rao and Kupper's theta (above 1; None: 3), Davidson's nu
+    (above 0; None: 2)."""
     ranking_loss: RankingLoss = "pairwise"
     """What a ranking of three or more teaches. "pairwise": each of its comparisons. "plackett-luce": its
     order, as one choice after another."""

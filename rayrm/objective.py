@@ -30,8 +30,9 @@ OBJECTIVE_SETTINGS: Final[tuple[str, ...]] = (
 """The fields of `RewardConfig` that say what is minimized."""
 ATTRIBUTE_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 """What an attribute may be called: metrics are called by it."""
-_TIE_PARAMETER: Final[dict[str, float]] = {"none": 0.0, "rao-kupper": 2.0, "davidson": 1.0}
-"""With either, two completions of equal reward tie one time in three."""
+_TIE_PARAMETER: Final[dict[str, float]] = {"none": 0.0, "rao-kupper": 3.0, "davidson": 2.0}
+"""With either, two completions of equal reward tie one time in two. With 2 and 1 or less (one in three) no
+rewards would make a tie likelier than the likelier winner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def check_objective(config: RewardConfig) -> list[str]:
     if model == "rao-kupper" and parameter is not None and parameter <= 1:
         problems.append(
             f'`tie_parameter` ({parameter:g}) must be above 1 with `tie_model` ("rao-kupper"): at 1 nothing '
-            "ties. Type `tie_parameter=2`."
+            "ties. Type `tie_parameter=3`."
         )
     if config.ranking_loss == "plackett-luce" and model != "none":
         problems.append(

@@ -149,14 +149,14 @@ def test_win_loss_and_tie_are_all_that_can_happen(model: Any, difference: float)
     assert sum(math.exp(-loss.item()) for loss in losses) == pytest.approx(1.0, rel=1e-12)
 
 
-def test_equal_rewards_tie_one_time_in_three_by_default() -> None:
+def test_equal_rewards_tie_one_time_in_two_by_default() -> None:
     from rayrm.config import RewardConfig
     from rayrm.model.objectives import tie_model_losses
 
     for model in ("rao-kupper", "davidson"):
         objective = Objective.of(RewardConfig(tie_model=model))
         _, _, tie = tie_model_losses(torch.zeros(1), objective)
-        assert math.exp(-tie.item()) == pytest.approx(1 / 3, rel=1e-6)
+        assert math.exp(-tie.item()) == pytest.approx(1 / 2, rel=1e-6)
 
 
 def test_plain_pairs_cost_to_the_bit_what_they_always_did() -> None:

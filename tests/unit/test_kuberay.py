@@ -60,7 +60,16 @@ CONTAINER = _object(
 VOLUME = _object(
     ["name"], name=TEXT, persistentVolumeClaim=_object(["claimName"], claimName=TEXT, readOnly={})
 )
-TEMPLATE = _object(["spec"], spec=_object(["containers"], containers=_list(CONTAINER), volumes=_list(VOLUME)))
+GROUP = _object(["fsGroup"], fsGroup={"type": "integer"})
+TEMPLATE = _object(
+    ["spec"],
+    spec=_object(
+        ["containers", "securityContext"],
+        containers=_list(CONTAINER),
+        volumes=_list(VOLUME),
+        securityContext=GROUP,
+    ),
+)
 RAY_CLUSTER = _object(
     ["headGroupSpec"],
     rayVersion=TEXT,

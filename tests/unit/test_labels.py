@@ -113,7 +113,7 @@ def test_a_label_that_a_run_cannot_use_is_refused_with_what_to_do(
     [
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"tie_parameter": 2}, '`tie_model`, which is "none"'),
-        ({"tie_model": "rao-kupper", "tie_parameter": 1}, "Type `tie_parameter=2`"),
+        ({"tie_model": "rao-kupper", "tie_parameter": 1}, "Type `tie_parameter=3`"),
         ({"tie_model": "davidson", "tie_parameter": 0}, "tie_parameter"),
         ({"tie_model": "elo"}, "tie_model"),
         ({"tie_model": "davidson", "ranking_loss": "plackett-luce"}, "Plackett-Luce has no ties"),

@@ -46,7 +46,7 @@ def test_what_is_saved_loads_with_its_facts(base: Path, tmp_path: Path) -> None:
     save_model(model, load_tokenizer(str(base)), target, text_form="conversational", objective=objective)
     loaded = load_saved(target, device="cpu")
     assert loaded.text_form == "conversational"
-    assert loaded.objective == {"label_smoothing": 0.1, "tie_model": "rao-kupper", "tie_parameter": 2.0}
+    assert loaded.objective == {"label_smoothing": 0.1, "tie_model": "rao-kupper", "tie_parameter": 3.0}
     assert Objective.of(RewardConfig(**loaded.objective)) == Objective.of(
         RewardConfig(tie_model="rao-kupper", label_smoothing=0.1)
     )

@@ -127,7 +127,9 @@ def test_trials_have_a_store_and_names_of_their_own(tmp_path: Path) -> None:
 def test_a_store_that_holds_another_sweep_of_the_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "store" / "sweep" / "trial-01").mkdir(parents=True)
     (tmp_path / "store" / "sweep" / "trial-01" / "identity.json").write_text("{}")
-    words = [*EVAL, f"output_dir={tmp_path / 'sweep'}", f"storage_path=file://{tmp_path / 'store'}"]
+    base, pairs = save_tiny(tmp_path / "base"), write_rows(tmp_path / "pairs.jsonl", tiny_rows(2))
+    words = [f"model.name={base}", f"data.train={pairs}", f"data.eval={pairs}"]
+    words += [f"output_dir={tmp_path / 'sweep'}", f"storage_path=file://{tmp_path / 'store'}"]
     with pytest.raises(RunDirectoryError, match=r"store/sweep` holds trials of a sweep already"):
         run_sweep(read_sweep(None, words), ["seed=1,2"])
     assert not (tmp_path / "sweep").exists()
