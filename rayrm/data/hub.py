@@ -129,11 +129,19 @@ def _read(piece: StreamShard | DatasetPart, first: int, remedy: str) -> Iterator
     import datasets
 
     number = first
+    rows = None
     try:
         rows = pickle.loads(piece.pickled)
         stop = piece.stop if isinstance(piece, StreamShard) else None
         for number, content in enumerate(islice(rows, stop), first):
             yield SourceRow(piece.source, number, f"{piece.name}[{number}]", content)
+    except (ImportError, AttributeError) as error:
+        if rows is not None:
+            raise
+        raise DataError(
+            f"{piece.name} cannot be read in another process ({error}); put what makes its rows into a "
+            "module that every worker can import, or write the rows to a file"
+        ) from error
     except (OSError, EOFError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{piece.name} cannot be read beyond row {number} ({type(error).__name__}: {error}); {remedy}"

@@ -35,6 +35,9 @@ from rayrm.model.saving import FACTS, TextForm, quiet_transformers
 from rayrm.model.text_only import check_classifies, check_text_only
 
 logger = logging.getLogger("rayrm.model")
+_OTHER_TASKS = re.compile(
+    "For(AudioClassification|ImageClassification|TokenClassification|QuestionAnswering|MultipleChoice)$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +217,14 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def check_scores_texts(model: torch.nn.Module) -> None:
-    """Raise ModelError for a language model, which scores tokens and not texts."""
+    """Raise ModelError for a language model, which scores tokens, and for a model of another task."""
     inner = unwrapped(model)
+    task = _OTHER_TASKS.search(type(inner).__name__)
+    if task is not None:
+        raise ModelError(
+            f"{type(inner).__name__} is for another task ({task[0]}). Load the model with "
+            "`AutoModelForSequenceClassification.from_pretrained(NAME, num_labels=1)`, or pass its name."
+        )
     embeddings = getattr(inner, "get_output_embeddings", lambda: None)()
     if embeddings is None:
         return

@@ -33,7 +33,8 @@ def build_engine(
             precision=precision,
             skips_nonfinite=config.nonfinite_loss == "skip",
         )
-    from rayrm.train.zero import DeepSpeedEngine, deepspeed_config
+    from rayrm.train.zero import DeepSpeedEngine
+    from rayrm.train.zero_config import deepspeed_config
 
     return DeepSpeedEngine(
         module,

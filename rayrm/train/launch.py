@@ -129,10 +129,13 @@ def _train(trainer: RewardTrainer) -> None:
 
 
 def training_failed(failure: Exception, output_dir: Path, again: str) -> RayrmError:
-    """What ended the workers and is no error of ours: its last line, and how to go on (`again`)."""
-    said = [line for line in str(failure).splitlines() if line.strip()]
+    """What ended the workers and is no error of ours: what they raised, and how to go on (`again`)."""
+    told = (
+        getattr(failure, "__notes__", None)
+        or [line for line in str(failure).splitlines() if line.strip()][-1:]
+    )
     return RayrmError(
-        f"training in {output_dir} failed: {said[-1]}. The workers' own messages stand above; {again}"
+        f"training in {output_dir} failed: {'; '.join(told)}. The workers' own messages stand above; {again}"
     )
 
 

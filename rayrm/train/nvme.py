@@ -96,10 +96,13 @@ def _load_operator(rank: Rank) -> None:
     try:
         builder.load(verbose=False)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        # A compiler's own words, where it was one that failed: before them stands what was called.
+        lines = str(error).splitlines()
+        said = " ".join("; ".join([one for one in lines if "error:" in one][:3] or lines).split())
         raise ConfigError(
             "offload to NVMe needs DeepSpeed's `async_io`, which is compiled when it is first used, and "
-            f"could not be: {' '.join(str(error).split())[:300]}. Type `apt-get install g++` and "
-            f"`pip install ninja` on every node. {_OR}"
+            f"could not be: {said[:300]}. It needs `apt-get install g++ libaio-dev` and `pip install ninja` "
+            f"on every node. {_OR}"
         ) from error
 
 

@@ -67,7 +67,12 @@ def run_sweep(file: SweepFile, params: Sequence[str] = ()) -> Sweep:
         if left := planned.left(record):
             planned.check_places(begins=not record.trials)
             if record.trials:
-                logger.info("going on with the sweep in %s: %d trials are left", planned.home, len(left))
+                logger.info(
+                    "going on with the sweep in %s: %d of %d trials to go",
+                    planned.home,
+                    len(left),
+                    planned.num_trials,
+                )
             if planned.sweep.scheduler == "pbt":
                 _train_population(planned, record)
             else:

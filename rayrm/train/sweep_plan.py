@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from rayrm.errors import ConfigError
@@ -150,8 +150,9 @@ def plan_trials(space: Space, sweep: SweepConfig, seed: int) -> list[Words]:
     in a random search."""
     draw = random.Random(seed)
     if sweep.search == "random":
+        draws = {key: _draws(values, draw) for key, values in space.items()}
         return [
-            tuple(f"{key}={_drawn(values, draw)}" for key, values in space.items())
+            tuple(f"{key}={next(values)}" for key, values in draws.items())
             for _ in range(sweep.num_trials or 0)
         ]
     lists = {key: values for key, values in space.items() if not isinstance(values, Range)}
@@ -187,5 +188,10 @@ def values_by_key(space: Space, words: Words) -> dict[str, Any]:
     return found
 
 
-def _drawn(values: tuple[str, ...] | Range, draw: random.Random) -> str:
-    return values.draw(draw) if isinstance(values, Range) else draw.choice(values)
+def _draws(values: tuple[str, ...] | Range, draw: random.Random) -> Iterator[str]:
+    """Without end. Of a list each value comes once before any comes again, so that a few trials try all."""
+    while True:
+        if isinstance(values, Range):
+            yield values.draw(draw)
+        else:
+            yield from draw.sample(values, len(values))

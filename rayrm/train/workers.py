@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,7 +113,10 @@ def fit_on_workers(job: TrainJob, scaling_config: Any, run_config: Any = None) -
             if error is not None:
                 raise error
     except TrainingFailedError as failure:
-        raise _cause_in_workers(failure) from failure
+        found = cause_in_workers(failure)
+        if found is failure:
+            raise
+        raise found from failure
     finally:
         forget_error(job.output_dir)
 
@@ -182,13 +186,21 @@ def _is_no_mistake(record: logging.LogRecord) -> bool:
     return not (isinstance(error, RayrmError) and isinstance(error, ValueError))
 
 
-def _cause_in_workers(failure: Exception) -> Exception:
-    """The error that a worker raised, where it is one of ours; else Ray's, whole."""
-    for cause in getattr(failure, "worker_failures", {}).values():
-        inner = getattr(cause, "cause", None) or cause
+def cause_in_workers(failure: Exception) -> Exception:
+    """The error that a worker raised, where it is one of ours; else Ray's, with notes of what ranks raised.
+
+    Ray's own text of them is cut in the middle, where an error of a callback or of `compute_metrics` stands.
+    """
+    causes = {
+        rank: getattr(cause, "cause", None) or cause
+        for rank, cause in getattr(failure, "worker_failures", {}).items()
+    }
+    for inner in causes.values():
         for error in (inner, getattr(inner, "__cause__", None)):
             if isinstance(error, RayrmError):
                 return error
+    for rank, inner in sorted(causes.items()):
+        failure.add_note(textwrap.shorten(f"worker {rank}: {type(inner).__name__}: {inner}", 500))
     return failure
 
 

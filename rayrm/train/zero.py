@@ -16,23 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch._C._distributed_c10d import HashStore
 
-from rayrm.config import RewardConfig
-from rayrm.deepspeed_rules import (
-    check_batch_size,
-    check_partition,
-    read_deepspeed,
-    resolved_stage,
-    without_effect,
-)
 from rayrm.deepspeed_sections import offloads_optimizer, quantized_on_cpu
 from rayrm.errors import ConfigError
 from rayrm.model.cost import head_sizes
 from rayrm.model.forward import DeviceBatch, PackedScorer
+from rayrm.model.layout import unwrapped
 from rayrm.model.sequence import Attend, Exchange
-from rayrm.settings import readable
 from rayrm.train.build import on_first_rank
 from rayrm.train.engine import AroundUpdate
 from rayrm.train.engine_state import (
@@ -46,8 +37,8 @@ from rayrm.train.engine_state import (
 )
 from rayrm.train.host_memory import HostMemory
 from rayrm.train.loss_scale import LossScale
-from rayrm.train.nvme import buffers_told, in_own_folders
-from rayrm.train.precision import Precision
+from rayrm.train.nvme import buffers_told
+from rayrm.train.zero_config import refusals_named, with_sizes
 from rayrm.train.zero_state import (
     forget_state_on_disk,
     inner_optimizer,
@@ -60,50 +51,6 @@ from rayrm.train.zero_state import (
 logger = logging.getLogger("rayrm.train")
 # What DeepSpeed's own profiler and monitor count by.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-# Rows per step are counted by the caller; mixed precision is autocast; optimizer and schedule are torch's.
-# Groups of ranks are ours too: DeepSpeed averages over all ranks.
-_OURS = (
-    "train_batch_size", "bf16", "bfloat16", "fp16", "amp", "optimizer", "scheduler",
-    "sequence_parallel_size", "data_parallel_size",
-)  # fmt: skip
-
-
-def deepspeed_config(config: RewardConfig, precision: Precision, num_workers: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the user's own (`deepspeed`), or a stage (`zero_stage`).
-
-    What a user's file leaves out or has as "auto" is the run's. What it has and the run cannot heed is told.
-    """
-    chosen: dict[str, Any] = {} if config.deepspeed is None else read_deepspeed(config.deepspeed)
-    check_batch_size(chosen, config, num_workers)
-    check_partition(chosen, num_workers)
-    for ignored in without_effect(chosen, config, autocast=precision != "fp32"):
-        if on_first_rank():
-            logger.warning("%s", ignored)
-    stage = resolved_stage(config) or 0
-    for key in _OURS:
-        chosen.pop(key, None)
-    chosen.update(
-        zero_optimization={**chosen.get("zero_optimization", {}), "stage": stage},
-        train_micro_batch_size_per_gpu=1,
-        gradient_accumulation_steps=1,
-        managed_gradient_accumulation=False,
-        zero_allow_untested_optimizer=True,
-        # Offloaded or not, the optimizer is torch's, whose AdamW has a fused kernel for CPUs too.
-        zero_force_ds_cpu_optimizer=False,
-        # Stage 0 clips in an optimizer hook, where the norm before clipping can be had.
-        gradient_clipping=config.max_grad_norm if stage > 0 else 0.0,
-    )
-    chosen.setdefault("steps_per_print", None)
-    if stage > 0:
-        # Overlapped communication is for managed accumulation.
-        chosen["zero_optimization"]["overlap_comm"] = False
-    chosen["zero_optimization"] = in_own_folders(chosen["zero_optimization"])
-    if precision != "fp32":
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
-        # Without the empty list, the gradients of linear layers would be averaged in that precision.
-        chosen["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
-        chosen["data_types"] = {**chosen.get("data_types", {}), "grad_accum_dtype": "fp32"}
-    return chosen
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -187,12 +134,26 @@ def exchange_in(group: dist.ProcessGroup, model_config: Any, device: torch.devic
 
 
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
-    """What DeepSpeed refuses of its configuration within the block is an error of `deepspeed`."""
+def keeping_types() -> Iterator[None]:
+    """Weights that DeepSpeed parts within the block keep their type.
+
+    Version 0.19.8 reads "as told, or else by what the machine has" the other way round, and rounds float32
+    weights on a disk to bfloat16 where a CPU has no float16.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    choose = Init._set_dtype
+
+    def as_told(parts: Any, ds_config: Any, dtype: torch.dtype | None) -> None:
+        choose(parts, ds_config, dtype)
+        if dtype is not None:
+            parts.dtype = dtype
+
+    Init._set_dtype = as_told
     try:
         yield
-    except ValidationError as problems:
-        raise ConfigError(f"`deepspeed` is refused by DeepSpeed: {readable(problems, dict)}") from problems
+    finally:
+        Init._set_dtype = choose
 
 
 class DeepSpeedEngine:
@@ -220,6 +181,10 @@ class DeepSpeedEngine:
         is_fp16 = settings.get("torch_autocast", {}).get("dtype") == "float16"
         self._scale = LossScale() if is_fp16 else None
         self._stage = int(settings["zero_optimization"]["stage"])
+        if self._stage == 3:
+            hidden_size = unwrapped(module.model).config.get_text_config().hidden_size
+            sized = with_sizes(settings["zero_optimization"], module, hidden_size)
+            settings = {**settings, "zero_optimization": sized}
         self._max_grad_norm = max_grad_norm
         self._skips_nonfinite = skips_nonfinite
         self.optimizer: Any = optimizer
@@ -231,7 +196,7 @@ class DeepSpeedEngine:
             optimizer.register_step_pre_hook(self._clip)
         if offloads_optimizer(settings) and on_first_rank():
             logger.info("the optimizer's state is offloaded, and torch's own steps over it on the CPU")
-        with buffers_told(), _named():
+        with buffers_told(), keeping_types(), refusals_named():
             self._engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,

@@ -16,7 +16,7 @@ import torch
 
 from rayrm.errors import ConfigError
 from rayrm.train.worker import train_rank
-from rayrm.train.zero import DeepSpeedEngine
+from rayrm.train.zero import DeepSpeedEngine, keeping_types, process_group
 from tests.cells import cells_of
 from tests.numerics.ranks import (
     GATHERED,
@@ -222,6 +222,19 @@ def test_a_buffer_that_is_too_small_for_a_weight_is_refused_with_what_to_set(tmp
     assert list((tmp_path / "disk").iterdir()) == []
 
 
+@pytest.mark.parametrize("has_half", [True, False])
+def test_weights_on_a_disk_have_their_own_type(has_half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: has_half)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    with process_group(), keeping_types():
+        parts = Init(module=torch.nn.Linear(4, 4), config_dict_or_path=settings, dtype=torch.float32)
+    assert parts.dtype == torch.float32
+
+
 def test_without_libaio_a_disk_is_refused_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,12 +253,12 @@ def test_an_operator_that_cannot_be_compiled_is_refused_with_the_reason(
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     def load(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no ninja")
+        raise RuntimeError("[1/13] c++ -MMD\nx.cpp:3:1: error: no such\nmore")
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
     monkeypatch.setattr(AsyncIOBuilder, "load", load)
     job = job_of(Variant("run", on_disk(tmp_path / "disk", SECTIONS["optimizer"])), tmp_path, tokenized(8))
-    with pytest.raises(ConfigError, match=r"`async_io`.*no ninja"):
+    with pytest.raises(ConfigError, match=r"`async_io`.* be: x.cpp:3:1: error: no such\. It needs"):
         train_rank(job, lambda record: None)
 
 

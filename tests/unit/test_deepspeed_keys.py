@@ -11,7 +11,7 @@ from rayrm.config import RewardConfig
 from rayrm.deepspeed_keys import KEYS
 from rayrm.deepspeed_rules import without_effect
 from rayrm.errors import ConfigError
-from rayrm.train.zero import deepspeed_config
+from rayrm.train.zero_config import deepspeed_config
 
 PYDANTIC = {
     ("zero_optimization",): "runtime.zero.config.DeepSpeedZeroConfig",

@@ -16,7 +16,7 @@ from rayrm.config import RewardConfig
 from rayrm.deepspeed_rules import check_one_optimizer, resolved_stage
 from rayrm.errors import ConfigError
 from rayrm.train.trainer import RewardTrainer
-from rayrm.train.zero import deepspeed_config
+from rayrm.train.zero_config import deepspeed_config, with_sizes
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -353,3 +353,23 @@ def test_the_stage_of_a_file_is_read(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     assert resolved_stage(RewardConfig(deepspeed=str(file))) == 2
+
+
+def test_what_stage_3_keeps_at_hand_goes_by_the_model_s_size_where_nothing_is_said() -> None:
+    model = torch.nn.Linear(64, 100, bias=False)
+    assert with_sizes({"stage": 3}, model, hidden_size=20) == {
+        "stage": 3,
+        "reduce_bucket_size": 400,
+        "stage3_prefetch_bucket_size": 360,
+        "stage3_param_persistence_threshold": 200,
+        "stage3_max_live_parameters": 800,
+        "stage3_max_reuse_distance": 800,
+    }
+    # DeepSpeed takes the last four without their prefix too.
+    said = {"max_live_parameters": 5, "stage3_max_reuse_distance": 6, "reduce_bucket_size": 7}
+    found = with_sizes(said, model, hidden_size=20)
+    assert found == {
+        **said,
+        "stage3_prefetch_bucket_size": 360,
+        "stage3_param_persistence_threshold": 200,
+    }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForTokenClassification
 
 from rayrm import RewardConfig, RewardTrainer
 from rayrm.errors import ConfigError, ModelError
@@ -42,6 +42,12 @@ def test_a_language_model_is_refused_with_the_class_that_loads_it(tmp_path: Path
             ModelError, match=rf"LlamaForCausalLM is a language model: .* Load it with {loads}"
         ):
             trainer(model, tmp_path)
+
+
+def test_a_model_of_another_task_is_refused(tmp_path: Path) -> None:
+    model = LlamaForTokenClassification(tiny_llama_config(num_labels=1))
+    with pytest.raises(ModelError, match=r"LlamaForTokenClassification is for another task"):
+        trainer(model, tmp_path)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -20,7 +20,7 @@ from rayrm.model.sequence import Attend, SequencePart
 from rayrm.train.budget import Demand
 from rayrm.train.sequence import check_heads, check_layout, check_workers
 from rayrm.train.step import computed_tokens
-from rayrm.train.zero import deepspeed_config
+from rayrm.train.zero_config import deepspeed_config
 from tests.numerics.ranks import tokenized
 from tests.tiny import save_tiny, tiny_llama_config, tiny_model
 
