@@ -67,12 +67,20 @@ def read_deepspeed(deepspeed: Table | str) -> Table:
             "`zero_stage=2`."
         )
     try:
-        read = json.loads(file.read_text())
+        read = json.loads(file.read_text(), object_pairs_hook=_table)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"`deepspeed` ({deepspeed}) is not valid JSON: {error}.") from error
     if not isinstance(read, dict):
         raise ConfigError(f"`deepspeed` ({deepspeed}) holds no table, as in {{}}. Write one.")
     return _without_auto(read)
+
+
+def _table(pairs: list[tuple[str, Any]]) -> Table:
+    """An object of a JSON file. Raises ConfigError for a key that it has twice: one would be lost."""
+    keys = [key for key, _ in pairs]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"`deepspeed` has `{twice[0]}` twice in one table. Delete one.")
+    return dict(pairs)
 
 
 def _without_auto(section: Table) -> Table:

@@ -28,9 +28,11 @@ def check_workers(config: RewardConfig, num_workers: int) -> None:
     if count % size == 0:
         return
     fitting = max(size, count - count % size)
+    have = f"the number of workers ({num_workers})" if num_workers else "the workers, and this process is one"
     raise ConfigError(
-        f"`{_NAME}` ({size}) must divide the number of workers ({num_workers}): each {size} of them compute "
-        f"their rows together. Type `cluster.num_workers={fitting}`, or `{_NAME}=1`."
+        f"`{_NAME}` ({size}) must divide {have}: each {size} of them compute their rows together. Type "
+        f"`cluster.num_workers={fitting}` (in Python `scaling_config=ScalingConfig(num_workers={fitting})`), "
+        f"or `{_NAME}=1`."
     )
 
 

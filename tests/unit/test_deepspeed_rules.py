@@ -286,6 +286,12 @@ def test_a_file_that_holds_no_table_is_refused(tmp_path: Path, text: str) -> Non
     assert str(file) in refusal(str(file))
 
 
+def test_a_key_that_stands_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 2, "stage": 3}}')
+    assert "`deepspeed` has `stage` twice in one table" in refusal(str(file))
+
+
 def test_a_batch_size_must_be_the_rows_of_a_step() -> None:
     assert "must be a multiple of 24" in refusal({"train_batch_size": 20}, gradient_accumulation_steps=3)
     config = RewardConfig(deepspeed={"train_batch_size": 48}, gradient_accumulation_steps=3)

@@ -51,7 +51,8 @@ def part_of(batch: PackedBatch, place: int, size: int) -> DeviceBatch:
 def test_workers_that_make_no_whole_groups_are_refused_with_a_number_that_does(
     size: int, workers: int, typed: int
 ) -> None:
-    said = rf"`sequence_parallel_size` \({size}\) must divide the number of workers \({workers}\)"
+    have = rf"the number of workers \({workers}\)" if workers else "the workers, and this process is one"
+    said = rf"`sequence_parallel_size` \({size}\) must divide {have}"
     with pytest.raises(ConfigError, match=rf"{said}.*`cluster\.num_workers={typed}`"):
         check_workers(config_of(size), workers)
     check_workers(config_of(size), typed)
