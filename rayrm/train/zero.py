@@ -236,6 +236,10 @@ class DeepSpeedEngine:
 
     def scores(self, batch: DeviceBatch) -> torch.Tensor:
         scores: torch.Tensor = self._engine(batch)
+        if self._stage == 3 and not torch.is_grad_enabled():
+            # DeepSpeed has begun to fetch what a backward pass would need, and none comes: weights on their
+            # way can be neither saved nor parted.
+            self._engine.optimizer.empty_partition_cache()
         return scores
 
     def backward(self, loss: torch.Tensor) -> None:

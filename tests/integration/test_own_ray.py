@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
 from ray.train.torch import TorchTrainer
 
 from rayrm.errors import ClusterError
@@ -68,7 +69,12 @@ def test_a_run_of_its_own_has_a_worker_and_no_watchers(tmp_path: Path) -> None:
 
 def test_a_cluster_keeps_what_watches_over_it(ray_cluster: None) -> None:
     ensure_ray()
-    assert trainer_class() is TorchTrainer
+    assert trainer_class() is not TorchTrainer  # the tests' own has no dashboard, as a run's own
+    _internal_kv_put("webui:url", "127.0.0.1:8265", namespace="dashboard")
+    try:
+        assert trainer_class() is TorchTrainer
+    finally:
+        _internal_kv_del("webui:url", namespace="dashboard")
 
 
 def test_a_ray_that_does_not_start_in_time_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ SETTINGS: dict[str, Any] = {
     "attribute_weight": WEIGHT,
     "pointwise_loss": "mse",
     "tie_model": "davidson",
+    "tie_parameter": 1.0,
 }
 PROBE = {**SETTINGS, **ONE_HUGE_STEP}
 

@@ -112,12 +112,12 @@ def test_a_launcher_of_several_processes_is_refused_with_what_to_pass(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"`WORLD_SIZE` is 4.*ScalingConfig\(num_workers=4, use_gpu=True\)"):
-        check_types(None, None)
-    check_types(None, ScalingConfig(num_workers=2))
+        check_types("m", None, None)
+    check_types("m", None, ScalingConfig(num_workers=2))
     with pytest.raises(ConfigError, match="`WORLD_SIZE` is 4"):
         RewardTrainer(tiny_model(), train_dataset=tiny_rows(4), processing_class=tiny_tokenizer())
     monkeypatch.setenv("WORLD_SIZE", "1")
-    check_types(None, None)
+    check_types("m", None, None)
 
 
 class Locked(TrainerCallback):
