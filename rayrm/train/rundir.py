@@ -311,16 +311,19 @@ def claim(
     max_tokens: int | None,
     run_toml: str,
     origin: Path | None = None,
+    keeps_records: bool = True,
 ) -> None:
     """Write what makes the directory this run's: identity, token budget (None: not chosen), resolved run,
-    and the checkpoint elsewhere that it goes on from, whose records are the first of its own."""
+    and the checkpoint elsewhere that it goes on from; where it `keeps_records`, those are its own first (a
+    leg has other settings, and its own).
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = {"identity": identity, _BUDGET: max_tokens}
     if origin is not None:
         kept[_ORIGIN] = str(origin)
     replace_text(output_dir / IDENTITY, json.dumps(kept, indent=2, default=str))
     replace_text(output_dir / RUN_TOML, run_toml)
-    if origin is not None and not (output_dir / METRICS).exists():
+    if origin is not None and keeps_records and not (output_dir / METRICS).exists():
         write_records(output_dir, log_history(origin))
 
 

@@ -341,10 +341,10 @@ class RewardTrainer(ScriptCalls):
         )
         asked: dict[str, Any] = {"resume": resume, "automatic": self._auto_resume}
         bring(self.args, self.output_dir, identity, **asked)
-        free = frozenset() if self._leg is None else MAY_CHANGE
+        free = MAY_CHANGE if self._leg else frozenset()
         start = examine(self.output_dir, identity, **asked, may_differ=free, own=self._own)
         budget = self._budget(start)
-        claim(self.output_dir, identity, budget, self._run_toml(budget), start.origin)
+        claim(self.output_dir, identity, budget, self._run_toml(budget), start.origin, self._leg is None)
         kept = self.output_dir / "quarantine.jsonl"
         if self._sets.quarantine != kept and self._sets.quarantine.exists():
             streamed = self.train_set.names if isinstance(self.train_set, StreamSource) else []
