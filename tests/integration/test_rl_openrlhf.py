@@ -97,7 +97,7 @@ def test_the_executor_loads_the_file_and_its_rewards_are_the_services(
     requests_sent.clear()
     found = asyncio.run(executed(executor, prompts, **told))
     assert sum(requests_sent) == 24
-    assert len(requests_sent) < 24  # how many meet is a matter of the machine
+    assert len(requests_sent) <= 12
     wanted = torch.tensor(chat_service.client.score(prompts, answers, rendered=True).scores)
 
     generator = openrlhf_module("openrlhf.trainer.ppo_utils.samples_generator").SamplesGenerator

@@ -124,7 +124,7 @@ def test_answers_that_are_ready_together_travel_together(
     with sent_together(monkeypatch) as sizes:
         rollout(NAME)
     assert sum(sizes) == 24
-    assert len(sizes) < 24  # how many meet is a matter of the machine
+    assert len(sizes) <= 12
 
 
 @pytest.mark.ray

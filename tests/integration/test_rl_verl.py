@@ -130,7 +130,7 @@ def test_calls_of_one_sample_become_few_requests(
     data, prompts, responses = rollouts(chat_service.path, 48, in_extra_info=words is BY_FUNCTION)
     answers = worker_scores(config, data)
     assert sum(requests_sent) == 48
-    assert len(requests_sent) < 24  # how many meet is a matter of the machine
+    assert len(requests_sent) <= 12
     scores = [answer["reward_score"] for answer in answers]
     assert scores == pytest.approx(expected(chat_service, prompts, responses), abs=SAME)
     assert len({answer["reward_extra_info"]["version"] for answer in answers}) == 1
