@@ -26,5 +26,9 @@ TRAINED: Final = (
 def logged_names(sets: Collection[str], attributes: Collection[str]) -> list[str]:
     """What a run with evaluation sets of these names ("" for one without) and these attributes may log."""
     of_a_set = [*EVALUATED, *(begin + name for name in attributes for begin in BY_ATTRIBUTE)]
-    prefixes = [f"eval_{name}_" if name else "eval_" for name in sets]
-    return [*(prefix + name for prefix in prefixes for name in of_a_set), *TRAINED]
+    return [*(prefix_of(one) + name for one in sets for name in of_a_set), *TRAINED]
+
+
+def prefix_of(name: str) -> str:
+    """What the metrics of an evaluation set are called by: `eval_`, or of one with a name `eval_<name>_`."""
+    return f"eval_{name}_" if name else "eval_"

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from rayrm.errors import ModelError
-from rayrm.model.adapters import ADAPTER_CONFIG, open_adapter, settings_of
+from rayrm.model.adapters import ADAPTER_CONFIG, is_adapted, open_adapter, settings_of
 from rayrm.model.head import is_of_head, is_of_language_model
 from rayrm.model.layout import unwrapped
 from rayrm.model.quantization import quantization_from
@@ -228,7 +228,7 @@ def check_scores_texts(model: torch.nn.Module) -> None:
     embeddings = getattr(inner, "get_output_embeddings", lambda: None)()
     if embeddings is None:
         return
-    adapted = "Peft" if hasattr(model, "peft_config") else ""
+    adapted = "Peft" if is_adapted(model) else ""
     raise ModelError(
         f"{type(inner).__name__} is a language model: it gives numbers for tokens, and a reward model one "
         f"for a text. Load it with `Auto{adapted}ModelForSequenceClassification.from_pretrained(NAME, "

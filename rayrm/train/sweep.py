@@ -199,8 +199,9 @@ class _Plan:
             init = run.reward.model_init_kwargs or {}
             check_name(run.model.name, init, trust_remote_code=run.reward.trust_remote_code)
         sets = run.data.eval if isinstance(run.data.eval, dict) else {"eval": run.data.eval}
-        for name, source in {"train": run.data.train, **sets}.items():
-            if source is not None and f"data.{name}" not in self.space:
+        train = [] if "data.train" in self.space else [("train", run.data.train)]
+        for name, source in [*train, *sets.items()]:
+            if source is not None:
                 plan_sources(source, max_rows=None, name=name, columns=run.data.columns)
 
     def take_in_finished(self, record: Record) -> None:

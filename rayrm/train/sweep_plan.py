@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from rayrm.errors import ConfigError
-from rayrm.metrics.names import logged_names
+from rayrm.metrics.names import logged_names, prefix_of
 from rayrm.objective import OBJECTIVE_SETTINGS
 from rayrm.runfile import Run
 from rayrm.settings import nearest
@@ -79,7 +79,7 @@ def check_base(run: Run, sweep: SweepConfig, environment: Mapping[str, str]) -> 
 def _check_metric(run: Run, metric: str) -> None:
     """Raise ConfigError for a metric that no trial would log: it would be missed when the first has ended."""
     sets = list(run.data.eval) if isinstance(run.data.eval, dict) else [""]
-    prefixes = tuple(f"eval_{name}_" if name else "eval_" for name in sets)
+    prefixes = tuple(map(prefix_of, sets))
     if metric.startswith("eval_") and not metric.startswith(prefixes):
         raise ConfigError(
             f"`sweep.metric` ({metric}) is of no evaluation set: those of `data.eval` have names. "

@@ -178,10 +178,13 @@ def _told_by(error: Exception) -> str:
 
 def _begun_by(text: str) -> str:
     """The beginning of what Ray says of a process that was lost; its advice follows, and is long."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return textwrap.shorten(" ".join(lines[:2]), 300, placeholder=" ...")
+    return textwrap.shorten(" ".join(_lines(text)[:2]), 300, placeholder=" ...")
 
 
 def last_line(text: str, otherwise: str) -> str:
     """The last line of an error's text that says something."""
-    return ([line.strip() for line in text.splitlines() if line.strip()] or [otherwise])[-1]
+    return (_lines(text) or [otherwise])[-1]
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]

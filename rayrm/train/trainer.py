@@ -341,7 +341,7 @@ class RewardTrainer(ScriptCalls):
         )
         asked: dict[str, Any] = {"resume": resume, "automatic": self._auto_resume}
         bring(self.args, self.output_dir, identity, **asked)
-        free = MAY_CHANGE if self._leg else frozenset()
+        free = frozenset() if self._leg is None else MAY_CHANGE
         start = examine(self.output_dir, identity, **asked, may_differ=free, own=self._own)
         budget = self._budget(start)
         claim(self.output_dir, identity, budget, self._run_toml(budget), start.origin, self._leg is None)

@@ -18,6 +18,7 @@ from rayrm.deepspeed_rules import resolved_stage
 from rayrm.errors import CheckpointError, ConfigError, RayrmError, writing
 from rayrm.metrics.attributes import rewards_of
 from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.metrics.names import prefix_of
 from rayrm.model.adapters import needs_frozen
 from rayrm.objective import Objective
 from rayrm.train.allocator import give_freed_memory_back, keep_freed_memory
@@ -318,7 +319,7 @@ class _RankRun:
                     "unlike the others, or train in fp32 (`bf16=false`); the last checkpoint is intact."
                 )
             metrics = evaluate_scores(scores, rows.index, self.objective)
-            prefix = f"eval_{name}_" if name else "eval_"
+            prefix = prefix_of(name)
             if self.job.metrics is not None:
                 metrics |= self.job.metrics.of(rewards_of(scores), rows.index)
             record = prefixed(prefix, metrics) | speed_of(prefix, began, rows.num_rows, batch_rows)
