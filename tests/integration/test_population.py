@@ -19,27 +19,16 @@ from rayrm.train.launch import train_run
 from rayrm.train.records import read_records
 from tests.integration.test_resume import weights
 from tests.integration.test_sweep import until
-from tests.integration.test_sweep_cut_off import start_sweep
-from tests.tiny import save_tiny, tiny_rows, write_rows
+from tests.integration.test_sweep_cut_off import RUN, start_sweep
 
 pytestmark = pytest.mark.ray
 
-SWEEP = """
-[model]
-name = "base"
-[data]
-train = "pairs.jsonl"
-eval = "near.jsonl"
-[reward]
-output_dir = "sweep"
-bf16 = false
+SWEEP = (
+    RUN
+    + """
 max_steps = 40
-per_device_train_batch_size = 4
-gradient_checkpointing = false
-logging_steps = 1
 save_steps = 5
 save_total_limit = 1
-eval_strategy = "steps"
 eval_steps = 10
 [sweep]
 metric = "eval_loss"
@@ -54,6 +43,7 @@ seed = 1
 learning_rate = { log = [1e-4, 1e-2] }
 adam_beta1 = { uniform = [0.5, 0.95] }
 """
+)
 
 
 def by_hand(checkpoint: Path, copy: Path, values: dict[str, Any]) -> Path:
@@ -83,12 +73,8 @@ def as_of_optimizer(told: dict[str, Any], values: dict[str, Any]) -> None:
 
 @pytest.mark.timeout(2000)
 def test_a_killed_population_goes_on_and_what_was_exchanged_is_a_plain_run_from_there(
-    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    sweep_words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_tiny(tmp_path / "base")
-    write_rows(tmp_path / "pairs.jsonl", tiny_rows(24, conversational=True))
-    write_rows(tmp_path / "near.jsonl", tiny_rows(16, seed=5, conversational=True))
     (tmp_path / "sweep.toml").write_text(SWEEP)
     home = tmp_path / "sweep"
 

@@ -20,7 +20,7 @@ from tests.integration.test_sweep import until, values
 
 pytestmark = pytest.mark.ray
 
-SWEEP = """
+RUN = """
 [model]
 name = "base"
 [data]
@@ -29,12 +29,16 @@ eval = "near.jsonl"
 [reward]
 output_dir = "sweep"
 bf16 = false
-max_steps = 60
 per_device_train_batch_size = 4
 gradient_checkpointing = false
 logging_steps = 1
-save_steps = 10
 eval_strategy = "steps"
+"""
+SWEEP = (
+    RUN
+    + """
+max_steps = 60
+save_steps = 10
 eval_steps = 20
 zero_stage = 2
 [cluster]
@@ -48,6 +52,7 @@ publish = "best"
 learning_rate = [1e-3, 1e-2]
 save_total_limit = [2, 3, 4] # of one rate all trials take the same steps
 """
+)
 
 
 def start_sweep(home: Path, *words: str) -> subprocess.Popen[str]:
