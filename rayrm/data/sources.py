@@ -58,6 +58,7 @@ __all__ = [
     "SourcePlan",
     "SourceRow",
     "StreamShard",
+    "check_found",
     "hub_stream",
     "load_hub_dataset",
     "place_of",
@@ -158,6 +159,19 @@ def plan_sources(
         num_rows = _plan_group(plan, named, min(caps, default=None), how)
         remaining = None if remaining is None else remaining - num_rows
     return plan
+
+
+def check_found(source: Any) -> None:
+    """Raise `DataError` where a path, glob or URL among a source finds no file; reads no row.
+
+    What is none of these (a hub name, a dataset, rows in memory) is left to the reading.
+    """
+    paths = source.path if isinstance(source, SourceConfig) else source
+    if isinstance(paths, (list, tuple)):
+        for path in paths:
+            check_found(path)
+    elif isinstance(paths, (str, os.PathLike)):
+        list(_expand_path(os.fspath(paths)))
 
 
 def read_work(work: Piece) -> Iterator[SourceRow]:

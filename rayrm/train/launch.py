@@ -37,6 +37,7 @@ from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.leg import Leg
 from rayrm.train.preemption import leaving_before_training
 from rayrm.train.rundir import finished, read_finished
+from rayrm.train.train_data import check_sources
 from rayrm.train.trainer import RewardTrainer
 from rayrm.train.workers import check_cluster
 from rayrm.urls import is_url, masked
@@ -72,6 +73,7 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = (), leg: Leg | None = None
         raise finished(output_dir)
     adapter = None if run.model.lora is None else peft_settings(run.model.lora)
     check_source(ModelSource(run.model.name, adapter, run.model.quantization), run.reward)
+    check_sources(run.data.train, run.data.eval)
     join_cluster(run.cluster.address)
     scaling, run_config = ray_train_settings(run.cluster, callbacks)
     with leaving_before_training(output_dir):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rayrm.config import DataConfig, RewardConfig
 from rayrm.data.order import Order
+from rayrm.data.sources import check_found
 from rayrm.data.steps import IndexedSteps, TrainSteps
 from rayrm.data.stream_steps import StreamedSteps
 from rayrm.data.streaming import StreamSource
@@ -102,7 +103,21 @@ def _check_streaming(data: DataConfig, config: RewardConfig) -> None:
         raise ConfigError("\n".join([*problems]))
 
 
-def check_evaluation(data: DataConfig, config: RewardConfig, eval_dataset: Any) -> None:
+def check_sources(train: Any, evaluation: Any) -> None:
+    """`DataError` for files that are not there, before Ray starts or another set is read."""
+    sets = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+    for source in (train, *sets):
+        check_found(source)
+
+
+def check_sets(data: DataConfig, config: RewardConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """What can be said against the sets before one of them is read: `ConfigError`, `DataError`."""
+    _check_evaluation(data, config, eval_dataset)
+    _check_selection(data, train_dataset, eval_dataset)
+    check_sources(train_dataset, eval_dataset)
+
+
+def _check_evaluation(data: DataConfig, config: RewardConfig, eval_dataset: Any) -> None:
     """`ConfigError` where there is to be evaluated and nothing to evaluate on."""
     nothing = eval_dataset is None or (isinstance(eval_dataset, dict) and not eval_dataset)
     if config.eval_strategy != "no" and not data.eval_fraction and nothing:
@@ -112,7 +127,7 @@ def check_evaluation(data: DataConfig, config: RewardConfig, eval_dataset: Any) 
         )
 
 
-def check_selection(data: DataConfig, train_dataset: Any, eval_dataset: Any) -> None:
+def _check_selection(data: DataConfig, train_dataset: Any, eval_dataset: Any) -> None:
     """What `eval_fraction` and `exclude_prompts_of` cannot be honoured with: `ConfigError`."""
     fraction, excluded = data.eval_fraction, data.exclude_prompts_of
     if fraction and eval_dataset is not None:

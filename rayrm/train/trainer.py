@@ -61,7 +61,7 @@ from rayrm.train.rundir import Resume, RunStart, bring, check_resume, claim, exa
 from rayrm.train.script_calls import ScriptCalls
 from rayrm.train.script_words import Rows, check_overrides
 from rayrm.train.sequence import check_workers
-from rayrm.train.train_data import check_evaluation, check_selection, choose_mode, identity_of_data, steps_for
+from rayrm.train.train_data import check_sets, choose_mode, identity_of_data, steps_for
 from rayrm.train.trainer_state import TRAINER_STATE
 from rayrm.train.user_metrics import prefixed, user_metrics
 from rayrm.train.workers import check_cluster, check_pickles, check_run_config, fit_here, fit_on_workers
@@ -143,8 +143,7 @@ class RewardTrainer(ScriptCalls):
         # Aside until the output directory is this run's; see `_claim`.
         self._sets = RunData(self.processing_class, self.args, self._data, quarantine_aside(self))
         check_resume(self.args.resume_from_checkpoint)
-        check_evaluation(self._data, self.args, eval_dataset)
-        check_selection(self._data, train_dataset, eval_dataset)
+        check_sets(self._data, self.args, train_dataset, eval_dataset)
         for_training, for_evaluation = selections(self._data)
         self.train_set = self._sets.training(train_dataset, for_training, self._mode)
         self.eval_sets = (

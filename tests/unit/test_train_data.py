@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
-from rayrm import DataConfig, RewardConfig
-from rayrm.errors import ConfigError
+from rayrm import DataConfig, RewardConfig, RewardTrainer
+from rayrm.config import ModelConfig
+from rayrm.errors import ConfigError, DataError
+from rayrm.runfile import Run
 from rayrm.train import train_data
+from rayrm.train.launch import train_run
 from rayrm.train.train_data import choose_mode
+from tests.tiny import save_tiny, tiny_rows, write_rows
 
 
 def config(**settings: Any) -> RewardConfig:
@@ -67,3 +72,19 @@ def test_what_a_stream_cannot_be_asked_is_refused_by_name(
         choose_mode(DataConfig(mode="streaming", **data), "a.jsonl", config(**settings))
     assert said in str(refused.value)
     assert "Type `" in str(refused.value)
+
+
+@pytest.mark.parametrize("missing", ["train", "eval"])
+def test_a_file_that_is_not_there_is_told_before_ray_starts(tmp_path: Path, missing: str) -> None:
+    """Whatever lies after it: of the two sets the other one would be tokenized first, on a Ray of its own."""
+    started = ray.is_initialized()
+    model = save_tiny(tmp_path / "model")
+    rows = str(write_rows(tmp_path / "rows.jsonl", tiny_rows(4)))
+    places = {"train": rows, "eval": rows} | {missing: str(tmp_path / "none.jsonl")}
+    data = DataConfig(train=places["train"], eval={"held-out": places["eval"]})
+    run = Run(ModelConfig(str(model)), data, RewardConfig(str(tmp_path / "run")))
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+        train_run(run)
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+        RewardTrainer(str(model), run.reward, data_config=run.data)
+    assert ray.is_initialized() == started
