@@ -44,6 +44,7 @@ LAYERS: list[set[str]] = [
     {"data"},
     {"model", "metrics"},
     {"train", "serve"},
+    {"evaluation"},
     {"rl"},
     {"report"},
     {"demo"},

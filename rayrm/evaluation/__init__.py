@@ -1,0 +1,1 @@
+"""From a saved model and rows to measures, scores and a decision: evaluation, bulk scoring, the gate."""
