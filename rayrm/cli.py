@@ -9,20 +9,19 @@ stack trace.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayrm.errors import PreemptedError, RayrmError, ScoreError
+from rayrm.evaluate_command import add_evaluate
 from rayrm.inspect_command import add_data
 from rayrm.rl.ending import ON_SIGTERM
 from rayrm.rl_commands import add_refresh, add_rl
-from rayrm.runfile import split_settings, split_words
+from rayrm.runfile import split_words
 from rayrm.serve_commands import (
     MODEL,
     add_publish,
@@ -33,7 +32,6 @@ from rayrm.serve_commands import (
     model_directory,
 )
 from rayrm.sweep_command import add_sweep
-from rayrm.table import print_table
 
 if TYPE_CHECKING:
     from rayrm.data.tokenize import TextInput
@@ -105,19 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "Train the run of a run file; goes on where it was cut off.")
     _add_run(train)
-    evaluate = command("evaluate", _evaluate, "Accuracy of a model on preference pairs, source by source.")
-    evaluate.add_argument("model", help=MODEL)
-    evaluate.add_argument(
-        "data",
-        nargs="+",
-        metavar="DATA",
-        help="paths, globs or hub names; words such as tie_model=davidson measure by another objective than "
-        "the model's",
-    )
-    evaluate.add_argument("--max-pairs", type=int, help="only the first rows of each source")
-    evaluate.add_argument("--max-bad-row-fraction", type=float, default=0.01, help="default: 0.01")
-    evaluate.add_argument("--json", type=Path, help="also write the metrics here")
-    add_registry(evaluate)
+    add_evaluate(command("evaluate", None, "How good a model is on preference pairs, set by set."))
     _add_score(command("score", _score, "Add a `score` to every row of a jsonl file."))
     add_publish(command("publish", None, "Copy a trained model into a registry, as an immutable version."))
     add_serve(command("serve", None, "Serve a model on Ray until Ctrl-C."))
@@ -171,58 +157,6 @@ def _train(options: argparse.Namespace) -> int:
     seen = {key: value for key, value in summary.metrics.items() if key.endswith(("loss", "accuracy"))}
     shown = ", ".join(f"{key} {value:.4g}" for key, value in seen.items())
     print(f"trained {summary.num_steps} steps ({shown}); the model is in {summary.output_dir}")
-    return 0
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    model = model_directory(options.model, options.registry)
-    sources, objective = split_settings(options.data)
-    from rayrm.train.launch import evaluate_model
-
-    with _progress_line("scoring") as show:
-        metrics = evaluate_model(
-            model,
-            sources,
-            objective=objective,
-            max_pairs=options.max_pairs,
-            max_bad_row_fraction=options.max_bad_row_fraction,
-            on_progress=show,
-        )
-    # A ranking makes several pairs of one row; of pairs alone the two counts are the same.
-    counts = {"rows": "num_rows", "pairs": "num_pairs"}
-    if all(found["num_rows"] == found["num_pairs"] for found in metrics.values()):
-        del counts["rows"]
-    columns = {
-        "accuracy": ("accuracy", "{accuracy:.3f}"),
-        "95% interval": ("accuracy", "{accuracy_low:.3f} .. {accuracy_high:.3f}"),
-        "longer wins": ("accuracy", "{length_baseline_accuracy:.3f}"),
-        "loss": ("loss", "{loss:.4f}"),
-        "margin": ("accuracy", "{margin:+.3f}"),
-    }
-    # Of soft labels, ties, rankings and completions that have scores, which most sources have none of.
-    rare = {
-        "brier": ("brier", "{brier:.4f}"),
-        "ties": ("tie_accuracy", "{tie_accuracy:.3f}"),
-        "top": ("top_accuracy", "{top_accuracy:.3f}"),
-        "mse": ("mse", "{mse:.4f}"),
-        "pearson": ("pearson", "{pearson:.3f}"),
-    }
-    shown = columns | {
-        column: form for column, form in rare.items() if any(form[0] in found for found in metrics.values())
-    }
-    print_table(
-        ("source", *counts, *shown),
-        [
-            (
-                name,
-                *(f"{found[count]:.0f}" for count in counts.values()),
-                *(form.format(**found) if needed in found else "-" for needed, form in shown.values()),
-            )
-            for name, found in metrics.items()
-        ],
-    )
-    if options.json is not None:
-        options.json.write_text(json.dumps(metrics, indent=2) + "\n")
     return 0
 
 
@@ -302,19 +236,6 @@ def _doctor(options: argparse.Namespace) -> int:
     from rayrm.doctor import print_doctor
 
     return print_doctor(start_ray=options.ray)
-
-
-@contextmanager
-def _progress_line(what: str) -> Iterator[Any]:
-    """A function of (name, done, total) that rewrites one line of a terminal; elsewhere it adds lines."""
-    live = sys.stderr.isatty()
-
-    def show(name: str, done: int, total: int) -> None:
-        end = "" if live and done < total else "\n"
-        start = "\r" if live else ""
-        print(f"{start}{what} {name}: {done:,}/{total:,} pairs", end=end, file=sys.stderr, flush=True)
-
-    yield show
 
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
         help="jsonl of texts of one kind: mean and spread of their scores come with every answer, for "
         "rewards with `calibrate=NAME`; may be given several times",
     )
+    parser.add_argument(
+        "--gate",
+        metavar="FILE",
+        help="a TOML file of held-out sets and what the model must reach on them, else nothing is published",
+    )
     parser.add_argument("--roll", metavar="SERVICE", help="then let this running service serve the version")
     parser.add_argument("--address", help="the Ray cluster of --roll")
     add_registry(parser)
@@ -86,8 +91,11 @@ def model_directory(word: str, registry: str) -> str:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from rayrm.serve.registry import publish
+    from rayrm.serve.registry import check_published_name, publish
 
+    if options.gate is not None:
+        check_published_name(options.name)
+        _pass_gate(options)
     published = publish(
         options.checkpoint,
         options.registry,
@@ -106,6 +114,24 @@ def _publish(options: argparse.Namespace) -> int:
         model = options.name if options.name in client.status()["models"] else None
         _print_roll(options.roll, client.roll(published.path, model=model))
     return 0
+
+
+def _pass_gate(options: argparse.Namespace) -> None:
+    """Measure the checkpoint and print each rule. Raises PublishError where one is broken."""
+    from rayrm.evaluation.gate import broken_rules, check_gate
+    from rayrm.evaluation.gate_settings import read_gate
+    from rayrm.serve.registry import CURRENT, open_published
+
+    gate = read_gate(options.gate)
+    home = Path(options.registry) / options.name
+    current = open_published(home).path if (home / CURRENT).is_file() else None
+    checks = check_gate(options.checkpoint, gate, current)
+    for check in checks:
+        print(f"{'holds ' if check.holds else 'BROKEN'}  {check.said}")
+    if broken := broken_rules(checks):
+        raise PublishError(
+            f"{options.checkpoint} does not pass {options.gate}: nothing was published. {broken}"
+        )
 
 
 def _named_files(words: Sequence[str]) -> dict[str, str]:

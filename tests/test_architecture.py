@@ -20,6 +20,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "rayrm"
 
+COMMANDS = {
+    "table",
+    "doctor",
+    "inspect_command",
+    "evaluate_command",
+    "serve_commands",
+    "rl_commands",
+    "sweep_command",
+    "cli",
+}
 LAYERS: list[set[str]] = [
     {
         "errors",
@@ -48,13 +58,13 @@ LAYERS: list[set[str]] = [
     {"rl"},
     {"report"},
     {"demo"},
-    {"table", "doctor", "inspect_command", "serve_commands", "rl_commands", "sweep_command", "cli"},
+    COMMANDS,
 ]
 """Bottom first. A part imports what stands below it; parts of one row do not know each other."""
 
 TOGETHER = [
     LAYERS[0],
-    {"table", "doctor", "inspect_command", "serve_commands", "rl_commands", "sweep_command", "cli"},
+    COMMANDS,
 ]
 """Rows whose modules form one part and may import each other."""
 
@@ -69,6 +79,9 @@ RAY_FILES = {
     "data/streaming.py",
     "data/tokenized_set.py",
     "train/launch.py",
+    "evaluation/evaluate.py",
+    "evaluation/gate.py",
+    "evaluation/scoring.py",
     "train/workers.py",
     "train/sweep.py",
     "train/sweep_population.py",

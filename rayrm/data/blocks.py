@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -24,7 +24,7 @@ from rayrm.data.packing import distinct_cost
 from rayrm.data.preference import PairForm, PreferenceRow, form_of, parse_row
 from rayrm.data.prefix_keys import BOUNDARIES, prefix_keys, text_key
 from rayrm.data.row_index import Places, RowIndex
-from rayrm.data.selection import EVERY_ROW, HELD_OUT, Selection
+from rayrm.data.selection import EVERY_ROW, HELD_OUT, Selection, prompt_of
 from rayrm.data.sources import SourceRow
 from rayrm.data.tokenize import TokenizedRow, tokenize_rows
 from rayrm.errors import RowError
@@ -33,6 +33,8 @@ ROWS_PER_TABLE = 512
 RAW_LIMIT = 4096
 DIGEST_SIZE = 16
 _KEYS_SIZE = 4 * len(BOUNDARIES)
+GROUP_COLUMNS = ("group", "subset", "source")
+"""The first of these that a row has as a string says which part of its set it belongs to."""
 SCHEMA = pa.schema(
     [
         ("source", pa.int32()),
@@ -48,6 +50,8 @@ SCHEMA = pa.schema(
         ("attention", pa.int64()),  # of those
         ("prefix_keys", pa.binary(_KEYS_SIZE)),
         ("text_keys", pa.list_(pa.uint64())),
+        ("prompt", pa.uint64()),  # a hash of its text
+        ("group", pa.string()),  # the subset or source that the row names; null: none
         ("digest", pa.binary(DIGEST_SIZE)),
         ("form", pa.string()),
         ("reason", pa.string()),  # null: accepted
@@ -118,14 +122,14 @@ def tokenized_tables(
             outcomes[index] = outcome
         forms = [form_of(entry) if isinstance(entry, PreferenceRow) else None for entry in parsed]
         yield pa.Table.from_pylist(
-            [_record(*parts) for parts in zip(batch, outcomes, forms, strict=True)], SCHEMA
+            [_record(*parts) for parts in zip(batch, parsed, outcomes, forms, strict=True)], SCHEMA
         )
 
 
 def table_of_rows(rows: Sequence[TokenizedRow]) -> pa.Table:
     """Rows made elsewhere, as a table: row i of source 0 is `rows[i]`."""
     places = [SourceRow(0, number, f"rows[{number}]", None) for number in range(len(rows))]
-    records = [_record(place, row, "tokenized") for place, row in zip(places, rows, strict=True)]
+    records = [_record(place, None, row, "tokenized") for place, row in zip(places, rows, strict=True)]
     return pa.Table.from_pylist(records, SCHEMA)
 
 
@@ -259,7 +263,12 @@ def _is_held_out(entry: PreferenceRow | RowError) -> bool:
     return isinstance(entry, RowError) and entry.reason == HELD_OUT
 
 
-def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str | None) -> dict[str, Any]:
+def _record(
+    row: SourceRow,
+    parsed: PreferenceRow | RowError | None,
+    outcome: TokenizedRow | RowError | None,
+    form: str | None,
+) -> dict[str, Any]:
     assert outcome is not None
     place = {"source": row.source, "row": row.number, "form": form}
     if isinstance(outcome, TokenizedRow):
@@ -278,6 +287,8 @@ def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str |
             "attention": attention,
             "prefix_keys": prefix_keys(outcome.ids, outcome.prefix_length).tobytes(),
             "text_keys": [text_key(ids) for ids in sequences],
+            "prompt": _prompt_key(parsed, outcome),
+            "group": _group_of(row.content),
             "digest": _digest(outcome),
         }
     return {
@@ -293,11 +304,26 @@ def _record(row: SourceRow, outcome: TokenizedRow | RowError | None, form: str |
         "attention": 0,
         "prefix_keys": bytes(_KEYS_SIZE),
         "text_keys": [],
+        "prompt": 0,
+        "group": None,
         "digest": bytes(DIGEST_SIZE),
         "reason": outcome.reason,
         "message": f"{row.where}: {outcome}",
         "raw": _raw(row),
     }
+
+
+def _prompt_key(parsed: PreferenceRow | RowError | None, row: TokenizedRow) -> int:
+    """64 bits: of the prompt's text, or of what the completions share where there is no text."""
+    if not isinstance(parsed, PreferenceRow) or parsed.ids is not None:
+        return text_key(row.ids[: row.prefix_length])
+    content = prompt_of(parsed).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _group_of(content: Any) -> str | None:
+    named = content if isinstance(content, Mapping) else {}
+    return next((named[name] for name in GROUP_COLUMNS if isinstance(named.get(name), str)), None)
 
 
 def _digest(row: TokenizedRow) -> bytes:

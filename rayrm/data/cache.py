@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from rayrm.errors import DataError
 
-_FORMAT = 2
+_FORMAT = 3
 """Raised when the same text would become other columns or other ids."""
 _HASH_SIZE = 16
 _BLOCK_BYTES = 4 * 2**20

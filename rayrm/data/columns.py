@@ -25,7 +25,7 @@ _NEEDED = (
     "score",
     "scores",
 )
-FIELDS = ("prompt", *_NEEDED, "margin", "target", "tie", *RATED, "tools", "chat_template_kwargs")
+FIELDS = ("prompt", *_NEEDED, "margin", "target", "tie", *RATED, "tools", "chat_template_kwargs", "group")
 
 
 def check_columns(columns: Mapping[str, Any] | None) -> Columns:

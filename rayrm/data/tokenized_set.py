@@ -51,6 +51,17 @@ class IngestReport:
     attributes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class RowLabels:
+    """Of R rows: `prompts` uint64 `[R]`, equal where the prompts are, and `groups`, R names.
+
+    A row that names no part of its set is of its file, told by its name without its directory.
+    """
+
+    prompts: npt.NDArray[np.uint64]
+    groups: list[str]
+
+
 @dataclass(slots=True)
 class TokenizedSet:
     """Tokenized rows in the data's own order, wherever they lie; pickles small, for Ray Train's workers.
@@ -101,6 +112,16 @@ class TokenizedSet:
             self._open.popitem(last=False)
         offsets = self._offset[wanted].tolist()
         return [opened[block].row(offset) for block, offset in zip(needed, offsets, strict=True)]
+
+    def labels(self) -> RowLabels:
+        """What the rows say of where they belong; reads those columns of every block."""
+        columns = [_resolve([block])[0].select(["source", "prompt", "group"]) for block in self._blocks]
+        starts = np.cumsum([0, *map(len, columns)])[:-1]
+        labels = pa.concat_tables(columns).take(starts[self._block_of] + self._offset)
+        named = zip(labels.column("group").to_pylist(), labels.column("source").to_pylist(), strict=True)
+        files = [name.rpartition("/")[2] for name in self.names]
+        groups = [files[source] if group is None else group for group, source in named]
+        return RowLabels(labels.column("prompt").to_numpy(), groups)
 
     def name_of(self, row: TokenizedRow) -> str:
         """What messages call a row of this set: its file and line."""

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
+OF_OUTCOMES: Final = (
+    "ece", "temperature", "length_correlation", "accuracy_chosen_longer", "accuracy_chosen_shorter",
+    "length_controlled_accuracy",
+)  # fmt: skip
+"""Of the comparisons of an evaluation set: calibration and bias, while a run trains; its record has more."""
 EVALUATED: Final = (
+    *OF_OUTCOMES,
     "loss", "accuracy", "accuracy_low", "accuracy_high", "ties", "margin", "length_baseline_accuracy",
     "brier", "num_ties", "tie_accuracy", "top_accuracy", "num_rated", "mse", "pearson",
     "mean_reward", "min_reward", "max_reward", "num_pairs", "num_rows",

@@ -7,7 +7,7 @@ the side that is written as worse. Ties, and targets of one half, have no winner
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -61,6 +61,36 @@ class Outcomes:
         return self.take(self.group == self.groups.index(name))
 
 
+def decided(index: RowIndex) -> tuple[Places, Places, Places, Floats]:
+    """The comparisons that have a winner: row, winner, other (places among the N completions) and weight."""
+    compared = index.comparisons()
+    direction = compared.direction
+    kept = direction != 0
+    ahead = direction[kept] > 0
+    better, worse = compared.better[kept], compared.worse[kept]
+    won, lost = np.where(ahead, better, worse), np.where(ahead, worse, better)
+    return compared.row[kept], won, lost, compared.weight[kept]
+
+
+def joined(parts: Mapping[str, Outcomes]) -> Outcomes:
+    """The comparisons of several sets, one set after another, as of groups that have the sets' names."""
+    counts = [len(one.row) for one in parts.values()]
+    num_rows = [int(one.row.max(initial=-1)) + 1 for one in parts.values()]
+    begins = np.cumsum([0, *num_rows])[:-1]
+    arrays = {
+        one.name: np.concatenate([getattr(part, one.name) for part in parts.values()])
+        for one in fields(Outcomes)
+        if one.name not in ("groups", "group", "row")
+    }
+    rows = [one.row + begin for one, begin in zip(parts.values(), begins, strict=True)]
+    return Outcomes(
+        **arrays,
+        row=np.concatenate(rows),
+        group=np.repeat(np.arange(len(parts)), counts),
+        groups=tuple(parts),
+    )
+
+
 def outcomes_of(
     scores: npt.ArrayLike,
     index: RowIndex,
@@ -76,21 +106,15 @@ def outcomes_of(
         groups: the group's name of each row, R of them; None: all of one.
     """
     scores_N = np.asarray(scores, np.float64)
-    compared = index.comparisons()
-    direction = compared.direction
-    kept = direction != 0
-    row = compared.row[kept]
-    ahead = direction[kept] > 0
-    better, worse = compared.better[kept], compared.worse[kept]
-    won, lost = np.where(ahead, better, worse), np.where(ahead, worse, better)
-    prompt_R = np.arange(index.num_rows) if prompts is None else np.asarray(prompts)
+    row, won, lost, weight = decided(index)
+    prompt_R = np.arange(index.num_rows) if prompts is None else np.asarray(prompts, np.uint64)
     names, group_R = np.unique([""] * index.num_rows if groups is None else list(groups), return_inverse=True)
     return Outcomes(
         scores_N[won],
         scores_N[lost],
         index.lengths[won].astype(np.int64),
         index.lengths[lost].astype(np.int64),
-        compared.weight[kept],
+        weight,
         row,
         prompt_R.astype(np.uint64)[row],
         group_R.astype(np.int64)[row],

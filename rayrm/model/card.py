@@ -9,6 +9,8 @@ from huggingface_hub import ModelCardData
 CARD = "README.md"
 TAGS = ("reward-trainer", "rayrm")
 """Of a model that was trained here, on the hub."""
+SECTIONS_BEGIN = "<!-- what is known of it -->"
+"""Behind this line stands what a run adds when it ends."""
 _TITLE = "# {place}"
 _LOADS = {
     "transformers": """from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -29,6 +29,8 @@ from rayrm.config import DataConfig, ModelConfig, SourceConfig
 from rayrm.data.quarantine import QUARANTINE
 from rayrm.data.selection import Selection, excluded_prompts
 from rayrm.errors import ConfigError, NoRowLeftError, PublishError, RollError, RunDirectoryError, writing
+from rayrm.evaluation.gate import broken_rules, check_gate
+from rayrm.evaluation.gate_settings import read_gate
 from rayrm.logs import show_logs
 from rayrm.rl.judge import Judge, load_judge
 from rayrm.rl.refresh_gate import Measured, Share, accuracy_of, check_compares, measure, probe_file, refusal
@@ -124,6 +126,7 @@ class _Rounds:
         given = absolute_source(settings.data.eval)
         self._eval: list[Any] = given if isinstance(given, list) else [given]
         check_compares(self._eval, settings.data.max_eval_pairs)
+        self._gate = read_gate(self._config.gate) if self._config.gate else {}
         self._held_out = Selection(excluded=excluded_prompts(self._eval, name="eval"))
         self._said_at = 0.0
 
@@ -155,6 +158,8 @@ class _Rounds:
                 allowed_drop=self._config.allowed_drop,
                 min_probe_agreement=self._config.min_probe_agreement,
             )
+            if reason is None and self._gate:
+                reason = broken_rules(check_gate(directory / "model", self._gate, base.path))
         if reason is None:
             version, reason = self._publish_and_roll(directory, base)
         outcome = Outcome(

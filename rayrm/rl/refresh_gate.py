@@ -20,11 +20,11 @@ from rayrm.data.preference import parse_row
 from rayrm.data.sources import plan_sources, read_work
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import DataError, RayrmError, RowError, ScoreError
+from rayrm.evaluation.evaluate import evaluate_model
 from rayrm.serve.probe import built_in_inputs, probe_scores
 from rayrm.serve.registry import MANIFEST, PublishedModel
 from rayrm.serve.saved import read_json
 from rayrm.serve.scorer import RewardModel
-from rayrm.train.launch import evaluate_model
 
 logger = logging.getLogger("rayrm.rl")
 ALIKE: Final = {

@@ -55,6 +55,8 @@ class RefreshConfig:
     min_probe_agreement: Fraction = 0.5
     """A round is refused where it orders fewer of the pairs of probe texts as the served version does: 1 is
     every one, 0.5 chance, 0 the order turned round."""
+    gate: Annotated[str | None, BeforeValidator(none_word)] = None
+    """A gate file, as `rayrm publish --gate` takes: a round that breaks one of its rules is refused."""
     calibrate: dict[str, str] = dataclasses.field(default_factory=dict)
     """Files of texts by the name of a calibration, in the place of those that the served version was
     published with. A new version is calibrated by its predecessor's texts, which must still lie there."""

@@ -27,12 +27,14 @@ from pydantic import BaseModel, ValidationError
 
 from rayrm.errors import PublishError
 from rayrm.hashed_file import write_hashed
+from rayrm.model.card import CARD
 from rayrm.serve.calibration import (
     PublicationTexts,
     check_same_texts,
     publication_record,
     read_publication_texts,
 )
+from rayrm.serve.published_card import published_card
 from rayrm.serve.saved import SavedFiles, file_sha256, read_json, saved_files, training_records
 from rayrm.settings import readable
 
@@ -273,7 +275,7 @@ def _fill(
         "is_adapter": saved.is_adapter,
         "evaluation": evaluation,
     }
-    _write_synced(partial / "README.md", _card(manifest, has_run=run_text is not None))
+    _write_synced(partial / CARD, published_card(manifest, source, has_run=run_text is not None))
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest["files"] = {
         path.relative_to(partial).as_posix(): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
@@ -307,34 +309,6 @@ def _merge_adapter(saved: SavedFiles, into: Path) -> None:
             "directory readable at the path in adapter_config.json, or publish with `merge_lora=False`."
         ) from error
     save_model(loaded.model, loaded.tokenizer, into, text_form=loaded.text_form, objective=loaded.objective)
-
-
-def _card(manifest: Mapping[str, Any], *, has_run: bool) -> str:
-    lines = [
-        "---",
-        "tags: [reward-trainer, rayrm]",
-        "---",
-        f"# {manifest['name']} {manifest['version']}",
-        "",
-        "A reward model: one score for a (prompt, completion); higher is better. Read-only.",
-        "",
-        f"- text form: {manifest['text_form']}",
-        f"- from: `{manifest['source']}`, published {manifest['created']}",
-    ]
-    if has_run:
-        lines.append("- trained with the settings in `run.toml`")
-    if manifest["evaluation"]:
-        lines += ["", "| evaluation | |", "|---|---|"]
-        lines += [f"| {key} | {value:.6g} |" for key, value in manifest["evaluation"].items()]
-    lines += ["", "```python", "from rayrm import RewardModel", ""]
-    question = '["What is 2+2?"], ["4"]'
-    if manifest["text_form"] == "conversational":
-        question = '[[{"role": "user", "content": "2+2?"}]], [[{"role": "assistant", "content": "4"}]]'
-    lines += [f"RewardModel.from_pretrained(PATH).score({question})", "```"]
-    if manifest["is_adapter"]:
-        loading = "AutoPeftModelForSequenceClassification.from_pretrained(PATH, num_labels=1)"
-        lines += ["", f"This is a LoRA adapter; in PEFT: `{loading}`."]
-    return "\n".join(lines) + "\n"
 
 
 def _checked(kind: type[_Read], path: Path) -> _Read:

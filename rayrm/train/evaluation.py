@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -61,7 +63,6 @@ def score_rows(
     max_tokens: int,
     device: torch.device,
     attention_weight: float = 0.0,
-    on_progress: Callable[[int], None] | None = None,
     part: SequencePart | None = None,
 ) -> Scores:
     """The scores of all completions, in the order of `rows.index`, `[N]`, on every rank.
@@ -89,8 +90,6 @@ def score_rows(
                 found = np.zeros((len(rows.index.lengths), *scores.shape[1:]))
             if microbatch.weights[0] > 0 and (part is None or part.counts):
                 found[rows.index.places(places)] = scores
-        if on_progress is not None:
-            on_progress(int(chosen[-1]) + 1)
     if found is None:
         return np.zeros(0)
     if world > 1:
@@ -105,11 +104,18 @@ def score_model(
     model: torch.nn.Module,
     rows: RowSet,
     config: RewardConfig,
-    on_progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score rows with a model in this process, in the precision that training uses."""
+    with scorer_of(model, config, longest=int(rows.index.lengths.max())) as scores_of:
+        return scores_of(rows)
+
+
+@contextmanager
+def scorer_of(
+    model: torch.nn.Module, config: RewardConfig, *, longest: int
+) -> Iterator[Callable[[RowSet], Scores]]:
+    """What scores rows of up to `longest` tokens with a model in this process, as long as the block lasts."""
     device = next(model.parameters()).device
-    longest = int(rows.index.lengths.max())
     layout = choose_layout(model, share_prefix=config.share_prefix, longest=longest, train=False)
     precision = resolve_precision(config, device)
     path = choose_path(model, device, autocast_dtype(precision))
@@ -120,16 +126,15 @@ def score_model(
     was_training = model.training
     module.eval()
     try:
-        return score_rows(
+        yield partial(
+            score_rows,
             lambda batch: in_precision(module, batch, precision),
-            rows,
             layout=layout,
             path=module.path,
             pad_token_id=unwrapped(model).config.get_text_config().pad_token_id,
             max_tokens=config.max_tokens_per_microbatch or DEFAULT_TOKEN_BUDGET,
             device=device,
             attention_weight=attention_weight_of(model),
-            on_progress=on_progress,
         )
     finally:
         module.release()

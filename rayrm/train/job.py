@@ -15,7 +15,6 @@ from rayrm.data.stream_steps import StreamedSteps
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.model.saving import TextForm
 from rayrm.train.build import ModelSource
-from rayrm.train.evaluation import RowSet
 from rayrm.train.leg import Leg
 from rayrm.train.optimizer import Optimizers, OptimizerSpec
 from rayrm.train.user_metrics import UserMetrics
@@ -37,7 +36,7 @@ class TrainJob:
     tokenizer: Any
     text_form: TextForm
     train_set: TokenizedSet | StreamedSteps
-    eval_sets: dict[str, RowSet]
+    eval_sets: dict[str, TokenizedSet]
     output_dir: Path
     max_tokens: int | None
     resume: Path | None = None

@@ -1,4 +1,4 @@
-"""[RAY] A run file's `Run` -> a trained model; a saved model and sources of pairs -> metrics.
+"""[RAY] A run file's `Run` -> a trained model.
 
 What the command line, the jobs and the sweep share: `RewardTrainer` built from a `Run`, with the settings of
 `[cluster]` as Ray Train's. A run that was cut off goes on by itself; one that is finished, or another's
@@ -11,36 +11,24 @@ import dataclasses
 import glob
 import logging
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rayrm.config import ClusterConfig, LoraConfig, RewardConfig, SourceConfig
-from rayrm.data.ingest import ingest
-from rayrm.data.labels import LabelRules
-from rayrm.data.row_index import RowIndex
-from rayrm.data.tokenized_set import TokenizedSet
-from rayrm.errors import ClusterError, ConfigError, DataError, MissingExtraError, RayrmError
+from rayrm.config import ClusterConfig, LoraConfig, SourceConfig
+from rayrm.errors import ClusterError, MissingExtraError, RayrmError
 from rayrm.logs import show_logs
-from rayrm.metrics.evaluation import evaluate_scores
-from rayrm.model.attribute_head import attribute_head_of
-from rayrm.model.reward_model import LoadedModel, load_saved
-from rayrm.objective import OBJECTIVE_SETTINGS, Objective, PointwiseLoss
 from rayrm.own_ray import ensure_ray, keeping_handlers
 from rayrm.runfile import Run, dump_run, read_run
-from rayrm.train.attributes import reopen_attributes
 from rayrm.train.build import ModelSource, check_source
-from rayrm.train.evaluation import Scores, score_model
 from rayrm.train.leg import Leg
 from rayrm.train.preemption import leaving_before_training
 from rayrm.train.rundir import finished, read_finished
 from rayrm.train.train_data import check_sources
 from rayrm.train.trainer import RewardTrainer
 from rayrm.train.workers import check_cluster
-from rayrm.urls import is_url, masked
+from rayrm.urls import is_url
 
 logger = logging.getLogger("rayrm.train")
 
@@ -240,124 +228,3 @@ def _absolute(name: str) -> str:
     path = Path(name).expanduser()
     is_path = path.exists() or (glob.has_magic(name) and not is_url(name))
     return str(path.absolute()) if is_path else name
-
-
-def evaluate_model(
-    model: str | Path,
-    sources: Sequence[Any],
-    *,
-    max_pairs: int | None = None,
-    max_bad_row_fraction: float = 0.01,
-    on_progress: Callable[[str, int, int], None] | None = None,
-    objective: Mapping[str, Any] | None = None,
-) -> dict[str, dict[str, float]]:
-    """Metrics of a saved model on each source, by the source's name, and on "all" where there are several.
-
-    They are those of the run that trained it: its objective is kept with the model (`rayrm.json`), and is
-    TRL's where nothing is. A model trained without a loss of scores is measured against them as
-    `pointwise_loss` "mse" trains. Ratings by attribute are measured where the model has their heads
-    (`attributes/heads.safetensors`).
-
-    Args:
-        objective: settings of `RewardConfig` (`OBJECTIVE_SETTINGS`) to take instead of the model's own.
-        max_pairs: read only the first rows of each source, this many. A pair beyond the model's position
-            limit is left out and counted, as in training.
-        on_progress: called with (source, rows done, rows in all).
-
-    Raises:
-        ModelError: no saved reward model. DataError: a source that is missing, bad, or of the other text
-            form than the model. ConfigError: settings that are no objective.
-    """
-    show_logs()
-    if not sources:
-        raise DataError("there is nothing to evaluate on. Give at least one path, glob or hub name.")
-    loaded = load_saved(model)
-    reopen_attributes(loaded.model, Path(model))
-    chosen = objective_of(loaded, objective or {})
-    metrics: dict[str, dict[str, float]] = {}
-    parts: list[_ScoredSet] = []
-    for source in sources:
-        name = masked(str(source))
-        rows = _ingest_for(loaded, source, name, max_pairs, max_bad_row_fraction, chosen)
-        scored = _score(loaded, rows, name, on_progress)
-        metrics[name] = _metrics([scored], chosen)
-        parts.append(scored)
-    if len(parts) > 1:
-        metrics["all"] = _metrics(parts, chosen)
-    return metrics
-
-
-def objective_of(loaded: LoadedModel, asked: Mapping[str, Any]) -> Objective:
-    """What a loaded model is measured by: its own objective, with the settings `asked` over it.
-
-    Raises ConfigError for settings that are none of an objective, or no objective together.
-    """
-    # Attributes are those that the model has heads of: a published one has none.
-    heads = ("attributes", "attribute_weight")
-    names = [name for name in OBJECTIVE_SETTINGS if name not in heads]
-    settings = {name: value for name, value in loaded.objective.items() if name not in heads} | dict(asked)
-    if "tie_model" in asked and "tie_parameter" not in asked:
-        settings.pop("tie_parameter", None)  # of the model's own way with ties
-    if unknown := sorted(set(settings) - set(names)):
-        raise ConfigError(f"`{unknown[0]}` is no setting to evaluate by. Type one of {', '.join(names)}.")
-    chosen = Objective.of(RewardConfig(bf16=False, **settings))
-    # Scores of completions are measured, whatever the model was trained on.
-    pointwise: PointwiseLoss = "mse" if chosen.pointwise_loss == "none" else chosen.pointwise_loss
-    head = attribute_head_of(loaded.model)
-    if head is None:
-        return dataclasses.replace(chosen, pointwise_loss=pointwise)
-    weight = float(loaded.objective.get("attribute_weight", Objective().attribute_weight))
-    return dataclasses.replace(
-        chosen, pointwise_loss=pointwise, attributes=head.names, attribute_weight=weight
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _ScoredSet:
-    index: RowIndex
-    scores: Scores
-
-
-def _ingest_for(
-    loaded: LoadedModel,
-    source: Any,
-    name: str,
-    max_pairs: int | None,
-    max_bad_row_fraction: float,
-    objective: Objective,
-) -> TokenizedSet:
-    rows = ingest(
-        source,
-        loaded.tokenizer,
-        max_length=loaded.max_positions,
-        max_rows=max_pairs,
-        max_bad_row_fraction=max_bad_row_fraction,
-        name=name,
-        labels=LabelRules.of(objective),
-    )
-    form = rows.report.text_form
-    if form not in (loaded.text_form, "tokenized"):
-        raise DataError(
-            f"{name} is {form} and the model was trained on {loaded.text_form} text: its scores would mean "
-            "nothing. Evaluate on rows of "
-            + ("message lists." if loaded.text_form == "conversational" else "plain strings.")
-        )
-    return rows
-
-
-def _score(
-    loaded: LoadedModel, rows: TokenizedSet, name: str, on_progress: Callable[[str, int, int], None] | None
-) -> _ScoredSet:
-    def progress(done: int) -> None:
-        if on_progress is not None:
-            on_progress(name, done, rows.num_rows)
-
-    # Scores are float32's, as those of `RewardModel` and of the service are.
-    config = RewardConfig(bf16=False)
-    return _ScoredSet(rows.index, score_model(loaded.model, rows, config, on_progress=progress))
-
-
-def _metrics(parts: Sequence[_ScoredSet], objective: Objective) -> dict[str, float]:
-    scores = np.concatenate([part.scores for part in parts])
-    index = RowIndex.joined([part.index for part in parts])
-    return evaluate_scores(scores, index, objective)

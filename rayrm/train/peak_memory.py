@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rayrm.train.system_memory import available_memory
+from rayrm.train.system_memory import available_memory, resident_memory
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -24,6 +24,13 @@ def free_bytes(device: torch.device) -> int | None:
         return available_memory()
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def held_bytes(device: torch.device) -> int | None:
+    """What this process holds: on a GPU the most that torch had so far, on the CPU what is resident now."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resident_memory()
 
 
 def peak_bytes(compute: Callable[[], None], device: torch.device) -> int:

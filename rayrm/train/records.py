@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy.typing as npt
 
 from rayrm.config import RewardConfig
 from rayrm.errors import writing
@@ -71,13 +73,19 @@ class RunLog:
             with (self._dir / METRICS).open("a") as out:
                 os.fsync(out.fileno())
 
-    def progress(self, step: int, num_steps: int) -> None:
-        """Say where training stands; written a few times a second at most."""
+    def progress(self, step: int, num_steps: int, memory_bytes: int | None = None) -> None:
+        """Say where training stands, and what rank 0 holds; written a few times a second at most."""
         now = time.monotonic()
         if not self._active or (now - self._shown < _PROGRESS_INTERVAL_S and step < num_steps):
             return
         self._shown = now
-        self._write_progress({"step": step, "num_steps": num_steps, "finished": False}, durable=False)
+        standing = {"step": step, "num_steps": num_steps, "finished": False, "memory_bytes": memory_bytes}
+        self._write_progress(standing, durable=False)
+
+    def histograms(self, step: int, values: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Tell the trackers that have pictures of it how values are spread, by name."""
+        if self._active:
+            self._trackers.histograms(step, values)
 
     def leave(self, step: int, num_steps: int) -> None:
         """Say where a run that was told to leave stands."""

@@ -169,7 +169,7 @@ class RunStorage:
         files = [file for file in self._output_dir.iterdir() if file.is_file() and file.name[0] != "."]
         try:
             self._put_all(self._output_dir.glob("tensorboard/**/events.*"))
-            for parts in (HEADS_FILE, "additional_chat_templates/*"):  # the model's, of directories
+            for parts in (HEADS_FILE, "additional_chat_templates/*", "evaluation/*"):  # of directories
                 self._put_all(self._output_dir.glob(parts))
             self._put_all(
                 sorted(files, key=lambda file: _LAST.index(file.name) if file.name in _LAST else -1)

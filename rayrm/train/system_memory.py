@@ -33,6 +33,12 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return max(0, available)
 
 
+def resident_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of this process that lie in memory. None on a system that does not tell."""
+    found = re.search(r"^VmRSS:\s+(\d+) kB", _read(root / "proc/self/status"), flags=re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024
+
+
 def _cgroups(root: Path) -> Iterator[Path]:
     """This process's control groups that may limit memory, and those above them."""
     for line in _read(root / "proc/self/cgroup").splitlines():

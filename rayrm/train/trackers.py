@@ -123,6 +123,12 @@ class Trackers:
                     error,
                 )
 
+    def histograms(self, step: int, values: Mapping[str, Any]) -> None:
+        """Show in TensorBoard how arrays are spread, by the name of each."""
+        board = self._open.get("tensorboard")
+        if isinstance(board, _TensorBoard):
+            board.histograms(step, values)
+
     def close(self) -> None:
         for name, tracker in self._open.items():
             try:
@@ -166,6 +172,10 @@ class _TensorBoard:
         for name, value in values.items():
             if name != "train/epoch":
                 self._board.add_scalar(name, value, step)
+
+    def histograms(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, array in values.items():
+            self._board.add_histogram(name, array, step)
 
     def close(self) -> None:
         self._board.close()

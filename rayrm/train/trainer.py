@@ -29,7 +29,6 @@ from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, RayrmError
 from rayrm.logs import show_logs
 from rayrm.metrics.attributes import rewards_of
-from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.adapters import is_adapted
 from rayrm.model.reward_model import load_saved
 from rayrm.model.saving import FACTS, TextForm, copy_saved, save_model
@@ -40,6 +39,7 @@ from rayrm.train.callbacks import CallbackArgs, call_all, check_callbacks
 from rayrm.train.display import Display
 from rayrm.train.environment import environment_of
 from rayrm.train.evaluation import Scores, score_model, speed_of
+from rayrm.train.evaluation_record import set_metrics
 from rayrm.train.given import (
     absolute,
     check_places,
@@ -302,7 +302,7 @@ class RewardTrainer(ScriptCalls):
         check_form(rows, self.text_form)
         began = time.time()
         scores = score_model(self.model, rows, self.args)
-        found = evaluate_scores(scores, rows.index, Objective.of(self.args))
+        found = set_metrics(scores, rows.index, Objective.of(self.args))
         if self._metrics is not None:
             found |= self._metrics.of(rewards_of(scores), rows.index)
         speed = speed_of(prefix, began, rows.num_rows, self.args.per_device_eval_batch_size)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import set_seed
 
 from rayrm.data.quarantine import QUARANTINE, drop_skipped, write_skipped
+from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.deepspeed_rules import resolved_stage
-from rayrm.errors import CheckpointError, ConfigError, RayrmError, writing
-from rayrm.metrics.attributes import rewards_of
-from rayrm.metrics.evaluation import evaluate_scores
-from rayrm.metrics.names import prefix_of
+from rayrm.errors import CheckpointError, ConfigError, writing
 from rayrm.model.adapters import needs_frozen
 from rayrm.objective import Objective
 from rayrm.train.allocator import give_freed_memory_back, keep_freed_memory
@@ -34,7 +30,7 @@ from rayrm.train.checkpoint import (
 )
 from rayrm.train.checkpoint_writer import CheckpointWriter, Snapshot
 from rayrm.train.environment import adopt
-from rayrm.train.evaluation import is_better, note_checkpoint, note_metric, score_rows, speed_of
+from rayrm.train.evaluation import is_better, note_checkpoint, note_metric
 from rayrm.train.export import save_trained
 from rayrm.train.holding import only_writer
 from rayrm.train.host_memory import HostMemory
@@ -42,9 +38,12 @@ from rayrm.train.hub import HubRepository
 from rayrm.train.job import TrainJob
 from rayrm.train.leg import keeping_settings
 from rayrm.train.loop import Events, RankStep, Record, Schedule, run_loop
+from rayrm.train.model_card import complete_card
 from rayrm.train.nvme import nvme_folders
+from rayrm.train.peak_memory import held_bytes
 from rayrm.train.preemption import Notice
 from rayrm.train.rank import Hosts, Rank
+from rayrm.train.rank_evaluation import Evaluated, evaluated_sets, histograms_of, keep_evaluation
 from rayrm.train.rank_model import build_rank_model
 from rayrm.train.rank_steps import Packer
 from rayrm.train.records import RunLog, read_records, replace_text
@@ -54,7 +53,6 @@ from rayrm.train.soundness import Soundness, shown
 from rayrm.train.storage import storage_of
 from rayrm.train.train_data import train_steps
 from rayrm.train.trainer_state import TRAINER_STATE, state_json, trainer_state
-from rayrm.train.user_metrics import prefixed
 
 logger = logging.getLogger("rayrm.train")
 
@@ -215,6 +213,14 @@ class _RankRun:
         elif self.config.load_best_model_at_end:
             self._say("no checkpoint was evaluated (`load_best_model_at_end`): the model is the last step's")
         self._write_model()
+        if self.rank.index == 0:
+            whole = isinstance(self.job.train_set, TokenizedSet)
+            complete_card(
+                self.job.output_dir,
+                base_model=self.job.source.name,
+                report=self.job.train_set.report if whole else None,
+                max_length=self.config.max_length,
+            )
         self._report({"step": state.step, "train_loss": state.train_loss})
         self.rank.barrier()
         summary = self.log.summarize(state)
@@ -279,7 +285,7 @@ class _RankRun:
     def _progress(self, step: int) -> None:
         self.writer.poll()
         if self.rank.index == 0:
-            self.log.progress(step, self.schedule.num_steps)
+            self.log.progress(step, self.schedule.num_steps, held_bytes(self.rank.device))
 
     def _log_steps(self, record: Record) -> None:
         self._log(record | gate_record(self.model.module))
@@ -297,39 +303,20 @@ class _RankRun:
                 "Pass one."
             )
         found: Record = {}
-        parts = self.config.sequence_parallel_size
-        batch_rows = self.config.per_device_eval_batch_size * (self.rank.count // parts)
-        for name, rows in self.job.eval_sets.items():
-            began = time.time()
-            scores = score_rows(
-                self.engine.scores,
-                rows,
-                layout=self.model.layout,
-                path=self.model.module.path,
-                part=self.model.module.part,
-                pad_token_id=self.model.pad_token_id,
-                max_tokens=self.model.max_tokens,
-                attention_weight=self.model.attention_weight,
-                device=self.rank.device,
-            )
-            if bad := int((~np.isfinite(scores)).sum()):
-                raise RayrmError(
-                    f"{bad} of {len(scores)} scores of the evaluation set are not finite after step "
-                    f"{state.step}: `{name or 'eval'}` has rows that the model cannot score. Look for rows "
-                    "unlike the others, or train in fp32 (`bf16=false`); the last checkpoint is intact."
-                )
-            metrics = evaluate_scores(scores, rows.index, self.objective)
-            prefix = prefix_of(name)
-            if self.job.metrics is not None:
-                metrics |= self.job.metrics.of(rewards_of(scores), rows.index)
-            record = prefixed(prefix, metrics) | speed_of(prefix, began, rows.num_rows, batch_rows)
-            record |= {f"{prefix}num_tokens": state.num_tokens, "step": state.step, "epoch": state.epoch}
-            found |= record
-            self._log(record)
-            self._report(record)
+        sets: dict[str, Evaluated] = {}
+        evaluated = evaluated_sets(self.job, self.engine, self.model, self.rank, self.objective, state)
+        for name, one in evaluated:
+            sets[name] = one
+            found |= one.record
+            self._log(one.record)
+            self._report(one.record)
             if self.callbacks is not None:
-                self.callbacks.evaluated(record)
+                self.callbacks.evaluated(one.record)
         value = note_metric(state, found, self.config)
+        if self.rank.index == 0 and sets:
+            keep_evaluation(self.job, sets, self.objective, state)
+            for name, one in sets.items():
+                self.log.histograms(state.step, histograms_of(name, one))
         self._measured = (state.step, value)
         if value is None or self.config.save_strategy != "best" or state.step == 0:
             return False

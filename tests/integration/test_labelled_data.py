@@ -12,7 +12,7 @@ import pytest
 from rayrm import RewardConfig, RewardTrainer
 from rayrm.config import DataConfig
 from rayrm.errors import DataError
-from rayrm.train.launch import evaluate_model
+from rayrm.evaluation.evaluate import evaluate_model
 from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

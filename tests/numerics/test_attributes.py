@@ -24,6 +24,7 @@ from rayrm.config import RewardConfig
 from rayrm.data.packing import pack_rows
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
+from rayrm.evaluation.evaluate import objective_of
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.attribute_head import HEADS_FILE, AttributeHead, attribute_head_of
 from rayrm.model.loss import DeviceTerms, row_losses, tensors_of
@@ -31,7 +32,6 @@ from rayrm.model.reward_model import load_saved
 from rayrm.objective import Objective
 from rayrm.train.attributes import give_attributes, reopen_attributes
 from rayrm.train.evaluation import score_model
-from rayrm.train.launch import objective_of
 from rayrm.train.worker import train_rank
 from tests.numerics.ranks import (
     CENTER,

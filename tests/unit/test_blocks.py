@@ -17,6 +17,7 @@ from rayrm.data.blocks import SCHEMA, RowBlock, index_of, table_of_rows, tokeniz
 from rayrm.data.packing import distinct_cost
 from rayrm.data.prefix_keys import prefix_keys, text_key
 from rayrm.data.sources import Shard, read_work
+from rayrm.data.tokenized_set import TokenizedSet, assemble
 from tests.tiny import SPECIAL, tiny_rankings, tiny_rows
 
 CHAT = (
@@ -103,6 +104,8 @@ SETS = {
 }
 LABELS: dict[str, Any] = {"target": 1.0, "ratings": []}
 """Columns that say nothing of these rows, and of which their fingerprints say nothing."""
+UNPINNED = ("message", "prompt", "group")
+"""A message may hold Python's own words, which versions change; where a row belongs is none of its text."""
 # Of what was made of them first: a change of these numbers is a change of every data set's fingerprint.
 PINNED = {
     "standard": "f05c79f5b28794004a9aaad9c68c2e57e79c540f9dbbfeddf3bee3dfadb244db",
@@ -127,13 +130,47 @@ def in_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_source_gives_the_tables_it_always_gave(name: str) -> None:
     tables = tables_of(SETS[name])
     assert all(table.schema.equals(SCHEMA) for table in tables)
-    # A message may hold Python's own words, which its versions change.
-    rows = [row for table in tables for row in table.drop_columns(["message", *LABELS]).to_pylist()]
+    rows = [row for table in tables for row in table.drop_columns([*UNPINNED, *LABELS]).to_pylist()]
     assert all(
         table.column(name).to_pylist() == [LABELS[name]] * len(table) for table in tables for name in LABELS
     )
     content = json.dumps(rows, default=bytes.hex).encode()
     assert hashlib.sha256(content).hexdigest() == PINNED[name]
+
+
+def test_rows_of_one_prompt_have_one_key_whatever_its_form_and_name_their_group() -> None:
+    question, other = "Why is the sky blue?", "Why is the sea salt?"
+    answers = [("Air scatters blue most.", "Who knows."), ("Rayleigh scattering.", "It is the sea.")]
+    plain = [{"prompt": question, "chosen": a, "rejected": b} for a, b in answers]
+    messages = [
+        {
+            "prompt": [{"role": "user", "content": question}],
+            "chosen": [{"role": "assistant", "content": a}],
+            "rejected": [{"role": "assistant", "content": b}],
+        }
+        for a, b in answers
+    ]
+    rows = [plain[0] | {"source": "one"}, plain[1] | {"subset": "two", "source": "one"}]
+    rows += [messages[0] | {"group": "three", "subset": "two"}, messages[1] | {"source": 4}]
+    rows.append({**plain[0], "prompt": other})
+    labels = assemble_rows(lines(rows)).labels()
+    assert labels.groups == ["one", "two", "three", "rows.jsonl", "rows.jsonl"]
+    assert len(set(labels.prompts[:4].tolist())) == 1
+    assert labels.prompts[4] != labels.prompts[0]
+
+
+def test_labels_stand_in_the_order_of_the_rows_without_the_refused() -> None:
+    rows = [row | {"subset": str(number)} for number, row in enumerate(tiny_rows(12))]
+    rows[3:5] = [{"chosen": "no rejected", "subset": "refused"}, {"subset": "refused"}]
+    found = assemble_rows(lines(rows), num_rows=5)
+    names = [found.name_of(row).rpartition(":")[2] for row in found.fetch(range(found.num_rows))]
+    assert found.labels().groups == [str(int(name) - 1) for name in names]
+    assert "refused" not in found.labels().groups
+
+
+def assemble_rows(source: list[bytes], num_rows: int = 16) -> TokenizedSet:
+    tables = tables_of(source, num_rows)
+    return assemble("rows", ["rows.jsonl"], tables, [index_of(table) for table in tables])
 
 
 def test_every_row_is_in_its_place_accepted_or_refused_with_its_reason() -> None:

@@ -15,6 +15,7 @@ from rayrm.data.selection import Selection, excluded_prompts
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, ScoreError
+from rayrm.evaluation.evaluate import objective_of
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.model.reward_model import LoadedModel
 from rayrm.rl.judge import Judge
@@ -23,7 +24,6 @@ from rayrm.rl.refresh_pairs import Gathered, gather, last_cursor
 from rayrm.rl.refresh_replay import draw_replay, num_replayed
 from rayrm.rl.refresh_samples import SampleReader
 from rayrm.rl.refresh_settings import Refresh, read_refresh
-from rayrm.train.launch import objective_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

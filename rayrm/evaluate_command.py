@@ -1,0 +1,189 @@
+"""`rayrm evaluate`: what a model is on any number of sets, as a table; kept with `--output`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayrm.runfile import split_settings
+from rayrm.serve_commands import MODEL, add_registry, model_directory
+from rayrm.table import print_table
+
+if TYPE_CHECKING:
+    from rayrm.train.evaluation_record import EvaluationRecord, SetEvaluation
+
+ALL = "all"
+_MOST_GROUPS = 40
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_evaluate)
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="paths, globs or hub names; words such as tie_model=davidson measure by another objective than "
+        "the model's",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="keep the evaluation here, for `rayrm report` and the gate; cut off, the same command goes on",
+    )
+    parser.add_argument("--against", metavar="MODEL", help="also this model, and which of both is better")
+    parser.add_argument("--max-pairs", type=int, help="only the first rows of each source")
+    parser.add_argument("--max-bad-row-fraction", type=float, default=0.01, help="default: 0.01")
+    parser.add_argument(
+        "--num-workers", type=int, default=0, help="processes that score, on Ray; 0: this one (default)"
+    )
+    parser.add_argument("--use-gpu", action="store_true", help="a GPU for each of them")
+    parser.add_argument("--json", type=Path, help="also write the metrics here")
+    add_registry(parser)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    sources, objective = split_settings(options.data)
+    models = [model_directory(options.model, options.registry)]
+    if options.against is not None:
+        models.append(model_directory(options.against, options.registry))
+    from rayrm.evaluation.evaluate import evaluate
+    from rayrm.train.evaluation_record import write_evaluation
+
+    records = []
+    for place, model in enumerate(models):
+        output = None if options.output is None or place else options.output
+        with _progress_line("scoring" if len(models) == 1 else f"{model}: scoring") as show:
+            record = evaluate(
+                model,
+                sources,
+                objective=objective,
+                max_pairs=options.max_pairs,
+                max_bad_row_fraction=options.max_bad_row_fraction,
+                num_workers=options.num_workers,
+                use_gpu=options.use_gpu,
+                keep=None if output is None else output / ".partial",
+                on_progress=show,
+            )
+        if output is not None:
+            write_evaluation(record, output)
+        records.append(record)
+    print_evaluation(records[0])
+    if len(records) > 1:
+        _print_against(records[0], records[1])
+    if options.output is not None:
+        print(f"\nkept in {options.output}: type `rayrm report {options.output}` for a page of it")
+    if options.json is not None:
+        metrics = {name: one.metrics for name, one in records[0].sets.items()}
+        options.json.write_text(json.dumps(metrics, indent=2) + "\n")
+    return 0
+
+
+def print_evaluation(record: EvaluationRecord) -> None:
+    """A line for each set, a table of its groups where its rows name any, and on stderr what to look at."""
+    metrics = {name: one.metrics for name, one in record.sets.items()}
+    # A ranking makes several pairs of one row; of pairs alone the two counts are the same.
+    counts = {"rows": "num_rows", "pairs": "num_pairs"}
+    if all(found["num_rows"] == found["num_pairs"] for found in metrics.values()):
+        del counts["rows"]
+    columns = {
+        "accuracy": ("accuracy", "{accuracy:.3f}"),
+        "95% interval": ("accuracy", "{accuracy_low:.3f} .. {accuracy_high:.3f}"),
+        "longer wins": ("accuracy", "{length_baseline_accuracy:.3f}"),
+        "loss": ("loss", "{loss:.4f}"),
+        "margin": ("accuracy", "{margin:+.3f}"),
+    }
+    # Of what compares, and of soft labels, ties, rankings and completions that have scores.
+    rare = {
+        "ECE": ("ece", "{ece:.3f}"),
+        "temperature": ("temperature", "{temperature:.2f}"),
+        "length-controlled": ("length_controlled_accuracy", "{length_controlled_accuracy:.3f}"),
+        "score~length": ("length_correlation", "{length_correlation:+.2f}"),
+        "brier": ("brier", "{brier:.4f}"),
+        "ties": ("tie_accuracy", "{tie_accuracy:.3f}"),
+        "top": ("top_accuracy", "{top_accuracy:.3f}"),
+        "mse": ("mse", "{mse:.4f}"),
+        "pearson": ("pearson", "{pearson:.3f}"),
+    }
+    shown = columns | {
+        column: form for column, form in rare.items() if any(form[0] in found for found in metrics.values())
+    }
+    print_table(
+        ("source", *counts, *shown),
+        [
+            (
+                name,
+                *(f"{found[count]:.0f}" for count in counts.values()),
+                *(form.format(**found) if needed in found else "-" for needed, form in shown.values()),
+            )
+            for name, found in metrics.items()
+        ],
+    )
+    for name, one in record.sets.items():
+        if name != ALL:
+            _print_groups(name, one)
+    for name, one in record.sets.items():
+        for finding in one.findings:
+            print(f"rayrm: {name}: {finding}", file=sys.stderr)
+
+
+def _print_groups(name: str, one: SetEvaluation) -> None:
+    if len(one.groups) < 2:
+        return
+    groups = sorted(one.groups.items(), key=lambda pair: pair[1]["accuracy"])
+    print(f"\n{name}, by group, the worst first:")
+    print_table(
+        ("group", "pairs", "accuracy", "95% interval", "longer wins"),
+        [
+            (
+                group,
+                f"{found['num_pairs']:.0f}",
+                f"{found['accuracy']:.3f}",
+                f"{found['accuracy_low']:.3f} .. {found['accuracy_high']:.3f}",
+                f"{found['length_baseline_accuracy']:.3f}",
+            )
+            for group, found in groups[:_MOST_GROUPS]
+        ],
+    )
+    if len(groups) > _MOST_GROUPS:
+        print(f"... and {len(groups) - _MOST_GROUPS} more (--output DIR keeps all)")
+
+
+def _print_against(first: EvaluationRecord, second: EvaluationRecord) -> None:
+    from rayrm.metrics.comparison import compare
+
+    print(f"\n{first.model} against {second.model}, the same pairs:")
+    rows = []
+    for name, one in first.sets.items():
+        found = compare(one.outcomes, second.sets[name].outcomes)
+        rows.append(
+            (
+                name,
+                f"{found.accuracy_a:.3f}",
+                f"{found.accuracy_b:.3f}",
+                f"{found.difference:+.3f}",
+                f"{found.low:+.3f} .. {found.high:+.3f}",
+                f"{found.p_value:.3g}",
+                f"{found.num_only_a} / {found.num_only_b}",
+            )
+        )
+    print_table(("source", "first", "second", "difference", "95% interval", "p", "only one right"), rows)
+
+
+@contextmanager
+def _progress_line(what: str) -> Iterator[Any]:
+    """A function of (name, done, total) that rewrites one line of a terminal; elsewhere it adds lines."""
+    live = sys.stderr.isatty()
+
+    def show(name: str, done: int, total: int) -> None:
+        end = "" if live and done < total else "\n"
+        start = "\r" if live else ""
+        print(f"{start}{what} {name}: {done:,}/{total:,} pairs", end=end, file=sys.stderr, flush=True)
+
+    yield show

@@ -1,0 +1,157 @@
+"""[RAY] A saved model and sources of preference rows -> what it is measured to be, set by set.
+
+Read and tokenized by Ray Data, scored here or by several processes (`scoring.py`), measured by the code that
+training evaluates with (`train/evaluation_record.py`). With a directory to keep it in, an evaluation that was
+cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayrm.config import RewardConfig
+from rayrm.data.ingest import ingest
+from rayrm.data.labels import LabelRules
+from rayrm.data.row_index import RowIndex
+from rayrm.data.sources import check_found
+from rayrm.data.tokenized_set import TokenizedSet
+from rayrm.errors import ConfigError, DataError
+from rayrm.evaluation.scoring import Progress, Scoring
+from rayrm.logs import show_logs
+from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.metrics.outcomes import joined
+from rayrm.model.attribute_head import attribute_head_of
+from rayrm.model.reward_model import LoadedModel, load_saved
+from rayrm.objective import OBJECTIVE_SETTINGS, Objective, PointwiseLoss
+from rayrm.serve.registry import MANIFEST
+from rayrm.serve.saved import read_json
+from rayrm.train.attributes import reopen_attributes
+from rayrm.train.evaluation import Scores
+from rayrm.train.evaluation_record import EvaluationRecord, SetEvaluation, evaluate_set, of_outcomes
+from rayrm.urls import masked
+
+
+def evaluate(
+    model: str | Path,
+    sources: Sequence[Any] | Mapping[str, Any],
+    *,
+    max_pairs: int | None = None,
+    max_bad_row_fraction: float = 0.01,
+    objective: Mapping[str, Any] | None = None,
+    num_workers: int = 0,
+    use_gpu: bool = False,
+    keep: Path | None = None,
+    on_progress: Progress | None = None,
+) -> EvaluationRecord:
+    """What a saved model is measured to be on each source, by its name, and on "all" where there are several.
+
+    Measured is by the objective of the run that trained it: it is kept with the model (`rayrm.json`), and is
+    TRL's where nothing is. A model trained without a loss of scores is measured against them as
+    `pointwise_loss` "mse" trains. Ratings by attribute are measured where the model has their heads
+    (`attributes/heads.safetensors`).
+
+    Args:
+        sources: what `data.eval` takes, several of them; or by the names that the sets are to have.
+        max_pairs: read only the first rows of each source, this many. A pair beyond the model's position
+            limit is left out and counted, as in training.
+        objective: settings of `RewardConfig` (`OBJECTIVE_SETTINGS`) to take instead of the model's own.
+        num_workers: processes that score, each with the model in its memory and one CPU, or one GPU with
+            `use_gpu`; 0: this one, with all it has.
+        keep: where scores are kept until all are there; None: an evaluation that is cut off starts anew.
+        on_progress: called with (source, rows done, rows in all).
+
+    Raises:
+        ModelError: no saved reward model. DataError: a source that is missing, bad, or of the other text
+            form than the model. ConfigError: settings that are no objective.
+    """
+    show_logs()
+    if not sources:
+        raise DataError("there is nothing to evaluate on. Give at least one path, glob or hub name.")
+    named = sources if isinstance(sources, Mapping) else {masked(str(one)): one for one in sources}
+    for source in named.values():
+        check_found(source)
+    loaded = load_saved(model)
+    reopen_attributes(loaded.model, Path(model))
+    chosen = objective_of(loaded, objective or {})
+    scoring = Scoring(loaded, Path(model), num_workers=num_workers, use_gpu=use_gpu, keep=keep)
+    sets: dict[str, SetEvaluation] = {}
+    parts: list[tuple[RowIndex, Scores]] = []
+    for name, source in named.items():
+        rows = _ingest_for(loaded, source, name, max_pairs, max_bad_row_fraction, chosen)
+        scores = scoring.scores(rows, name, on_progress)
+        sets[name] = evaluate_set(scores, rows, chosen, loaded.tokenizer)
+        parts.append((rows.index, scores))
+    if len(parts) > 1:
+        index = RowIndex.joined([index for index, _ in parts])
+        metrics = evaluate_scores(np.concatenate([scores for _, scores in parts]), index, chosen)
+        sets["all"] = of_outcomes(metrics, joined({name: one.outcomes for name, one in sets.items()}))
+    scoring.forget()
+    return EvaluationRecord(str(model), sets, _version_of(Path(model)))
+
+
+def evaluate_model(model: str | Path, sources: Sequence[Any], **settings: Any) -> dict[str, dict[str, float]]:
+    """The figures of `evaluate` alone, by the source's name; `settings` are its own."""
+    return {name: one.metrics for name, one in evaluate(model, sources, **settings).sets.items()}
+
+
+def objective_of(loaded: LoadedModel, asked: Mapping[str, Any]) -> Objective:
+    """What a loaded model is measured by: its own objective, with the settings `asked` over it.
+
+    Raises ConfigError for settings that are none of an objective, or no objective together.
+    """
+    # Attributes are those that the model has heads of: a published one has none.
+    heads = ("attributes", "attribute_weight")
+    names = [name for name in OBJECTIVE_SETTINGS if name not in heads]
+    settings = {name: value for name, value in loaded.objective.items() if name not in heads} | dict(asked)
+    if "tie_model" in asked and "tie_parameter" not in asked:
+        settings.pop("tie_parameter", None)  # of the model's own way with ties
+    if unknown := sorted(set(settings) - set(names)):
+        raise ConfigError(f"`{unknown[0]}` is no setting to evaluate by. Type one of {', '.join(names)}.")
+    chosen = Objective.of(RewardConfig(bf16=False, **settings))
+    # Scores of completions are measured, whatever the model was trained on.
+    pointwise: PointwiseLoss = "mse" if chosen.pointwise_loss == "none" else chosen.pointwise_loss
+    head = attribute_head_of(loaded.model)
+    if head is None:
+        return dataclasses.replace(chosen, pointwise_loss=pointwise)
+    weight = float(loaded.objective.get("attribute_weight", Objective().attribute_weight))
+    return dataclasses.replace(
+        chosen, pointwise_loss=pointwise, attributes=head.names, attribute_weight=weight
+    )
+
+
+def _ingest_for(
+    loaded: LoadedModel,
+    source: Any,
+    name: str,
+    max_pairs: int | None,
+    max_bad_row_fraction: float,
+    objective: Objective,
+) -> TokenizedSet:
+    rows = ingest(
+        source,
+        loaded.tokenizer,
+        max_length=loaded.max_positions,
+        max_rows=max_pairs,
+        max_bad_row_fraction=max_bad_row_fraction,
+        name=name,
+        labels=LabelRules.of(objective),
+    )
+    form = rows.report.text_form
+    if form not in (loaded.text_form, "tokenized"):
+        raise DataError(
+            f"{name} is {form} and the model was trained on {loaded.text_form} text: its scores would mean "
+            "nothing. Evaluate on rows of "
+            + ("message lists." if loaded.text_form == "conversational" else "plain strings.")
+        )
+    return rows
+
+
+def _version_of(model: Path) -> str | None:
+    """The version of a published model; None for any other directory."""
+    file = model / MANIFEST
+    return str(read_json(file)["version"]) if file.is_file() else None
