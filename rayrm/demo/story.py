@@ -23,7 +23,7 @@ from rayrm.config import RewardConfig
 from rayrm.demo.base_model import prepare_model
 from rayrm.demo.baselines import bag_of_words_accuracy, length_accuracy
 from rayrm.demo.preferences import make_preferences, write_preferences
-from rayrm.metrics.evaluation import wilson_interval
+from rayrm.metrics.intervals import wilson_interval
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 NUM_PAIRS = 2400

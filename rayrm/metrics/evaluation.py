@@ -7,13 +7,12 @@ learned length passes for preference. Numpy only. For a training step's metrics 
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
 from rayrm.data.row_index import Comparisons, Counts, Places, RowIndex
 from rayrm.metrics.attributes import attribute_loss, attribute_metrics, correlation, rated_weight
+from rayrm.metrics.intervals import wilson_interval
 from rayrm.metrics.likelihood import (
     Floats,
     comparison_losses,
@@ -213,23 +212,3 @@ def _mean_reward(
     if not total:
         return float(scores.mean())
     return float((compared.weight @ both + weight_of_rated @ scores[rated] + by_ratings @ scores) / total)
-
-
-def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share, `successes` of `n`; z = 1.96 gives 95%.
-
-    (p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes/n: the shares q for which
-    |p - q| <= z sqrt(q(1-q)/n). E. B. Wilson, "Probable inference, the law of succession, and statistical
-    inference", JASA 22 (1927). Unlike p ± z sqrt(p(1-p)/n) it stays within [0, 1] and has a width at 0 and 1.
-    `successes` may be a sum of shares: their mean varies no more than that of n outcomes.
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(
-            f"`successes` ({successes}) of `n` ({n}) is no share: 0 <= successes <= n and n >= 1."
-        )
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    scale = 1 + z * z / n
-    # Rounding may put a bound past the share itself at 0 and at 1.
-    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))

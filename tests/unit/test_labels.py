@@ -23,7 +23,8 @@ from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import ConfigError, DataError, RowError
-from rayrm.metrics.evaluation import evaluate_scores, wilson_interval
+from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.metrics.intervals import wilson_interval
 from rayrm.objective import Objective
 from rayrm.train.run_data import RunData
 from rayrm.train.script_words import Rows

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrm.data.row_index import RowIndex
-from rayrm.metrics.evaluation import evaluate_scores, wilson_interval
+from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.metrics.intervals import wilson_interval
 from rayrm.metrics.step import IntervalMean, StepMetrics
 from rayrm.objective import Objective
 
