@@ -305,8 +305,8 @@ TIES = [
     # Of prompt 3 a wrong one is best, and both right ones are equal.
     ("ref:3", ["1"], ["2"]),
     ("tied:3", ["1", "1"], ["4"]),
-    # Prompt 4 has no ref row: it counts for accuracy only.
-    ("tied:4", ["9", "1"], ["0"]),
+    # Prompt 4 has no ref row: it counts for accuracy only, and the worst right one lies below the wrong.
+    ("tied:4", ["9", "1"], ["2"]),
 ]
 
 
@@ -352,14 +352,14 @@ def test_rewardbench2_is_the_mean_of_its_subsets_and_shares_a_tie_at_the_top() -
 def test_the_subset_ties_by_hand() -> None:
     metrics = run("rewardbench2", *tie_rows()).metrics
     assert metrics["ties_ref_accuracy"] == pytest.approx(2 / 3)
-    assert metrics["ties_tied_accuracy"] == pytest.approx(3 / 4)
+    assert metrics["ties_tied_accuracy"] == pytest.approx(2 / 4)
     # Of prompts 1, 2 and 3: gaps of tied (4, 3, -3), spreads (1, 2, 0), the lower gaps (2, 1, -3).
     assert metrics["ties_preferred"] == pytest.approx(2 / 3)
     assert metrics["ties_preferred_hard"] == pytest.approx(1 / 3)
     margin = (math.tanh(2 / 1 - 1) + math.tanh(1 / 2 - 1) + -1) / 3
     assert metrics["ties_margin"] == pytest.approx(margin)
     assert metrics["ties"] == pytest.approx(
-        0.3 * 3 / 4 + 0.3 * 2 / 3 + 0.2 * 2 / 3 + 0.2 * 1 / 3 + 0.01 * margin
+        0.3 * 2 / 4 + 0.3 * 2 / 3 + 0.2 * 2 / 3 + 0.2 * 1 / 3 + 0.01 * margin
     )
 
 

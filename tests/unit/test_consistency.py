@@ -89,6 +89,7 @@ def test_markdown_is_taken_off_and_code_stays() -> None:
         "-5 degrees",
         "`- *code*`",
         "| a | b |\n| c | d |",
+        "I need:\nbread",
     ],
 )
 def test_what_only_looks_like_markdown_stays(text: str) -> None:
