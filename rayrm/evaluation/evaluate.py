@@ -75,6 +75,8 @@ def evaluate(
     named = sources if isinstance(sources, Mapping) else {masked(str(one)): one for one in sources}
     for source in named.values():
         check_found(source)
+    if num_workers < 0:
+        raise ConfigError(f"`num_workers` ({num_workers}) must be at least 0, which is this process.")
     loaded = load_saved(model)
     reopen_attributes(loaded.model, Path(model))
     chosen = objective_of(loaded, objective or {})

@@ -11,7 +11,7 @@ import hashlib
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,7 @@ from rayrm.config import RewardConfig
 from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
-from rayrm.errors import writing
-from rayrm.logs import show_logs
+from rayrm.errors import RayrmError, writing
 from rayrm.model.reward_model import LoadedModel, load_saved
 from rayrm.train.attributes import reopen_attributes
 from rayrm.train.evaluation import RowSet, Scores, scorer_of
@@ -44,13 +43,14 @@ class Scoring:
     num_workers: int = 0
     use_gpu: bool = False
     keep: Path | None = None
+    rows_per_chunk: int = ROWS_PER_CHUNK
 
     def scores(self, rows: TokenizedSet, name: str, on_progress: Progress | None = None) -> Scores:
         """The scores of all completions, in the index's order, `[N]`; with attributes `[N, 1 + A]`."""
-        chunks = list(range(0, rows.num_rows, ROWS_PER_CHUNK))
+        chunks = list(range(0, rows.num_rows, self.rows_per_chunk))
         kept = None if self.keep is None else self.keep / self._key(rows)
         found = {} if kept is None else _kept(kept, chunks)
-        done = sum(_num_rows(rows, chunk) for chunk in found)
+        done = sum(self._chunk(rows, chunk).num_rows for chunk in found)
         if on_progress is not None and done:
             on_progress(name, done, rows.num_rows)
         missing = [chunk for chunk in chunks if chunk not in found]
@@ -58,7 +58,7 @@ class Scoring:
             found[chunk] = scores
             if kept is not None:
                 _keep(kept, chunk, scores)
-            done += _num_rows(rows, chunk)
+            done += self._chunk(rows, chunk).num_rows
             if on_progress is not None:
                 on_progress(name, done, rows.num_rows)
         return np.concatenate([found[chunk] for chunk in chunks]) if chunks else np.zeros(0)
@@ -74,60 +74,70 @@ class Scoring:
         if self.num_workers == 0:
             with _scorer(self.loaded, rows) as scores_of:
                 for chunk in chunks:
-                    yield chunk, scores_of(_Chunk(rows, chunk))
+                    yield chunk, scores_of(self._chunk(rows, chunk))
             return
+        yield from self._computed_by_workers(rows, chunks)
+
+    def _computed_by_workers(self, rows: TokenizedSet, chunks: list[int]) -> Iterator[tuple[int, Scores]]:
         import ray
 
         from rayrm.data.ingest import quiet_context
 
-        asked: dict[str, Any] = {"num_gpus": 1} if self.use_gpu else {"num_cpus": 1}
+        items = [{"chunk": chunk, "num_rows": self._chunk(rows, chunk).num_rows} for chunk in chunks]
         with quiet_context():
-            work = ray.data.from_items(
-                [{"chunk": chunk} for chunk in chunks], override_num_blocks=len(chunks)
-            )
-            scored = work.map_batches(
+            scored = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
                 ChunkScorer,
-                fn_constructor_args=(str(self.model), rows),
+                # In a list a reference stays one: an actor's own arguments cannot be lost with the store.
+                fn_constructor_args=(str(self.model), [ray.put(rows)]),
                 batch_size=None,
-                concurrency=min(self.num_workers, len(chunks)),
-                **asked,
+                compute=ray.data.ActorPoolStrategy(size=min(self.num_workers, len(chunks))),
+                **({"num_gpus": 1} if self.use_gpu else {"num_cpus": 1}),
             )
-            for batch in scored.iter_batches(batch_size=None, prefetch_batches=0):
-                for chunk, scores in zip(batch["chunk"], batch["scores"], strict=True):
-                    yield int(chunk), pickle.loads(scores)
+            try:
+                for batch in scored.iter_batches(batch_size=None, prefetch_batches=0):
+                    for chunk, scores in zip(batch["chunk"], batch["scores"], strict=True):
+                        yield int(chunk), pickle.loads(scores)
+            except ray.exceptions.RayTaskError as error:
+                raise RayrmError(
+                    f"a worker that scores failed: {_cause(error)}. What it said stands above, and what was "
+                    "scored is kept where there is an `--output`."
+                ) from error
+
+    def _chunk(self, rows: TokenizedSet, first: int) -> _Chunk:
+        return _Chunk(rows, first, min(self.rows_per_chunk, rows.num_rows - first))
 
     def _key(self, rows: TokenizedSet) -> str:
         """What the scores are of: the model's files as they are now, and the rows."""
         files = sorted(file for file in self.model.rglob("*") if file.is_file() and file.suffix in _OF_MODEL)
         told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        content = f"{told} {rows.report.fingerprint} {ROWS_PER_CHUNK}"
+        content = f"{told} {rows.report.fingerprint} {self.rows_per_chunk}"
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 class ChunkScorer:
     """An actor of the pool: the model in its memory; chunks by their first row -> their scores, pickled."""
 
-    def __init__(self, model: str, rows: TokenizedSet) -> None:
-        show_logs()
+    def __init__(self, model: str, rows: Sequence[Any]) -> None:
+        import ray
+
         loaded = load_saved(model)
         reopen_attributes(loaded.model, Path(model))
-        self._rows = rows
-        # As long as the actor lives.
-        self._scores_of = ExitStack().enter_context(_scorer(loaded, rows))
+        self._rows: TokenizedSet = ray.get(rows[0])
+        self._open = ExitStack()  # as long as the actor lives
+        self._scores_of = self._open.enter_context(_scorer(loaded, self._rows))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        chunks = batch["chunk"].tolist()
-        scores = [pickle.dumps(self._scores_of(_Chunk(self._rows, chunk))) for chunk in chunks]
-        return {"chunk": chunks, "scores": scores}
+        chunks = zip(batch["chunk"].tolist(), batch["num_rows"].tolist(), strict=True)
+        scores = [pickle.dumps(self._scores_of(_Chunk(self._rows, *chunk))) for chunk in chunks]
+        return {"chunk": batch["chunk"], "scores": scores}
 
 
 class _Chunk:
-    """The rows of a set from `first` on, `ROWS_PER_CHUNK` of them or what is left."""
+    """The rows of a set from `first` on."""
 
-    def __init__(self, rows: TokenizedSet, first: int) -> None:
-        self._rows, self._first = rows, first
-        self.num_rows = _num_rows(rows, first)
-        self.index: RowIndex = rows.index.take(first + np.arange(self.num_rows))
+    def __init__(self, rows: TokenizedSet, first: int, num_rows: int) -> None:
+        self._rows, self._first, self.num_rows = rows, first, num_rows
+        self.index: RowIndex = rows.index.take(first + np.arange(num_rows))
 
     def fetch(self, rows: npt.ArrayLike) -> list[TokenizedRow]:
         return self._rows.fetch(self._first + np.asarray(rows))
@@ -136,8 +146,10 @@ class _Chunk:
         return self._rows.name_of(row)
 
 
-def _num_rows(rows: TokenizedSet, chunk: int) -> int:
-    return min(ROWS_PER_CHUNK, rows.num_rows - chunk)
+def _cause(error: Any) -> str:
+    """What the user's code raised: the last line of the first traceback."""
+    lines = str(error).partition("The above exception was the direct cause")[0].splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
 
 
 def _scorer(loaded: LoadedModel, rows: TokenizedSet) -> AbstractContextManager[Callable[[RowSet], Scores]]:

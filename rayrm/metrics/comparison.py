@@ -99,7 +99,7 @@ def _check_same(a: Outcomes, b: Outcomes) -> None:
         )
     if not len(a.row):
         raise ValueError("no comparison to compare two models on. Give at least one that has a winner.")
-    for name in ("row", "prompt", "won_length", "lost_length", "weight"):
+    for name in ("row", "prompt", "weight"):
         of_a: Floats = getattr(a, name)
         of_b: Floats = getattr(b, name)
         differs = np.flatnonzero(of_a != of_b)

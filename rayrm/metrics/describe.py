@@ -104,7 +104,7 @@ def _calibration_metrics(outcomes: Outcomes) -> dict[str, float]:
         "confidence": mean_confidence(outcomes),
         "ece": calibration_error(outcomes),
         "ece_noise": noise[0] if noise else None,
-        "brier": brier_score(outcomes),
+        "brier_of_winner": brier_score(outcomes),
     }
     if temperature is not None:
         found["temperature"] = temperature

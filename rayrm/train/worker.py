@@ -214,11 +214,11 @@ class _RankRun:
             self._say("no checkpoint was evaluated (`load_best_model_at_end`): the model is the last step's")
         self._write_model()
         if self.rank.index == 0:
-            whole = isinstance(self.job.train_set, TokenizedSet)
+            rows = self.job.train_set
             complete_card(
                 self.job.output_dir,
                 base_model=self.job.source.name,
-                report=self.job.train_set.report if whole else None,
+                report=rows.report if isinstance(rows, TokenizedSet) else None,
                 max_length=self.config.max_length,
             )
         self._report({"step": state.step, "train_loss": state.train_loss})

@@ -37,12 +37,9 @@ def grouped_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return [row for both in zip(rows, swapped, strict=True) for row in both]
 
 
-def test_workers_find_what_this_process_finds(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scoring, "ROWS_PER_CHUNK", 16)
+def test_workers_find_what_this_process_finds(model: Path, tmp_path: Path) -> None:
     sources = {
-        "pairs": str(write_rows(tmp_path / "pairs.jsonl", grouped_rows(50))),
+        "pairs": str(write_rows(tmp_path / "pairs.jsonl", grouped_rows(600))),
         "ranked": str(write_rows(tmp_path / "ranked.jsonl", tiny_rankings(9))),
     }
     shown: list[tuple[str, int, int]] = []
@@ -54,8 +51,8 @@ def test_workers_find_what_this_process_finds(
         assert other.metrics == pytest.approx(one.metrics, abs=1e-5)
         assert other.groups == pytest.approx(one.groups)
         np.testing.assert_array_equal(other.outcomes.prompt, one.outcomes.prompt)
-    assert [one[1:] for one in shown if one[0] == "pairs"][-1] == (50, 50)
-    assert len([one for one in shown if one[0] == "pairs"]) == 4
+    assert [one[1:] for one in shown if one[0] == "pairs"][-1] == (600, 600)
+    assert len([one for one in shown if one[0] == "pairs"]) == 3
 
 
 def test_its_figures_are_those_of_the_scorer(model: Path, tmp_path: Path) -> None:
