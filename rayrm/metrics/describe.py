@@ -139,7 +139,8 @@ def _group_findings(outcomes: Outcomes) -> list[str]:
         inside, rest = share_right(outcomes.take(is_in)), share_right(outcomes.take(~is_in))
         if inside and rest and inside.high < rest.low and rest.share - inside.share >= FAR_BELOW:
             found.append(
-                f"`{name}` is far below the rest: {inside.percent} of {inside.num_pairs:,} pairs, elsewhere "
+                f"`{name or '(no group)'}` is far below the rest: {inside.percent} of "
+                f"{inside.num_pairs:,} pairs, elsewhere "
                 f"{100 * rest.share:.1f}%."
             )
     return found

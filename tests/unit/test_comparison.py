@@ -68,7 +68,7 @@ def test_the_interval_of_the_difference_covers_95_percent_by_prompts() -> None:
 
 
 def test_of_models_alike_the_test_calls_5_percent_different_at_most() -> None:
-    """At 5%, and with prompts of several pairs; a test that took pairs for independent would call 10%."""
+    """At 5%, and with prompts of several pairs; a test that took pairs for independent would call 9%."""
     rng = np.random.default_rng(1)
     num, called, by_pairs = 4000, 0, 0
     for _ in range(num):
