@@ -104,7 +104,7 @@ def print_evaluation(record: EvaluationRecord) -> None:
         "ECE": ("ece", "{ece:.3f}"),
         "temperature": ("temperature", "{temperature:.2f}"),
         "length-controlled": ("length_controlled_accuracy", "{length_controlled_accuracy:.3f}"),
-        "score~length": ("length_correlation", "{length_correlation:+.2f}"),
+        "margin~length": ("length_margin_correlation", "{length_margin_correlation:+.2f}"),
         "brier": ("brier", "{brier:.4f}"),
         "ties": ("tie_accuracy", "{tie_accuracy:.3f}"),
         "top": ("top_accuracy", "{top_accuracy:.3f}"),

@@ -38,11 +38,11 @@ def calibrated_margins(rng: np.random.Generator, num: int, spread: float = 2.0) 
 def clustered_rights(
     rng: np.random.Generator, num_prompts: int, share: float, correlation: float
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Right or wrong of prompts with 1, 2 or 8 comparisons, and the prompt of each.
+    """Right or wrong of prompts with 1 or 6 comparisons, and the prompt of each.
 
     Right with a probability that a prompt's comparisons share, of a beta distribution: so correlated.
     """
-    sizes = rng.choice([1, 2, 8], p=[0.5, 0.3, 0.2], size=num_prompts)
+    sizes = rng.choice([1, 6], p=[0.6, 0.4], size=num_prompts)
     of_prompt = np.full(num_prompts, share)
     if correlation:
         rest = (1 - correlation) / correlation

@@ -67,7 +67,7 @@ def _limits(name: str, asked: GateSet, found: SetEvaluation) -> list[Check]:
         for rule, figure, limit in (
             ("min_accuracy", "accuracy", asked.min_accuracy),
             ("max_ece", "ece", asked.max_ece),
-            ("max_length_correlation", "length_correlation", asked.max_length_correlation),
+            ("max_length_correlation", "length_margin_correlation", asked.max_length_correlation),
         )
         if limit is not None
     ]

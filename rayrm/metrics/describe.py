@@ -37,14 +37,11 @@ def describe(outcomes: Outcomes, *, num_resamples: int = 0, seed: int = 0) -> di
     Returns:
         random_baseline_accuracy (0.5); accuracy_bootstrap_low, accuracy_bootstrap_high (95%, by prompt);
         confidence (mean of sigmoid(|margin|)), ece and ece_noise (what a calibrated model would show by
-        chance, on average), brier (of the winner winning), temperature and ece_at_temperature (see
+        chance, on average), brier_of_winner, temperature and ece_at_temperature (see
         `calibration.py`); length_correlation, length_rank_correlation, length_margin_correlation,
         accuracy_chosen_longer, accuracy_chosen_shorter, accuracy_equal_length and length_controlled_accuracy,
         each of the four with _low and _high, and num_chosen_longer, num_chosen_shorter, num_equal_length (see
         `length_bias.py`).
-
-        `brier` is also a name of `evaluate_scores`, which gives it for sets with probabilities as labels:
-        with labels that are certain the two are one figure, so where both are there, that one goes first.
     """
     if not len(outcomes.row):
         return {}
@@ -139,7 +136,8 @@ def _group_findings(outcomes: Outcomes) -> list[str]:
         inside, rest = share_right(outcomes.take(is_in)), share_right(outcomes.take(~is_in))
         if inside and rest and inside.high < rest.low and rest.share - inside.share >= FAR_BELOW:
             found.append(
-                f"`{name}` is far below the rest: {inside.percent} of {inside.num_pairs:,} pairs, elsewhere "
+                f"`{name or '(no group)'}` is far below the rest: {inside.percent} of "
+                f"{inside.num_pairs:,} pairs, elsewhere "
                 f"{100 * rest.share:.1f}%."
             )
     return found

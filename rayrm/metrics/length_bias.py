@@ -106,7 +106,7 @@ def length_controlled_margin(outcomes: Outcomes) -> Floats | None:
     varies = scale > 1e-12 * np.maximum(np.abs(effects).max(axis=0), 1e-300)
     root = np.sqrt(share)[:, None]
     design = root * centred[:, varies] / scale[varies]
-    slopes, *_ = np.linalg.lstsq(design, root[:, 0] * (margin - share @ margin), rcond=1e-9)
+    slopes, *_ = np.linalg.lstsq(design, root[:, 0] * margin, rcond=1e-9)
     return np.asarray(margin - (effects[:, varies] / scale[varies]) @ slopes)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Final
 
 OF_OUTCOMES: Final = (
-    "ece", "temperature", "length_correlation", "accuracy_chosen_longer", "accuracy_chosen_shorter",
+    "ece", "temperature", "length_margin_correlation", "accuracy_chosen_longer", "accuracy_chosen_shorter",
     "length_controlled_accuracy",
 )  # fmt: skip
 """Of the comparisons of an evaluation set: calibration and bias, while a run trains; its record has more."""

@@ -25,7 +25,7 @@ _COLUMNS: Mapping[str, tuple[str, str]] = {
     "length-controlled": ("length_controlled_accuracy", "{length_controlled_accuracy:.3f}"),
     "calibration error": ("ece", "{ece:.3f}"),
     "temperature": ("temperature", "{temperature:.2f}"),
-    "score ~ length": ("length_correlation", "{length_correlation:+.2f}"),
+    "margin ~ length": ("length_margin_correlation", "{length_margin_correlation:+.2f}"),
 }
 _LIMITS = (
     "A score compares answers to one prompt. Scores of different prompts, and of other models, mean nothing "

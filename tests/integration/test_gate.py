@@ -42,7 +42,7 @@ def _in_order(row: dict[str, Any], chosen: float, rejected: float) -> dict[str, 
 def test_a_limit_holds_up_to_the_figure_itself_and_no_further(home: Path) -> None:
     data = str(home / "pairs.jsonl")
     (figures,) = evaluate_model(home / "other", [data]).values()
-    accuracy, ece, slope = (figures[name] for name in ("accuracy", "ece", "length_correlation"))
+    accuracy, ece, slope = (figures[name] for name in ("accuracy", "ece", "length_margin_correlation"))
     at = {"min_accuracy": accuracy, "max_ece": ece, "max_length_correlation": abs(slope)}
     checks = check_gate(home / "other", {"a": GateSet(data, **at)})
     assert [check.holds for check in checks] == [True] * 3

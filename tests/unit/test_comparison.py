@@ -34,8 +34,8 @@ def test_mcnemars_p_of_many_prompts_is_finite_and_near_the_normals() -> None:
 
 
 def rights(rng: np.random.Generator, num_prompts: int, a: float, b: float) -> tuple[Outcomes, Outcomes]:
-    """Two models with these accuracies that often agree, on prompts with 1 or 5 pairs of like difficulty."""
-    sizes = rng.choice([1, 5], size=num_prompts)
+    """Two models with these accuracies that often agree, on prompts with 1 or 4 pairs of like difficulty."""
+    sizes = rng.choice([1, 4], size=num_prompts)
     prompt = np.repeat(np.arange(num_prompts), sizes)
     # What a prompt has in common moves each model by itself, and both.
     shift = rng.normal(0, 0.6, (num_prompts, 3))[prompt]
@@ -60,7 +60,7 @@ def test_the_interval_of_the_difference_covers_95_percent_by_prompts() -> None:
     rng = np.random.default_rng(0)
     num, covered = 4000, 0
     for seed in range(num):
-        a, b = rights(rng, 400, 0.75, 0.7)
+        a, b = rights(rng, 300, 0.75, 0.7)
         found = compare(a, b, num_resamples=1000, seed=seed)
         covered += found.low <= 0.05 <= found.high
     # Known to 0.34%.
@@ -68,7 +68,7 @@ def test_the_interval_of_the_difference_covers_95_percent_by_prompts() -> None:
 
 
 def test_of_models_alike_the_test_calls_5_percent_different_at_most() -> None:
-    """At 5%, and with prompts of several pairs; a test that took pairs for independent would call 10%."""
+    """At 5%, and with prompts of several pairs; a test that took pairs for independent would call 8%."""
     rng = np.random.default_rng(1)
     num, called, by_pairs = 4000, 0, 0
     for _ in range(num):
@@ -78,7 +78,7 @@ def test_of_models_alike_the_test_calls_5_percent_different_at_most() -> None:
         by_pairs += mcnemar(int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())) <= 0.05
     # 0.35% is the error of 5% here; what is exact stays some tenths below.
     assert 0.03 < called / num <= 0.05
-    assert by_pairs / num > 0.08
+    assert by_pairs / num > 0.07
 
 
 def test_a_better_model_is_called_better() -> None:

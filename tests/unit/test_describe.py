@@ -98,7 +98,7 @@ def test_every_name_is_there_and_none_of_them_is_one_that_evaluation_gives() -> 
     by_kind = [f"accuracy_{kind}{end}" for kind in _KINDS for end in ("", "_low", "_high")]
     assert set(figures) == {
         "random_baseline_accuracy", "accuracy_bootstrap_low", "accuracy_bootstrap_high",
-        "confidence", "ece", "ece_noise", "brier", "temperature", "ece_at_temperature",
+        "confidence", "ece", "ece_noise", "brier_of_winner", "temperature", "ece_at_temperature",
         "length_correlation", "length_rank_correlation", "length_margin_correlation",
         "length_controlled_accuracy", "length_controlled_accuracy_low", "length_controlled_accuracy_high",
         *by_kind, *(f"num_{kind}" for kind in _KINDS),
@@ -117,7 +117,9 @@ def test_the_brier_score_is_that_of_evaluation_where_labels_are_certain() -> Non
     scores, index = rng.normal(size=200), index_of([[0, 1]] * 100)
     outcomes = outcomes_of(scores, index)
     index.targets[:] = 0.99999
-    assert evaluate_scores(scores, index)["brier"] == pytest.approx(describe(outcomes)["brier"], abs=1e-4)
+    assert evaluate_scores(scores, index)["brier"] == pytest.approx(
+        describe(outcomes)["brier_of_winner"], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(
