@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,14 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="keep the evaluation here, for `rayrm report` and the gate; cut off, the same command goes on",
     )
     parser.add_argument("--against", metavar="MODEL", help="also this model, and which of both is better")
+    parser.add_argument(
+        "--consistency",
+        type=int,
+        default=0,
+        metavar="ROWS",
+        help="also whether preferences outlast harmless changes (a space at the end, Markdown taken off and "
+        "the like), on the first rows of each set",
+    )
     parser.add_argument("--max-pairs", type=int, help="only the first rows of each source")
     parser.add_argument("--max-bad-row-fraction", type=float, default=0.01, help="default: 0.01")
     parser.add_argument(
@@ -68,6 +76,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 max_bad_row_fraction=options.max_bad_row_fraction,
                 num_workers=options.num_workers,
                 use_gpu=options.use_gpu,
+                consistency_rows=options.consistency,
                 keep=None if output is None else output / ".partial",
                 on_progress=show,
             )
@@ -129,6 +138,10 @@ def print_evaluation(record: EvaluationRecord) -> None:
         if name != ALL:
             _print_groups(name, one)
     for name, one in record.sets.items():
+        if one.benchmark is not None:
+            _print_benchmark(name, one.benchmark)
+        _print_consistency(name, one)
+    for name, one in record.sets.items():
         for finding in one.findings:
             print(f"rayrm: {name}: {finding}", file=sys.stderr)
 
@@ -153,6 +166,43 @@ def _print_groups(name: str, one: SetEvaluation) -> None:
     )
     if len(groups) > _MOST_GROUPS:
         print(f"... and {len(groups) - _MOST_GROUPS} more (--output DIR keeps all)")
+
+
+def _print_benchmark(name: str, benchmark: Mapping[str, Any]) -> None:
+    """The benchmark's own tables, its score, and what to know beside them."""
+    from rayrm.evaluation.benchmark_result import printed
+
+    score = benchmark["metrics"].get("score")
+    print(f"\n{name} is {benchmark['name']}" + ("" if score is None else f": score {score:.4f}"))
+    for title, table in benchmark["tables"].items():
+        print(f"{title}:")
+        print_table(*printed(table))
+    for note in benchmark["notes"]:
+        print(f"rayrm: {name}: {note}", file=sys.stderr)
+
+
+def _print_consistency(name: str, one: SetEvaluation) -> None:
+    begin, end = "consistency_", "_kept"
+    changes = [
+        key[len(begin) : -len(end)] for key in one.metrics if key.startswith(begin) and key.endswith(end)
+    ]
+    if not changes:
+        return
+    print(f"\n{name}: preferences that outlast harmless changes:")
+    figures = one.metrics
+    print_table(
+        ("change", "rows", "kept", "95% interval", "scores move by (sd)"),
+        [
+            (
+                change.replace("_", " "),
+                f"{figures[f'{begin}{change}_num_rows']:.0f}",
+                f"{figures[f'{begin}{change}_kept']:.3f}",
+                f"{figures[f'{begin}{change}_kept_low']:.3f} .. {figures[f'{begin}{change}_kept_high']:.3f}",
+                f"{figures.get(f'{begin}{change}_shift', 0.0):+.3f}",
+            )
+            for change in changes
+        ],
+    )
 
 
 def _print_against(first: EvaluationRecord, second: EvaluationRecord) -> None:

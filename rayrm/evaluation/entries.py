@@ -151,7 +151,7 @@ def as_rows(entries: Sequence[Entry], text_form: TextForm) -> list[dict[str, Any
             chosen, rejected = completions
             rows.append({"prompt": inputs[0].prompt, "chosen": chosen, "rejected": rejected})
         else:
-            rows.append({"prompt": inputs[0].prompt, "completions": completions, "ranks": _ranks(entry)})
+            rows.append({"prompt": inputs[0].prompt, "completions": completions, "ranks": ranks_of(entry)})
     return rows
 
 
@@ -176,7 +176,8 @@ def _messages(text: Text) -> list[Message]:
     return text
 
 
-def _ranks(entry: Entry) -> list[int]:
+def ranks_of(entry: Entry) -> list[int]:
+    """The rank of each completion, lower is better."""
     if entry.num_chosen:
         return [int(place >= entry.num_chosen) for place in range(len(entry.completions))]
     best_first = sorted(set(entry.gold), reverse=True)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,16 @@ import numpy as np
 from rayrm.config import RewardConfig
 from rayrm.data.ingest import ingest
 from rayrm.data.labels import LabelRules
+from rayrm.data.preference import PreferenceRow, parse_row
 from rayrm.data.row_index import RowIndex
 from rayrm.data.sources import check_found
 from rayrm.data.tokenized_set import TokenizedSet
-from rayrm.errors import ConfigError, DataError
+from rayrm.errors import ConfigError, DataError, RowError
+from rayrm.evaluation.benchmark_sets import benchmark_set
+from rayrm.evaluation.consistency import measure_consistency
 from rayrm.evaluation.scoring import Progress, Scoring
 from rayrm.logs import show_logs
+from rayrm.metrics.attributes import rewards_of
 from rayrm.metrics.evaluation import evaluate_scores
 from rayrm.metrics.outcomes import joined
 from rayrm.model.attribute_head import attribute_head_of
@@ -30,6 +37,8 @@ from rayrm.model.reward_model import LoadedModel, load_saved
 from rayrm.objective import OBJECTIVE_SETTINGS, Objective, PointwiseLoss
 from rayrm.serve.registry import MANIFEST
 from rayrm.serve.saved import read_json
+from rayrm.serve.score_file import read_rows
+from rayrm.serve.scorer import RewardModel
 from rayrm.train.attributes import reopen_attributes
 from rayrm.train.evaluation import Scores
 from rayrm.train.evaluation_record import EvaluationRecord, SetEvaluation, evaluate_set, of_outcomes
@@ -46,6 +55,7 @@ def evaluate(
     num_workers: int = 0,
     use_gpu: bool = False,
     keep: Path | None = None,
+    consistency_rows: int = 0,
     on_progress: Progress | None = None,
 ) -> EvaluationRecord:
     """What a saved model is measured to be on each source, by its name, and on "all" where there are several.
@@ -63,6 +73,8 @@ def evaluate(
         num_workers: processes that score, each with the model in its memory and one CPU, or one GPU with
             `use_gpu`; 0: this one, with all it has.
         keep: where scores are kept until all are there; None: an evaluation that is cut off starts anew.
+        consistency_rows: how many of the first rows of each source are scored again with harmless changes,
+            some six times each; see `consistency.py`.
         on_progress: called with (source, rows done, rows in all).
 
     Raises:
@@ -84,9 +96,21 @@ def evaluate(
     sets: dict[str, SetEvaluation] = {}
     parts: list[tuple[RowIndex, Scores]] = []
     for name, source in named.items():
-        rows = _ingest_for(loaded, source, name, max_pairs, max_bad_row_fraction, chosen)
+        benchmark = benchmark_set(source, loaded, name, max_pairs)
+        rows = (
+            benchmark.rows
+            if benchmark
+            else _ingest_for(loaded, source, name, max_pairs, max_bad_row_fraction, chosen)
+        )
         scores = scoring.scores(rows, name, on_progress)
-        sets[name] = evaluate_set(scores, rows, chosen, loaded.tokenizer)
+        found = evaluate_set(scores, rows, chosen, loaded.tokenizer, benchmark.labels if benchmark else None)
+        if benchmark:
+            own = benchmark.measured(rewards_of(scores)).as_record()
+            found = dataclasses.replace(found, benchmark=own)
+        if consistency_rows:
+            first = benchmark.preferences(consistency_rows) if benchmark else _first(source, consistency_rows)
+            found.metrics.update(_consistency(loaded, first))
+        sets[name] = found
         parts.append((rows.index, scores))
     if len(parts) > 1:
         index = RowIndex.joined([index for index, _ in parts])
@@ -151,6 +175,22 @@ def _ingest_for(
             + ("message lists." if loaded.text_form == "conversational" else "plain strings.")
         )
     return rows
+
+
+def _first(source: Any, num_rows: int) -> list[PreferenceRow]:
+    """The first rows of a file, glob or hub name that are of the usual forms."""
+    rows: list[PreferenceRow] = []
+    for _, content in islice(read_rows(source), num_rows) if isinstance(source, str) else ():
+        with suppress(RowError):
+            rows.append(parse_row(content))
+    return rows
+
+
+def _consistency(loaded: LoadedModel, rows: Sequence[PreferenceRow]) -> dict[str, float]:
+    """How preferences outlast harmless changes, of no rows nothing."""
+    score = partial(RewardModel(loaded).score_inputs, truncation="left")
+    changes = measure_consistency(rows, score) if rows else []
+    return {name: value for change in changes for name, value in change.metrics.items()}
 
 
 def _version_of(model: Path) -> str | None:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
-from rayrm.data.tokenized_set import TokenizedSet
+from rayrm.data.tokenized_set import RowLabels, TokenizedSet
 from rayrm.errors import DataError, writing
 from rayrm.metrics.attributes import rewards_of
 from rayrm.metrics.calibration import reliability
@@ -78,30 +78,32 @@ def set_metrics(scores: Scores, index: RowIndex, objective: Objective) -> dict[s
 
 
 def evaluate_set(
-    scores: Scores, rows: TokenizedSet, objective: Objective, tokenizer: Any, *, bootstrap: bool = True
+    scores: Scores,
+    rows: TokenizedSet,
+    objective: Objective,
+    tokenizer: Any,
+    labels: RowLabels | None = None,
 ) -> SetEvaluation:
     """All that is measured of a scored set; `scores` as `evaluate_scores` takes them.
 
-    `bootstrap`: also the interval of the accuracy by resampled prompts, a second for 10,000 pairs.
+    `labels`: prompts and groups of its rows, where the set does not know them itself.
     """
     metrics = evaluate_scores(scores, rows.index, objective)
-    labels = rows.labels()
+    labels = labels or rows.labels()
     outcomes = outcomes_of(rewards_of(scores), rows.index, prompts=labels.prompts, groups=labels.groups)
-    return of_outcomes(metrics, outcomes, _worst(outcomes, rows, tokenizer), bootstrap=bootstrap)
+    return of_outcomes(metrics, outcomes, _worst(outcomes, rows, tokenizer))
 
 
 def of_outcomes(
     metrics: dict[str, float],
     outcomes: Outcomes,
     worst: Sequence[dict[str, Any]] = (),
-    *,
-    bootstrap: bool = True,
 ) -> SetEvaluation:
     """What comparisons say beside the `metrics` of `evaluate_scores`."""
     if not len(outcomes.row):
         return SetEvaluation(metrics, outcomes)
     return SetEvaluation(
-        describe(outcomes, num_resamples=NUM_RESAMPLES if bootstrap else 0) | metrics,
+        describe(outcomes, num_resamples=NUM_RESAMPLES) | metrics,
         outcomes,
         describe_groups(outcomes),
         [asdict(one) for one in reliability(outcomes)],

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from rayrm.data.ingest import ingest
+from rayrm.data.tokenize import TextInput
 from rayrm.errors import DataError
 from rayrm.evaluation import scoring
 from rayrm.evaluation.evaluate import evaluate
+from rayrm.model.reward_model import load_saved
 from rayrm.serve.scorer import RewardModel
 from rayrm.train.evaluation_record import EVALUATION, read_evaluation, write_evaluation
 from tests.tiny import save_tiny, tiny_rankings, tiny_rows, write_rows
@@ -49,7 +51,9 @@ def test_workers_find_what_this_process_finds(model: Path, tmp_path: Path) -> No
     for name, one in alone.sets.items():
         other = together.sets[name]
         assert other.metrics == pytest.approx(one.metrics, abs=1e-5)
-        assert other.groups == pytest.approx(one.groups)
+        assert list(other.groups) == list(one.groups)
+        for group, figures in one.groups.items():
+            assert other.groups[group] == pytest.approx(figures, abs=1e-5)
         np.testing.assert_array_equal(other.outcomes.prompt, one.outcomes.prompt)
     assert [one[1:] for one in shown if one[0] == "pairs"][-1] == (600, 600)
     assert len([one for one in shown if one[0] == "pairs"]) == 3
@@ -112,8 +116,8 @@ def test_a_record_is_read_back_as_it_was_written(model: Path, tmp_path: Path) ->
 
 
 def test_an_evaluation_that_was_killed_computes_the_missing_scores_only(model: Path, tmp_path: Path) -> None:
-    # 12 chunks; each is kept as soon as it is scored.
-    rows = write_rows(tmp_path / "pairs.jsonl", grouped_rows(3000))
+    # 8 chunks; each is kept as soon as it is scored.
+    rows = write_rows(tmp_path / "pairs.jsonl", grouped_rows(2048))
     kept = tmp_path / "kept"
     command = [sys.executable, "-m", "rayrm.cli", "evaluate", str(model), str(rows), "--output", str(kept)]
     environment = os.environ | {"RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}
@@ -128,12 +132,12 @@ def test_an_evaluation_that_was_killed_computes_the_missing_scores_only(model: P
     process.wait()
     assert not (kept / EVALUATION).exists()
     before = {file.name for file in kept.glob(".partial/*/[0-9]*.npy")}
-    assert 0 < len(before) < 12
+    assert 0 < len(before) < 8
     shown: list[int] = []
     resumed = evaluate(
         model, [str(rows)], keep=kept / ".partial", on_progress=lambda name, done, of: shown.append(done)
     )
-    assert len(shown) == 1 + 12 - len(before)
+    assert len(shown) == 1 + 8 - len(before)
     assert not (kept / ".partial").exists()
     anew = evaluate(model, [str(rows)])
     assert resumed.sets[str(rows)].metrics == pytest.approx(anew.sets[str(rows)].metrics, abs=1e-6)
@@ -143,23 +147,13 @@ def test_scores_of_another_model_or_of_other_rows_are_not_taken(model: Path, tmp
     rows = write_rows(tmp_path / "pairs.jsonl", tiny_rows(30))
     other = save_tiny(tmp_path / "other", seed=1, chat=False)
     keep = tmp_path / "keep"
-    for source, path in ((rows, model), (rows, other), (write_rows(rows, tiny_rows(30, seed=1)), model)):
-        loaded_scores = []
-        scored = scoring.Scoring(*opened(path), keep=keep)
-        loaded_scores.append(
-            scored.scores(ingest(str(source), scored.loaded.tokenizer, max_length=None), "x")
-        )
-        fresh = scoring.Scoring(*opened(path))
-        np.testing.assert_array_equal(
-            loaded_scores[0], fresh.scores(ingest(str(source), fresh.loaded.tokenizer, max_length=None), "x")
-        )
+    others = write_rows(tmp_path / "others.jsonl", tiny_rows(30, seed=1))
+    for source, path in ((rows, model), (rows, other), (others, model)):
+        loaded = load_saved(path)
+        scored = ingest(str(source), loaded.tokenizer, max_length=None)
+        kept = scoring.Scoring(loaded, path, keep=keep).scores(scored, "x")
+        np.testing.assert_array_equal(kept, scoring.Scoring(loaded, path).scores(scored, "x"))
     assert len(list(keep.iterdir())) == 3
-
-
-def opened(path: Path) -> tuple[Any, Path]:
-    from rayrm.model.reward_model import load_saved
-
-    return load_saved(path), path
 
 
 def test_the_command_compares_two_models_on_the_same_pairs(
@@ -182,3 +176,42 @@ def test_the_command_compares_two_models_on_the_same_pairs(
     )
     assert [line.split()[0] for line in out.splitlines() if line.startswith("part-")]
     assert json.loads(Path("kept", EVALUATION).read_text())["model"] == str(model)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_benchmark_is_known_by_its_rows_and_gives_its_own_numbers(tmp_path: Path, chat: bool) -> None:
+    """RewardBench's section is weighted by the published sizes of its subsets, of which each has one row."""
+    path = save_tiny(tmp_path / "model", seed=4, chat=chat)
+    subsets = ["alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"]
+    rows = [
+        row | {"subset": subset, "id": number, "chosen_model": "a", "rejected_model": "b"}
+        for number, (row, subset) in enumerate(zip(tiny_rows(5), subsets, strict=True))
+    ]
+    source = str(write_rows(tmp_path / "rewardbench.jsonl", rows))
+    found = evaluate(path, [source], consistency_rows=5).sets[source]
+    assert found.benchmark is not None
+    assert found.benchmark["name"] == "rewardbench"
+    scorer = RewardModel.from_pretrained(path)
+    right = [
+        chosen > rejected
+        for row in rows
+        for chosen, rejected in [
+            scorer.score_inputs([as_input(row, side, chat) for side in ("chosen", "rejected")])
+        ]
+    ]
+    sizes = [100, 95, 95, 28, 40]
+    weighted = sum(size * hit for size, hit in zip(sizes, right, strict=True)) / sum(sizes)
+    assert found.benchmark["metrics"]["chat"] == pytest.approx(weighted)
+    assert found.metrics["accuracy"] == pytest.approx(sum(right) / 5)
+    assert set(found.groups) == set(subsets)
+    assert 0 <= found.metrics["consistency_trailing_space_kept"] <= 1
+    write_evaluation(evaluate(path, [source]), tmp_path / "kept")
+    assert read_evaluation(tmp_path / "kept").sets[source].benchmark == found.benchmark
+
+
+def as_input(row: dict[str, Any], side: str, chat: bool) -> TextInput:
+    if not chat:
+        return TextInput(row["prompt"], row[side])
+    return TextInput(
+        [{"role": "user", "content": row["prompt"]}], [{"role": "assistant", "content": row[side]}]
+    )
