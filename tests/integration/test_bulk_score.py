@@ -1,0 +1,134 @@
+"""Bulk scoring by Ray Data's actors: killed in the middle, gone on with, and its pairs trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayrm import RewardConfig, RewardModel, RewardTrainer, cli
+from rayrm.data.preference import parse_row
+from rayrm.evaluation.bulk_score import ScoreSettings, score_files
+from rayrm.evaluation.score_ledger import partial_of
+from tests.tiny import WORDS, save_tiny, write_rows
+
+pytestmark = pytest.mark.ray
+SAME = 1e-5  # float32, other neighbours in the batch
+
+
+def flat_rows(count: int) -> list[dict[str, Any]]:
+    """Four sampled completions a prompt, one a row."""
+    rng = random.Random(3)
+    return [
+        {
+            "id": n,
+            "prompt": f"why {WORDS[n // 4 % len(WORDS)]} {n // 4}?",
+            "completion": f" {' '.join(words)}",
+        }
+        for n in range(count)
+        for words in [rng.choices(WORDS, k=rng.randint(1, 9))]
+    ]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(home: Path, *words: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "rayrm.cli", "score", "model", "in-*.jsonl", *words],
+        cwd=home,
+        env={**environment, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_killed_in_the_middle_the_same_command_goes_on_and_every_row_is_there_once(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", chat=False)
+    rows = flat_rows(4000)
+    write_rows(tmp_path / "in-0.jsonl", rows[:2500])
+    write_rows(tmp_path / "in-1.jsonl", rows[2500:])
+    words = ("--output", "out.jsonl", "--num-workers", "2")
+    ledger = partial_of(tmp_path / "out.jsonl") / "scores.jsonl"
+    first = command(tmp_path, *words)
+    deadline = time.monotonic() + 60
+    while not (ledger.exists() and ledger.read_bytes().count(b"\n") >= 3):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    kept = sum(len(json.loads(line)["scores"]) for line in ledger.read_bytes().splitlines())
+    assert 3 * 256 <= kept < 4000
+    assert not (tmp_path / "out.jsonl").exists()
+    second = command(tmp_path, *words)
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 0, said
+    assert f"going on after {kept:,} rows" in said
+    assert "scored 4,000 rows into out.jsonl" in said
+    written = read(tmp_path / "out.jsonl")
+    assert [{k: v for k, v in row.items() if k != "score"} for row in written] == rows
+    expected = RewardModel.from_pretrained(tmp_path / "model").score(
+        [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    )
+    np.testing.assert_allclose([row["score"] for row in written], expected, atol=SAME)
+
+
+def test_actors_score_one_compressed_file_together_and_refused_rows_come_back(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One piece, so that reading and scoring must be two operators; and a row too long for the model."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "model", chat=False)
+    rows = flat_rows(1200)
+    rows[700]["completion"] = "never " * 600
+    write_rows(tmp_path / "in.jsonl", rows)
+    subprocess.run(["gzip", "in.jsonl"], check=True)
+    words = ["score", "model", "in.jsonl.gz", "--output", "out.jsonl", "--num-workers", "2"]
+    assert cli.main(words) == 2
+    assert "in.jsonl.gz:701: input" in capfd.readouterr().err
+    assert cli.main([*words, "--max-bad-row-fraction", "0.01"]) == 0
+    assert "refused 1 rows, which are in out.jsonl.refused.jsonl" in capfd.readouterr().err
+    assert [row["id"] for row in read(Path("out.jsonl"))] == [n for n in range(1200) if n != 700]
+    assert cli.main([*words[:-1], "99", "--max-bad-row-fraction", "0.01"]) == 1
+    assert "--num-workers (99)" in capfd.readouterr().err
+
+
+def test_pairs_of_scored_samples_train(ray_cluster: None, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", chat=False)
+    source = write_rows(tmp_path / "in.jsonl", flat_rows(64))
+    output = tmp_path / "pairs.parquet"
+    from rayrm.evaluation.best_of import Selection
+
+    done = score_files([str(source)], output, ScoreSettings(str(model)), selection=Selection("pairs"))
+    assert done.num_written == 16
+    import pyarrow.parquet as pq
+
+    pairs = pq.read_table(output).to_pylist()
+    assert all(pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
+    scores = RewardModel.from_pretrained(model).score(
+        [pair["prompt"] for pair in pairs], [pair["chosen"] for pair in pairs]
+    )
+    np.testing.assert_allclose([pair["chosen_score"] for pair in pairs], scores, atol=SAME)
+    assert [parse_row(pair).completions for pair in pairs] == [
+        (pair["chosen"], pair["rejected"]) for pair in pairs
+    ]
+    trainer = RewardTrainer(
+        str(model),
+        RewardConfig(output_dir=str(tmp_path / "run"), max_steps=1, bf16=False, report_to="none"),
+        train_dataset=str(output),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
