@@ -184,21 +184,23 @@ def _tell(options: argparse.Namespace, num_scored: int, num_written: int, droppe
 
 def _progress() -> Callable[[int, int], None]:
     """Rewrites one line of a terminal; elsewhere it adds a line now and then."""
-    live, began = sys.stderr.isatty(), time.monotonic()
-    shown, told_before = began, False
+    live = sys.stderr.isatty()
+    began = shown = 0.0
+    first: int | None = None
 
     def show(done: int, before: int) -> None:
-        nonlocal shown, told_before
+        nonlocal began, shown, first
         if done == before:
             return  # what an earlier process did, being counted
         now = time.monotonic()
-        if before and not told_before:
-            told_before = True
-            print(f"going on after {before:,} rows", file=sys.stderr, flush=True)
+        if first is None:  # a second is one of scoring, not of starting workers
+            first, began, shown = done, now, now
+            if before:
+                print(f"going on after {before:,} rows", file=sys.stderr, flush=True)
         if now - shown > (_SHOWN_EVERY_S if live else _LINE_EVERY_S):
             shown = now
             start, end = ("\r", "") if live else ("", "\n")
-            rate = (done - before) / (now - began)
+            rate = (done - first) / (now - began)
             print(f"{start}scored {done:,} rows, {rate:,.0f} a second", end=end, file=sys.stderr, flush=True)
 
     return show

@@ -239,14 +239,18 @@ def _scored_by_actors(
     # A block of one byte: each chunk travels by itself, to the actor that is free next.
     with quiet_context(block_bytes=1):
         chunks = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-            _read_chunks, batch_size=None, batch_format="pyarrow", num_cpus=0, concurrency=_READERS
+            _read_chunks,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0,
+            compute=ray.data.TaskPoolStrategy(size=min(_READERS, len(todo))),
         )
         scored = chunks.map_batches(
             _ScoringActor,
             fn_constructor_args=(settings,),
             batch_size=None,
             batch_format="pyarrow",
-            concurrency=num_workers,
+            compute=ray.data.ActorPoolStrategy(size=num_workers),
             **resources,
         )
         try:
