@@ -24,13 +24,10 @@ from rayrm.rl_commands import add_refresh, add_rl
 from rayrm.runfile import split_words
 from rayrm.score_command import add_score
 from rayrm.serve_commands import (
-    MODEL,
     add_publish,
-    add_registry,
     add_roll,
     add_serve,
     add_status,
-    model_directory,
 )
 from rayrm.sweep_command import add_sweep
 

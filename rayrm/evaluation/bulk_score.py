@@ -14,8 +14,8 @@ import json
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,9 @@ def score_files(
                 entries = _scored_by_actors(plan, ledger, settings, num_workers, address)
             else:
                 entries = _scored_here(plan, ledger, settings)
-            for entry in entries:
-                tally.add(entry)
+            with closing(entries):  # where a row ends it, the actors end too
+                for entry in entries:
+                    tally.add(entry)
             tally.finish()
             return _write(plan, ledger, output, selection, parquet=parquet)
 
@@ -190,7 +191,9 @@ class _Tally:
             )
 
 
-def _scored_here(plan: SourcePlan, ledger: ScoreLedger, settings: ScoreSettings) -> Iterator[Entry]:
+def _scored_here(
+    plan: SourcePlan, ledger: ScoreLedger, settings: ScoreSettings
+) -> Generator[Entry, None, None]:
     score: Score | None = None
     for number, piece in enumerate(plan.work):
         if ledger.is_done(number):
@@ -216,7 +219,7 @@ def _entry(chunk: Chunk, score: Score, settings: ScoreSettings) -> Entry:
 
 def _scored_by_actors(
     plan: SourcePlan, ledger: ScoreLedger, settings: ScoreSettings, num_workers: int, address: str | None
-) -> Iterator[Entry]:
+) -> Generator[Entry, None, None]:
     """Chunks as a pool of actors has scored them, in whatever order.
 
     Reading is an operator of its own (no CPU of its own, and so not fused into the actors): the rows of one
@@ -232,7 +235,7 @@ def _scored_by_actors(
     import ray
 
     from rayrm.data.ingest import quiet_context
-    from rayrm.train.launch import join_cluster
+    from rayrm.own_ray import join_cluster
 
     join_cluster(address)
     resources = _resources(num_workers, ray.cluster_resources())

@@ -1,4 +1,4 @@
-"""What a bulk scoring has done so far: `OUTPUT.partial/`, by which the same command goes on after a kill.
+"""What a bulk scoring has done so far: `.OUTPUT.scoring/`, by which the same command goes on after a kill.
 
 `manifest.json` says of what the scores are: the model by its content, the inputs by path, size and time of
 change, the options that matter for the output. `scores.jsonl` holds a line for each finished chunk, appended
@@ -156,8 +156,8 @@ def open_ledger(output: Path, facts: Mapping[str, Any]) -> Iterator[ScoreLedger]
 
 
 def partial_of(output: Path) -> Path:
-    """Where the work for an output is kept until it is whole."""
-    return output.with_name(f"{output.name}.partial")
+    """Where the work for an output is kept until it is whole; hidden, or a directory of inputs would have it."""
+    return output.with_name(f".{output.name}.scoring")
 
 
 def _begin(home: Path, facts: dict[str, Any], output: Path) -> None:
