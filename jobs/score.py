@@ -6,8 +6,10 @@
         --served reward --output /shared/data/scored.jsonl
 
 Model, inputs and output lie where every node sees them. A job of workers that was lost goes on where it was
-when it is submitted again. Exit status: 0 done; 2 what you can mend (a model, a file, its rows); 1 what
-failed, or no answer of the service.
+when it is submitted again.
+
+Exit status: 0 done; 2 what you can mend (a model, a file, its rows); 1 what failed, or no answer of the
+service.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def open_ledger(output: Path, facts: Mapping[str, Any]) -> Iterator[ScoreLedger]
 
 
 def partial_of(output: Path) -> Path:
-    """Where the work for an output is kept until it is whole; hidden, or a directory of inputs would have it."""
+    """Where the work for an output is kept until it is whole; hidden, so that it is never an input."""
     return output.with_name(f".{output.name}.scoring")
 
 
