@@ -82,10 +82,10 @@ def test_what_was_cut_off_goes_on_and_has_every_row_once_in_order(
         with pytest.raises(Cut):
             score_files(sources, out, settings, on_progress=cut_after(2))
         assert out.read_text() == "before\n"
+        # A kill within a write leaves half a line.
+        with (partial_of(out) / "scores.jsonl").open("ab") as ledger:
+            ledger.write(b'{"piece": 1, "chunk": 3, "last": tr')
     assert sum(scored_texts) == 8 * 256 - 2 * 24  # the last chunk of a file has 232 rows
-    # A kill within a write leaves half a line.
-    with (partial_of(out) / "scores.jsonl").open("ab") as ledger:
-        ledger.write(b'{"piece": 1, "chunk": 3, "last": tr')
     assert score_files(sources, out, settings) == BulkSummary(2600, 2600, 0)
     assert sum(scored_texts) == 2600
     assert read(out) == [{**row, "score": len(row["completion"]) + 0.1} for row in rows]
