@@ -45,6 +45,7 @@ from rayrm import RewardClient, deploy
 from rayrm.data.messages import Text
 from rayrm.data.tokenize import TextInput
 from rayrm.errors import ConfigError, ModelError, RayrmError, RunDirectoryError
+from rayrm.own_ray import join_cluster
 from rayrm.report.rl import write_rl_report
 from rayrm.rl.ending import ON_SIGTERM, ending_on_sigterm, finishing_first
 from rayrm.rl.guard import length_correlation, repetition
@@ -56,7 +57,6 @@ from rayrm.rl.prompts import read_prompts, without_heldout
 from rayrm.rl.service import scores_by_one_version
 from rayrm.rl.trainer_config import check_policy
 from rayrm.serve.connect import connect
-from rayrm.train.launch import join_cluster
 
 GPU = torch.cuda.is_available()
 SERVED_HERE = "ppo-reward"

@@ -14,27 +14,22 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rayrm.errors import PreemptedError, RayrmError, ScoreError
+from rayrm.errors import PreemptedError, RayrmError
 from rayrm.evaluate_command import add_evaluate
 from rayrm.inspect_command import add_data
 from rayrm.rl.ending import ON_SIGTERM
 from rayrm.rl_commands import add_refresh, add_rl
 from rayrm.runfile import split_words
+from rayrm.score_command import add_score
 from rayrm.serve_commands import (
-    MODEL,
     add_publish,
-    add_registry,
     add_roll,
     add_serve,
     add_status,
-    model_directory,
 )
 from rayrm.sweep_command import add_sweep
-
-if TYPE_CHECKING:
-    from rayrm.data.tokenize import TextInput
 
 _OVERRIDES = "settings such as learning_rate=2e-6 or cluster.num_workers=8, over those of the run file"
 
@@ -104,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Train the run of a run file; goes on where it was cut off.")
     _add_run(train)
     add_evaluate(command("evaluate", None, "How good a model is on preference pairs, set by set."))
-    _add_score(command("score", _score, "Add a `score` to every row of a jsonl file."))
+    add_score(command("score", None, "Score files of completions; write all rows, the best ones, or pairs."))
     add_publish(command("publish", None, "Copy a trained model into a registry, as an immutable version."))
     add_serve(command("serve", None, "Serve a model on Ray until Ctrl-C."))
     add_roll(command("roll", None, "Let a running service serve another version, without losing a request."))
@@ -131,22 +126,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="*", metavar="run.toml key=value", help=f"a run file, then {_OVERRIDES}")
 
 
-def _add_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="MODEL INPUT",
-        help=f"{MODEL}, none with --served; then jsonl, jsonl.gz or parquet with prompt and completion(s), "
-        "or - for stdin",
-    )
-    parser.add_argument("--output", type=Path, help="a new file; without it: stdout")
-    parser.add_argument("--served", metavar="NAME", help="score by the running service NAME")
-    parser.add_argument("--address", help="the Ray cluster of that service")
-    parser.add_argument("--rendered", action="store_true", help="strings went through the chat template")
-    parser.add_argument("--truncation", choices=("left", "right"), help="cut texts that are too long")
-    add_registry(parser)
-
-
 def _train(options: argparse.Namespace) -> int:
     from rayrm.runfile import read_run
 
@@ -158,50 +137,6 @@ def _train(options: argparse.Namespace) -> int:
     shown = ", ".join(f"{key} {value:.4g}" for key, value in seen.items())
     print(f"trained {summary.num_steps} steps ({shown}); the model is in {summary.output_dir}")
     return 0
-
-
-def _score(options: argparse.Namespace) -> int:
-    from rayrm.serve.score_file import as_line, read_lines, read_rows, score_rows, write_whole
-
-    *model, source = options.words
-    if len(model) != (0 if options.served else 1):
-        wanted = "INPUT alone, with --served NAME" if options.served else "MODEL and INPUT"
-        raise ScoreError(f"`rayrm score` takes {wanted}, and got: {' '.join(options.words)}")
-    rows = read_lines(sys.stdin.buffer, "stdin") if source == "-" else read_rows(source)
-    scored = score_rows(rows, _scorer(options, *model), rendered=options.rendered)
-    if options.output is not None:
-        number = write_whole(scored, options.output)
-        print(f"scored {number} rows into {options.output}", file=sys.stderr)
-        return 0
-    for row in scored:
-        sys.stdout.write(as_line(row))
-    return 0
-
-
-def _scorer(options: argparse.Namespace, model_word: str = "") -> Any:
-    """Inputs -> scores: by the running service, or by the model in this process."""
-    if options.served is not None:
-        from rayrm.serve.client import RewardClient
-        from rayrm.serve.connect import connect
-
-        connect(options.address, start=False)
-        client = RewardClient(options.served)
-
-        def by_service(inputs: list[TextInput]) -> list[float]:
-            return client.score_inputs(inputs, truncation=options.truncation).scores
-
-        return by_service
-    directory = model_directory(model_word, options.registry)
-    from rayrm.logs import show_logs
-    from rayrm.serve.scorer import RewardModel
-
-    show_logs()
-    model = RewardModel.from_pretrained(directory)
-
-    def in_process(inputs: list[TextInput]) -> list[float]:
-        return model.score_inputs(inputs, truncation=options.truncation)
-
-    return in_process
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -57,6 +57,18 @@ def ensure_ray(address: str | None = None) -> None:
         ) from error
 
 
+def join_cluster(address: str | None) -> None:
+    """Connect to the cluster at `address`, or `RAY_ADDRESS`; without one, start Ray on this machine."""
+    try:
+        ensure_ray(address)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"no Ray cluster lets us in at {address or 'RAY_ADDRESS'}: {error}. Start one with `ray start "
+            "--head`, or leave out the address (`cluster.address`, --address, RAY_ADDRESS) to run on this "
+            "machine alone."
+        ) from error
+
+
 def trainer_class() -> type[Any]:
     """Ray Train's `TorchTrainer`; without its watchers where there is no dashboard, of which they ask."""
     from ray.train.torch import TorchTrainer

@@ -30,7 +30,7 @@ from ray.util.placement_group import (
 from rayrm.data.messages import answer_to
 from rayrm.errors import ClusterError, ConfigError, PeerFailedError, RayrmError, ScoreError
 from rayrm.logs import show_logs
-from rayrm.own_ray import keeping_handlers, trainer_class
+from rayrm.own_ray import join_cluster, keeping_handlers, trainer_class
 from rayrm.rl.ending import ending_on_sigterm, finishing_first, ray_told_to_leave
 from rayrm.rl.fresh_answers import BEFORE_FILE, HELDOUT_FILE
 from rayrm.rl.heldout import Gain
@@ -46,7 +46,7 @@ from rayrm.serve.caller import CallSettings, service_handle
 from rayrm.serve.client import RewardClient
 from rayrm.serve_settings import ServeConfig
 from rayrm.train.last_error import forget_error, leave_error, left_error
-from rayrm.train.launch import join_cluster, ray_train_settings, training_failed
+from rayrm.train.launch import ray_train_settings, training_failed
 from rayrm.train.records import read_records
 
 logger = logging.getLogger("rayrm.rl")

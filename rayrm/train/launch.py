@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from rayrm.config import ClusterConfig, LoraConfig, SourceConfig
-from rayrm.errors import ClusterError, MissingExtraError, RayrmError
+from rayrm.errors import MissingExtraError, RayrmError
 from rayrm.logs import show_logs
-from rayrm.own_ray import ensure_ray, keeping_handlers
+from rayrm.own_ray import join_cluster, keeping_handlers
 from rayrm.runfile import Run, dump_run, read_run
 from rayrm.train.build import ModelSource, check_source
 from rayrm.train.leg import Leg
@@ -142,17 +142,6 @@ def ray_train_settings(cluster: ClusterConfig, callbacks: Sequence[Any] = ()) ->
     )
     failures = FailureConfig(max_failures=cluster.max_failures)
     return scaling, RunConfig(failure_config=failures, callbacks=list(callbacks) or None)
-
-
-def join_cluster(address: str | None) -> None:
-    """Connect to the cluster at `address`, or `RAY_ADDRESS`; without one, start Ray on this machine."""
-    try:
-        ensure_ray(address)
-    except ConnectionError as error:
-        raise ClusterError(
-            f"no Ray cluster lets us in at {address or 'RAY_ADDRESS'}: {error}. Start one with `ray start "
-            "--head`, or leave `cluster.address` and RAY_ADDRESS out to run on this machine alone."
-        ) from error
 
 
 def peft_settings(lora: LoraConfig, task_type: str = "SEQ_CLS") -> Any:

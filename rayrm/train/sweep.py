@@ -23,12 +23,12 @@ from rayrm.data.sources import plan_sources
 from rayrm.errors import ConfigError, PreemptedError, RayrmError, RunDirectoryError
 from rayrm.logs import show_logs
 from rayrm.model.reward_model import check_name
-from rayrm.own_ray import keeping_handlers
+from rayrm.own_ray import join_cluster, keeping_handlers
 from rayrm.runfile import Run, dump_run
 from rayrm.sweep_settings import Range, Space, SweepFile, space_of, space_of_params
 from rayrm.train.environment import environment_of
 from rayrm.train.given import check_places
-from rayrm.train.launch import join_cluster, with_absolute_paths
+from rayrm.train.launch import with_absolute_paths
 from rayrm.train.leg import Leg
 from rayrm.train.rundir import only_run, read_finished
 from rayrm.train.storage import below, storage_environment, storage_of

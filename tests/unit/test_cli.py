@@ -89,6 +89,10 @@ def test_debug_adds_the_stack_trace(run_file: str, capsys: pytest.CaptureFixture
         (["score", "no-such-model", "rows.jsonl"], "no-such-model", "Type the directory"),
         (["score", "rows.jsonl"], "rows.jsonl", "MODEL and INPUT"),
         (["score", "model", "rows.jsonl", "--served", "reward"], "model rows.jsonl", "INPUT alone"),
+        (["score", "model", "rows.jsonl", "--num-workers", "2"], "--num-workers (2)", "--output FILE"),
+        (["score", "model", "rows.jsonl", "--min-margin", "1"], "--min-margin (1)", "--pairs"),
+        (["score", "model", "rows.jsonl", "--min-score", "1"], "--min-score (1)", "--best-of"),
+        (["score", "model", "-", "--output", "a.parquet"], "a.parquet", ".jsonl"),
         (["evaluate", "no-such-model", "rows.jsonl"], "no-such-model", "Type the directory"),
         (["publish", "no-such-run"], "no-such-run", "output_dir"),
         (["serve", "no-such-model"], "no-such-model", "Type the directory"),
@@ -116,8 +120,8 @@ def test_each_refusal_names_the_thing_and_what_to_type(
 def test_a_missing_package_is_named_with_its_pip_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli, "_score", lambda options: __import__("no_such_package.inner"))
-    status, said = error_of(capsys, "score", "model", "rows.jsonl")
+    monkeypatch.setattr(cli, "_doctor", lambda options: __import__("no_such_package.inner"))
+    status, said = error_of(capsys, "doctor")
     assert status == 1
     assert (
         said

@@ -11,8 +11,15 @@ from typing import Any
 import pytest
 
 from rayrm.data.tokenize import TextInput
-from rayrm.errors import DataError, ScoreError
-from rayrm.serve.score_file import ROWS_PER_CHUNK, read_lines, read_rows, score_rows, write_whole
+from rayrm.errors import ConfigError, DataError, RowError, ScoreError
+from rayrm.serve.score_file import (
+    ROWS_PER_CHUNK,
+    read_lines,
+    read_rows,
+    score_each,
+    score_rows,
+    write_whole,
+)
 
 
 def lengths(inputs: list[TextInput]) -> list[float]:
@@ -27,13 +34,32 @@ def rows_of(*contents: Any) -> list[tuple[str, Any]]:
 
 
 def test_completion_gives_a_number_and_completions_a_list_and_all_else_stays() -> None:
-    rows = rows_of(
-        {"id": 1, "prompt": "p", "completion": "abc"}, {"completions": ["a", "ab"], "score": "old"}
-    )
+    rows = rows_of({"id": 1, "prompt": "p", "completion": "abc"}, {"completions": ["a", "ab"], "score": None})
     assert list(score_rows(rows, lengths)) == [
         {"id": 1, "prompt": "p", "completion": "abc", "score": 3.0},
         {"completions": ["a", "ab"], "score": [1.0, 2.0]},
     ]
+
+
+def test_a_column_that_is_there_is_not_overwritten_and_another_can_be_named() -> None:
+    rows = rows_of({"completion": "a"}, {"completion": "ab", "score": "old"})
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:2: .*'score'.*--column NAME"):
+        list(score_rows(rows, lengths))
+    assert list(score_rows(rows, lengths, column="length"))[1] == {
+        "completion": "ab",
+        "score": "old",
+        "length": 2.0,
+    }
+
+
+def test_each_row_of_a_chunk_has_its_score_or_its_refusal_whichever_are_refused() -> None:
+    for bad in ({0}, {3}, {1, 2}, {0, 4, 7}, set(range(8)), set()):
+        rows = rows_of(*({"completions": ["bad" if n in bad else "x" * n, "y"]} for n in range(8)))
+        outcomes = score_each(rows, lengths)
+        assert {n for n, outcome in enumerate(outcomes) if isinstance(outcome, ScoreError)} == bad
+        assert all(str(outcomes[n]).startswith(f"rows.jsonl:{n + 1}: ") for n in bad)
+        assert all(outcomes[n] == [n, 1.0] for n in set(range(8)) - bad)
+    assert score_each([("a:1", RowError("bad-json", "no JSON"))], lengths)[0].args == ("a:1: no JSON",)  # type: ignore[union-attr]
 
 
 def test_more_rows_than_a_chunk_keep_their_order() -> None:
