@@ -49,9 +49,11 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-pairs", type=int, help="only the first rows of each source")
     parser.add_argument("--max-bad-row-fraction", type=float, default=0.01, help="default: 0.01")
     parser.add_argument(
-        "--num-workers", type=int, default=0, help="processes that score, on Ray; 0: this one (default)"
+        "--num-workers",
+        type=int,
+        default=0,
+        help="processes that score, each with a GPU or a CPU of the cluster; 0: this one",
     )
-    parser.add_argument("--use-gpu", action="store_true", help="a GPU for each of them")
     parser.add_argument("--json", type=Path, help="also write the metrics here")
     add_registry(parser)
 
@@ -75,7 +77,6 @@ def _evaluate(options: argparse.Namespace) -> int:
                 max_pairs=options.max_pairs,
                 max_bad_row_fraction=options.max_bad_row_fraction,
                 num_workers=options.num_workers,
-                use_gpu=options.use_gpu,
                 consistency_rows=options.consistency,
                 keep=None if output is None else output / ".partial",
                 on_progress=show,

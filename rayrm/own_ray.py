@@ -69,6 +69,24 @@ def join_cluster(address: str | None) -> None:
         ) from error
 
 
+def scorer_resources(num_workers: int) -> dict[str, Any]:
+    """What each of a pool of scoring actors asks for: a GPU where the cluster has any, else a CPU.
+
+    Raises ClusterError where that is more than there is.
+    """
+    import ray
+
+    cluster = ray.cluster_resources()
+    kind = "GPU" if cluster.get("GPU") else "CPU"
+    have = int(cluster.get(kind, 0))
+    if num_workers > have:
+        raise ClusterError(
+            f"--num-workers ({num_workers}) is more than the {have} {kind}s of the cluster, and each worker "
+            f"has one. Type --num-workers {have}."
+        )
+    return {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
+
+
 def trainer_class() -> type[Any]:
     """Ray Train's `TorchTrainer`; without its watchers where there is no dashboard, of which they ask."""
     from ray.train.torch import TorchTrainer

@@ -235,10 +235,10 @@ def _scored_by_actors(
     import ray
 
     from rayrm.data.ingest import quiet_context
-    from rayrm.own_ray import join_cluster
+    from rayrm.own_ray import join_cluster, scorer_resources
 
     join_cluster(address)
-    resources = _resources(num_workers, ray.cluster_resources())
+    resources = scorer_resources(num_workers)
     # A block of one byte: each chunk travels by itself, to the actor that is free next.
     with quiet_context(block_bytes=1):
         chunks = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
@@ -269,18 +269,6 @@ def _scored_by_actors(
                 f"scoring by {num_workers} workers failed: {' '.join(last)} What is scored is kept: type the "
                 "same command to go on."
             ) from error
-
-
-def _resources(num_workers: int, cluster: Mapping[str, float]) -> dict[str, Any]:
-    """What each actor asks for. ClusterError: more than there is."""
-    kind = "GPU" if cluster.get("GPU") else "CPU"
-    have = int(cluster.get(kind, 0))
-    if num_workers > have:
-        raise ClusterError(
-            f"--num-workers ({num_workers}) is more than the {have} {kind}s of the cluster, and each worker "
-            f"has one. Type --num-workers {have}."
-        )
-    return {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
 
 
 def _read_chunks(batch: pa.Table) -> Iterator[pa.Table]:

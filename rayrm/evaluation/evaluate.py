@@ -53,7 +53,6 @@ def evaluate(
     max_bad_row_fraction: float = 0.01,
     objective: Mapping[str, Any] | None = None,
     num_workers: int = 0,
-    use_gpu: bool = False,
     keep: Path | None = None,
     consistency_rows: int = 0,
     on_progress: Progress | None = None,
@@ -70,8 +69,8 @@ def evaluate(
         max_pairs: read only the first rows of each source, this many. A pair beyond the model's position
             limit is left out and counted, as in training.
         objective: settings of `RewardConfig` (`OBJECTIVE_SETTINGS`) to take instead of the model's own.
-        num_workers: processes that score, each with the model in its memory and one CPU, or one GPU with
-            `use_gpu`; 0: this one, with all it has.
+        num_workers: processes that score, each with the model in its memory and a GPU, or a CPU where the
+            cluster has none; 0: this one, with all it has.
         keep: where scores are kept until all are there; None: an evaluation that is cut off starts anew.
         consistency_rows: how many of the first rows of each source are scored again with harmless changes,
             some six times each; see `consistency.py`.
@@ -92,7 +91,7 @@ def evaluate(
     loaded = load_saved(model)
     reopen_attributes(loaded.model, Path(model))
     chosen = objective_of(loaded, objective or {})
-    scoring = Scoring(loaded, Path(model), num_workers=num_workers, use_gpu=use_gpu, keep=keep)
+    scoring = Scoring(loaded, Path(model), num_workers=num_workers, keep=keep)
     sets: dict[str, SetEvaluation] = {}
     parts: list[tuple[RowIndex, Scores]] = []
     for name, source in named.items():

@@ -41,7 +41,6 @@ class Scoring:
     loaded: LoadedModel
     model: Path
     num_workers: int = 0
-    use_gpu: bool = False
     keep: Path | None = None
     rows_per_chunk: int = ROWS_PER_CHUNK
 
@@ -82,6 +81,7 @@ class Scoring:
         import ray
 
         from rayrm.data.ingest import quiet_context
+        from rayrm.own_ray import scorer_resources
 
         items = [{"chunk": chunk, "num_rows": self._chunk(rows, chunk).num_rows} for chunk in chunks]
         with quiet_context():
@@ -91,7 +91,7 @@ class Scoring:
                 fn_constructor_args=(str(self.model), [ray.put(rows)]),
                 batch_size=None,
                 compute=ray.data.ActorPoolStrategy(size=min(self.num_workers, len(chunks))),
-                **({"num_gpus": 1} if self.use_gpu else {"num_cpus": 1}),
+                **scorer_resources(self.num_workers),
             )
             try:
                 for batch in scored.iter_batches(batch_size=None, prefetch_batches=0):
