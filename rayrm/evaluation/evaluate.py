@@ -90,8 +90,31 @@ def evaluate(
         raise ConfigError(f"`num_workers` ({num_workers}) must be at least 0, which is this process.")
     loaded = load_saved(model)
     reopen_attributes(loaded.model, Path(model))
-    chosen = objective_of(loaded, objective or {})
     scoring = Scoring(loaded, Path(model), num_workers=num_workers, keep=keep)
+    sets = evaluate_loaded(
+        scoring,
+        named,
+        objective_of(loaded, objective or {}),
+        max_pairs=max_pairs,
+        max_bad_row_fraction=max_bad_row_fraction,
+        consistency_rows=consistency_rows,
+        on_progress=on_progress,
+    )
+    return EvaluationRecord(str(model), sets, _version_of(Path(model)))
+
+
+def evaluate_loaded(
+    scoring: Scoring,
+    named: Mapping[str, Any],
+    chosen: Objective,
+    *,
+    max_pairs: int | None = None,
+    max_bad_row_fraction: float = 0.01,
+    consistency_rows: int = 0,
+    on_progress: Progress | None = None,
+) -> dict[str, SetEvaluation]:
+    """Every set by its name, and "all" of several; of a model that is loaded. See `evaluate`."""
+    loaded = scoring.loaded
     sets: dict[str, SetEvaluation] = {}
     parts: list[tuple[RowIndex, Scores]] = []
     for name, source in named.items():
@@ -116,7 +139,7 @@ def evaluate(
         metrics = evaluate_scores(np.concatenate([scores for _, scores in parts]), index, chosen)
         sets["all"] = of_outcomes(metrics, joined({name: one.outcomes for name, one in sets.items()}))
     scoring.forget()
-    return EvaluationRecord(str(model), sets, _version_of(Path(model)))
+    return sets
 
 
 def evaluate_model(model: str | Path, sources: Sequence[Any], **settings: Any) -> dict[str, dict[str, float]]:
