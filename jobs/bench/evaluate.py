@@ -3,9 +3,9 @@
     python jobs/bench/evaluate.py --model DIR --data FILE --pairs 872
 
 Bare: `RewardModel.score_ids` over the same texts, tokenized before, in one call. Ours: everything that
-follows the loading of the model, from the file to the record on disk. Both take turns in this process, `--rounds`
-times; Ray is started before, and its start is told apart, since a job finds it running. `ratio` is ours over
-bare in pairs/s, the median of the rounds' ratios.
+follows the loading of the model, from the file to the record on disk. Both take turns in this process,
+`--rounds` times; Ray is started before, and its start told apart, since a job finds it running. `ratio` is
+ours over bare in pairs/s, the median of the rounds' ratios.
 """
 
 from __future__ import annotations

@@ -45,9 +45,11 @@ def plain_accuracy(outcomes: Outcomes) -> float:
 
 
 @pytest.mark.parametrize(
-    "curve", [lambda n: n / 50, lambda n: -n / 50, np.log, lambda n: 3 * n / 500 + np.log(n)], ids=str
+    "curve",
+    [lambda n: n / 50, lambda n: -n / 50, np.log, lambda n: 3 * n / 500 + np.log(n)],
+    ids=["longer", "shorter", "log", "both"],
 )
-@pytest.mark.parametrize("kind", [np.float64, np.float32], ids=str)
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
 def test_a_score_of_length_alone_is_at_50_percent_and_flagged(curve, kind) -> None:  # type: ignore[no-untyped-def]
     won_length, lost_length = lengths_of(np.random.default_rng(0))
     won, lost = curve(won_length.astype(kind)).astype(kind), curve(lost_length.astype(kind)).astype(kind)
