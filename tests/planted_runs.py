@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+
+from rayrm.metrics.intervals import wilson_interval
+from rayrm.metrics.outcomes import Outcomes
+from rayrm.train.evaluation_record import EvaluationRecord, SetEvaluation, of_outcomes, write_evaluation
 
 EVIL = (
     '<script>alert("x")</script><img src="http://evil.example/x.png"> \u202eright to left\u202c '
@@ -25,85 +28,56 @@ def planted_outcomes(
     seed: int = 0,
     skill: float = 1.0,
     by_length: float = 0.0,
-) -> dict[str, Any]:
-    """Columns of an outcomes file: margins around `skill`, and `by_length` of score for 100 tokens."""
+) -> Outcomes:
+    """Margins around `skill`, and `by_length` of score for 100 tokens.
+
+    Rows, prompts, lengths and luck go by `seed` alone: models of another skill have the same comparisons.
+    """
     rng = np.random.default_rng(seed)
-    # Rows, prompts and lengths are the same whatever the model is: other draws come after.
     lengths = rng.integers(20, 600, (2, num))
-    group = np.array(groups)[np.arange(num) % len(groups)]
-    noise = rng.standard_normal((2, num))
-    scores = noise + by_length * lengths / 100
-    return {
-        "won": scores[0] + skill,
-        "lost": scores[1],
-        "won_length": lengths[0],
-        "lost_length": lengths[1],
-        "weight": np.ones(num),
-        "row": np.arange(num),
-        "prompt": np.arange(num, dtype=np.uint64),
-        "group": group.astype(str),
-    }
+    scores = rng.standard_normal((2, num)) + by_length * lengths / 100
+    return Outcomes(
+        scores[0] + skill,
+        scores[1],
+        lengths[0],
+        lengths[1],
+        np.ones(num),
+        np.arange(num),
+        np.arange(num, dtype=np.uint64),
+        np.arange(num) % len(groups),
+        tuple(groups),
+    )
 
 
-def wilson(right: float, n: int) -> tuple[float, float]:
-    p, z = right / n, 1.96
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+def constant(outcomes: Outcomes, score: float) -> Outcomes:
+    """The same comparisons by a model that gives every completion one score."""
+    same = np.full(len(outcomes.row), score)
+    return replace(outcomes, won=same, lost=same)
 
 
-def told_of(columns: dict[str, Any], findings: Sequence[str] = ()) -> dict[str, Any]:
-    """One set of `evaluation.json`, its figures computed from the columns."""
-    margin = columns["won"] - columns["lost"]
-    longer = np.sign(columns["won_length"] - columns["lost_length"]) / 2 + 0.5
-
-    def figures(kept: Any) -> dict[str, float]:
-        right, n = float((margin[kept] > 0).sum()), int(kept.sum())
-        low, high = wilson(right, n)
-        return {
-            "accuracy": right / n,
-            "accuracy_low": low,
-            "accuracy_high": high,
-            "num_pairs": n,
-            "length_baseline_accuracy": float(longer[kept].mean()),
-            "margin": float(margin[kept].mean()),
-        }
-
-    every = np.ones(len(margin), np.bool_)
-    confidence = 1 / (1 + np.exp(-np.abs(margin)))
-    bins = []
-    for low in np.arange(0.5, 1.0, 0.05):
-        here = (confidence > low) & (confidence <= low + 0.05)
-        if here.any():
-            told = {"confidence": confidence[here].mean(), "accuracy": (margin[here] > 0).mean()}
-            bins.append(
-                {"low": low, "high": low + 0.05, "count": int(here.sum())}
-                | {k: float(v) for k, v in told.items()}
-            )
-    ece = sum(one["count"] * abs(one["accuracy"] - one["confidence"]) for one in bins) / len(margin)
-    length = np.concatenate([columns["won_length"], columns["lost_length"]])
-    score = np.concatenate([columns["won"], columns["lost"]])
-    constant = float(np.ptp(score)) == 0
+def measured(outcomes: Outcomes) -> SetEvaluation:
+    """What `rayrm evaluate` finds of such outcomes, with texts that would break a page."""
+    margin, count = outcomes.margin, len(outcomes.row)
+    right = float((margin > 0).sum())
+    low, high = wilson_interval(right, count)
     metrics = {
-        **figures(every),
         "loss": float(np.log1p(np.exp(-margin)).mean()),
-        "accuracy_bootstrap_low": figures(every)["accuracy_low"] - 0.001,
-        "accuracy_bootstrap_high": figures(every)["accuracy_high"] + 0.001,
-        "random_baseline_accuracy": 0.5,
+        "accuracy": right / count,
+        "accuracy_low": low,
+        "accuracy_high": high,
         "ties": float((margin == 0).mean()),
-        "ece": ece,
-        "temperature": 1.31,
-        "ece_at_temperature": ece / 3,
-        "length_correlation": None if constant else float(np.corrcoef(length, score)[0, 1]),
-        "num_rows": len(margin),
+        "margin": float(margin.mean()),
+        "length_baseline_accuracy": float((outcomes.won_length > outcomes.lost_length).mean()),
+        "num_pairs": float(count),
+        "num_rows": float(count),
     }
-    groups = {str(name): figures(columns["group"] == name) for name in np.unique(columns["group"])}
     worst = [
         {
             "where": f"pairs.jsonl:{place + 1}",
-            "group": str(columns["group"][place]),
+            "group": outcomes.groups[outcomes.group[place]],
             "margin": float(margin[place]),
-            "chosen_score": float(columns["won"][place]),
-            "rejected_score": float(columns["lost"][place]),
+            "chosen_score": float(outcomes.won[place]),
+            "rejected_score": float(outcomes.lost[place]),
             "prompt": f"{EVIL} question {place}",
             "chosen": "word " * 30 + "x" * 3000,
             "rejected": f"second {EVIL}",
@@ -111,36 +85,13 @@ def told_of(columns: dict[str, Any], findings: Sequence[str] = ()) -> dict[str, 
         for place in np.argsort(margin)[:20].tolist()
         if margin[place] <= 0
     ]
-    return {
-        "metrics": metrics,
-        "groups": groups,
-        "reliability": bins,
-        "findings": list(findings),
-        "worst": worst,
-    }
+    return of_outcomes(metrics, outcomes, worst)
 
 
-def write_evaluation(directory: Path, sets: dict[str, dict[str, Any]], findings: Sequence[str] = ()) -> Path:
-    """An evaluation's directory of sets given by their columns."""
-    directory.mkdir(parents=True, exist_ok=True)
-    told = {}
-    for place, (name, columns) in enumerate(sets.items()):
-        pq.write_table(pa.table(columns), directory / f"outcomes-{place}.parquet")
-        told[name] = {
-            **told_of(columns, findings if place == 0 else ()),
-            "outcomes": f"outcomes-{place}.parquet",
-        }
-    (directory / "evaluation.json").write_text(
-        json.dumps(
-            {
-                "format": 1,
-                "model": "runs/first/final",
-                "version": "3f2a91bc04de",
-                "created": "2026-01-02T03:04:05+00:00",
-                "sets": told,
-            }
-        )
-    )
+def write_planted(directory: Path, sets: dict[str, Outcomes], findings: Sequence[str] = ()) -> Path:
+    """An evaluation's directory, by the writer of `rayrm evaluate`; `findings` are told of every set."""
+    found = {name: replace(measured(one), findings=list(findings)) for name, one in sets.items()}
+    write_evaluation(EvaluationRecord("runs/first", found, "3f2a91bc04de", created="2026-01-02"), directory)
     return directory
 
 

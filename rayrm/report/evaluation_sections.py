@@ -39,13 +39,14 @@ MEASURES = (
     ("margin", "margin"),
     ("loss", "loss"),
     ("calibration error (ECE)", "ece"),
+    ("calibration error by chance", "ece_noise"),
     ("fitted temperature", "temperature"),
     ("calibration error at it", "ece_at_temperature"),
 )
 """What a reader wants of a set, and the name that `evaluation.json` has for it."""
 _OPEN_SETS = 3
 _FORMS = {
-    "percent": ("accuracy", "ties", "ece", "consistency"),
+    "percent": ("accuracy", "ties", "ece", "confidence", "consistency"),
     "count": ("num_",),
     "signed": ("margin", "length_correlation", "mean_reward", "min_reward", "max_reward", "pearson"),
 }
@@ -108,6 +109,9 @@ def sets_table(evaluation: Evaluation) -> Table:
 
 def _set_blocks(one: EvaluatedSet, mark: str) -> list[Block]:
     blocks: list[Block] = []
+    if one.benchmark:
+        own = [(key, Number(value, form_of(key))) for key, value in one.benchmark.items()]
+        blocks.append(Table("benchmark", ("of the benchmark", "value"), own))
     nothing = _constant(one.outcomes)
     if nothing is not None:
         blocks.append(Sentence(nothing))

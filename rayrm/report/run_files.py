@@ -28,7 +28,8 @@ _COLUMNS = ("won", "lost", "won_length", "lost_length", "weight", "row", "prompt
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedSet:
-    """One set of an evaluation. `outcomes`: None where their file could not be read."""
+    """One set of an evaluation. `outcomes`: None where their file could not be read. `benchmark`: its own
+    figures by name, of a set that is one."""
 
     name: str
     metrics: dict[str, float]
@@ -37,6 +38,7 @@ class EvaluatedSet:
     findings: list[str]
     worst: list[Record]
     outcomes: Outcomes | None
+    benchmark: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +201,22 @@ def _evaluated_set(place: Path, name: str, told: Any, notes: list[str]) -> Evalu
         [str(one) for one in told.get("findings") or []],
         [one for one in told.get("worst") or [] if isinstance(one, dict)],
         _outcomes(place, name, told.get("outcomes"), notes),
+        _flat_numbers(told.get("benchmark")),
     )
 
 
 def _numbers(told: dict[str, Any]) -> dict[str, float]:
     """Those that are finite numbers: what could not be measured is null in the file."""
     return {key: number(value) for key, value in told.items() if np.isfinite(number(value))}
+
+
+def _flat_numbers(told: Any, head: str = "") -> dict[str, float]:
+    """The numbers of nested tables, by their keys one after the other."""
+    found: dict[str, float] = {}
+    for key, value in told.items() if isinstance(told, dict) else ():
+        name = f"{head}, {key}" if head else str(key)
+        found |= _flat_numbers(value, name) if isinstance(value, dict) else _numbers({name: value})
+    return found
 
 
 def _outcomes(place: Path, name: str, file: Any, notes: list[str]) -> Outcomes | None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rayrm.report.compare import write_comparison
 from rayrm.report.run import write_run_report
 from tests.chromium import PROGRAM, Chromium
-from tests.planted_runs import planted_outcomes, write_evaluation, write_run
+from tests.planted_runs import constant, planted_outcomes, write_planted, write_run
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium on this machine (apt install chromium)")
 
@@ -83,16 +82,15 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     second = write_run(home / "second", rate=1e-6, seed=1, sets=("",))
     for run, skill in ((first, 1.0), (second, 1.4)):
         columns = planted_outcomes(1200, groups=forty, skill=skill, by_length=0.4)
-        write_evaluation(run / "evaluation", {"held": columns}, ["Scores follow length: by 0.53."])
-    flat = planted_outcomes(40)
+        write_planted(run / "evaluation", {"held": columns}, ["Scores follow length: by 0.53."])
     sets = {
         "chat": planted_outcomes(300),
         "one": planted_outcomes(60, groups=("only",)),
-        "flat": {**flat, "won": np.zeros(40), "lost": np.zeros(40)},
+        "flat": constant(planted_outcomes(40), 0.0),
     }
     return {
         "run": write_run_report(first),
-        "evaluation": write_run_report(write_evaluation(home / "evaluation", sets)),
+        "evaluation": write_run_report(write_planted(home / "evaluation", sets)),
         "comparison": write_comparison([first, second], home / "comparison.html"),
         "onestep": write_run_report(write_run(home / "onestep", 1)),
         "empty": write_run_report(write_run(home / "empty", 0)),

@@ -29,7 +29,7 @@ from rayrm.report.figures import Curve, curves
 from rayrm.report.run import write_run_report
 from rayrm.report.run_files import read_run_files
 from rayrm.train.trainer import RewardTrainer
-from tests.planted_runs import EVIL, planted_outcomes, records, write_evaluation, write_run
+from tests.planted_runs import EVIL, constant, planted_outcomes, records, write_planted, write_run
 from tests.tiny import save_tiny, tiny_rows, write_rows
 from tests.unit.test_rl_report import Page
 
@@ -45,7 +45,7 @@ def told(page: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = write_run(tmp_path_factory.mktemp("runs") / "first")
-    write_evaluation(place / "evaluation", {"held": planted_outcomes()}, [f"scores follow length {EVIL}"])
+    write_planted(place / "evaluation", {"held": planted_outcomes()}, [f"scores follow length {EVIL}"])
     write_run_report(place)
     return place
 
@@ -205,22 +205,22 @@ def test_what_is_not_there_is_a_sentence_and_no_picture(tmp_path: Path) -> None:
     assert "Only step 1 was logged: one point makes no curve." in one.text
     assert "No set was evaluated during training" in one.text
     assert "svg" not in one.tags
-    flat = {**planted_outcomes(40), "won": np.full(40, 0.25), "lost": np.full(40, 0.25)}
-    made = Page(write_run_report(write_evaluation(tmp_path / "flat", {"flat": flat})).read_text())
+    flat = {"flat": constant(planted_outcomes(40), 0.25)}
+    made = Page(write_run_report(write_planted(tmp_path / "flat", flat)).read_text())
     assert "Every score is 0.25: the model tells nothing apart" in made.text
     assert "svg" not in made.tags
     only = {"only": planted_outcomes(40, groups=("only",))}
-    made = Page(write_run_report(write_evaluation(tmp_path / "only", only)).read_text())
+    made = Page(write_run_report(write_planted(tmp_path / "only", only)).read_text())
     assert "All comparisons are of one group (only)" in made.text
     assert made.of("h3") == SCORES[:-1]
 
 
 def test_a_damaged_file_costs_what_it_held_and_a_note(tmp_path: Path) -> None:
     place = write_run(tmp_path / "run")
-    write_evaluation(place / "evaluation", {"held": planted_outcomes(), "other": planted_outcomes()})
+    write_planted(place / "evaluation", {"held": planted_outcomes(), "other": planted_outcomes()})
     (place / "run.toml").write_text("[model")
     (place / "progress.json").write_text("{")
-    (place / "evaluation" / "outcomes-0.parquet").write_bytes(b"no parquet")
+    next((place / "evaluation").glob("outcomes-0-*")).write_bytes(b"no parquet")
     with (place / "metrics.jsonl").open("a") as out:
         out.write('{"step": 61, "lo')
     found = told(write_run_report(place))
@@ -228,7 +228,7 @@ def test_a_damaged_file_costs_what_it_held_and_a_note(tmp_path: Path) -> None:
     for part in (
         "run.toml is no whole TOML",
         "progress.json is no whole JSON",
-        "outcomes-0.parquet cannot be",
+        ".parquet cannot be read",
     ):
         assert part in notes
     assert "metrics.jsonl: line" in notes
@@ -236,6 +236,16 @@ def test_a_damaged_file_costs_what_it_held_and_a_note(tmp_path: Path) -> None:
     assert "margins" not in found["sections"]["set:held"]
     assert found["sections"]["set:other"]["margins"]["count"] == 800
     assert found["facts"]["accuracy on held"]["value"] > 0.5
+
+
+def test_a_benchmark_shows_its_own_figures(tmp_path: Path) -> None:
+    place = write_planted(tmp_path / "bench", {"held": planted_outcomes(30)})
+    file = place / "evaluation.json"
+    said = json.loads(file.read_text())
+    said["sets"]["held"]["benchmark"] = {"name": "x", "total": 0.5, "sections": {"chat": {"accuracy": 0.75}}}
+    file.write_text(json.dumps(said))
+    rows = told(write_run_report(place))["sections"]["set:held"]["benchmark"]
+    assert [list(row.values()) for row in rows] == [["total", 0.5], ["sections, chat, accuracy", 0.75]]
 
 
 def test_what_holds_no_run_is_an_error_that_says_what_to_type(tmp_path: Path) -> None:
@@ -246,7 +256,7 @@ def test_what_holds_no_run_is_an_error_that_says_what_to_type(tmp_path: Path) ->
     (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(RunDirectoryError, match=r"It is a sweep: .*/trial-\* --compare"):
         write_run_report(tmp_path)
-    place = write_evaluation(tmp_path / "newer", {"held": planted_outcomes(20)})
+    place = write_planted(tmp_path / "newer", {"held": planted_outcomes(20)})
     (place / "evaluation.json").write_text('{"format": 2}')
     with pytest.raises(RunDirectoryError, match=r"has format 2, and this version of rayrm reads 1"):
         write_run_report(place)
@@ -267,8 +277,7 @@ def bars(svg: str, colour: str) -> list[tuple[float, float, float, float]]:
 
 
 def test_the_orange_part_of_the_margins_is_the_share_that_is_wrong() -> None:
-    columns = planted_outcomes(5000, skill=0.8)
-    margin = columns["won"] - columns["lost"]
+    margin = planted_outcomes(5000, skill=0.8).margin
     picture = margins("", margin)
     assert picture is not None
     areas = [
@@ -313,10 +322,8 @@ def test_very_small_numbers_on_an_axis_are_short() -> None:
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     home = tmp_path_factory.mktemp("compared")
     first, second = write_run(home / "a" / "run", rate=3e-5), write_run(home / "b" / "run", rate=1e-4, seed=1)
-    write_evaluation(first / "evaluation", {"held": planted_outcomes(), "own": planted_outcomes(50)})
-    write_evaluation(
-        second / "evaluation", {"held": planted_outcomes(skill=1.5), "own": planted_outcomes(60)}
-    )
+    write_planted(first / "evaluation", {"held": planted_outcomes(), "own": planted_outcomes(50)})
+    write_planted(second / "evaluation", {"held": planted_outcomes(skill=1.5), "own": planted_outcomes(60)})
     return first, second, write_comparison([first, second], home / "comparison.html")
 
 
@@ -424,8 +431,10 @@ def test_the_report_of_a_real_run_says_what_it_logged(tmp_path: Path) -> None:
     curve = found["sections"]["curves"]["loss"]
     assert curve["training"]["value"] == [record["loss"] for record in log if "loss" in record]
     assert curve["held"]["step"] == [2, 4]
-    assert found["facts"]["accuracy on held"]["value"] == log[-2]["eval_held_accuracy"]
+    last = [record["eval_held_accuracy"] for record in log if "eval_held_accuracy" in record][-1]
+    assert found["facts"]["accuracy on held"]["value"] == last
     assert found["facts"]["pairs trained on"] == pytest.approx(16)
+    assert found["sections"]["set:held"]["margins"]["count"] == 20, "training evaluates at its end"
     (refused,) = found["sections"]["data"]["refused"]
     assert refused["missing-chosen"] == 1
 
