@@ -30,6 +30,7 @@ _RISEN = 1.05
 _MANY_REFUSED = 0.01
 _LONG_WAIT = 0.1
 _SETS_ON_TOP = 3
+_LONGEST_FACT = 60
 
 
 def write_run_report(directory: str | Path, page: str | Path | None = None) -> Path:
@@ -93,7 +94,8 @@ def _facts(run: RunFiles) -> list[tuple[str, Cell]]:
     train = source_names((settings.get("data") or {}).get("train"))
     if train:
         more = f" and {len(train) - 1} more" if len(train) > 1 else ""
-        facts.append(("data", f"{train[0]}{more}"))
+        first = train[0] if len(train[0]) <= _LONGEST_FACT else f"{train[0][: _LONGEST_FACT - 1]}…"
+        facts.append(("data", f"{first}{more}"))
     cost = cost_of(run)
     if cost is not None:
         facts.append(("pairs trained on", Number(cost.pairs, "count")))

@@ -93,7 +93,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "evaluation": write_run_report(write_planted(home / "evaluation", sets)),
         "comparison": write_comparison([first, second], home / "comparison.html"),
         "onestep": write_run_report(write_run(home / "onestep", 1)),
-        "empty": write_run_report(write_run(home / "empty", 0)),
+        "empty": write_run_report(write_run(home / ("empty" * 15), 0)),
     }
 
 
