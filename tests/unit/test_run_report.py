@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from rayrm.cli import main
-from rayrm.config import RewardConfig
-from rayrm.errors import ConfigError, RunDirectoryError
+from rayrm.errors import RunDirectoryError
 from rayrm.metrics.comparison import compare
 from rayrm.report.compare import names_of, write_comparison
 from rayrm.report.document import Number, Passage, Report, Section, Table, markdown, plain, write_report
@@ -28,9 +27,7 @@ from rayrm.report.evaluation_figures import (
 from rayrm.report.figures import Curve, curves
 from rayrm.report.run import write_run_report
 from rayrm.report.run_files import read_run_files
-from rayrm.train.trainer import RewardTrainer
 from tests.planted_runs import EVIL, constant, planted_outcomes, records, write_planted, write_run
-from tests.tiny import save_tiny, tiny_rows, write_rows
 from tests.unit.test_rl_report import Page
 
 CURVES = ["Loss", "Accuracy", "Margin", "Learning rate", "Gradient norm", "Throughput", "Wait for data"]
@@ -400,47 +397,7 @@ def test_the_command_writes_each_report_and_one_comparison(
     assert main(["report", "a", "--compare"]) == 2
 
 
-def test_the_report_of_a_real_run_says_what_it_logged(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model")
-    rows = tiny_rows(40)
-    del rows[3]["chosen"]
-    train, held = (
-        write_rows(tmp_path / "train.jsonl", rows),
-        write_rows(tmp_path / "held.jsonl", tiny_rows(20)),
-    )
-    config = RewardConfig(
-        output_dir=str(tmp_path / "run"),
-        max_steps=4,
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=2,
-        per_device_train_batch_size=4,
-        learning_rate=1e-3,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        max_bad_row_fraction=0.1,
-        disable_tqdm=True,
-    )
-    RewardTrainer(
-        model=str(model), args=config, train_dataset=str(train), eval_dataset={"held": str(held)}
-    ).train()
-    found = told(write_run_report(tmp_path / "run"))
-    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert found["notes"] == []
-    curve = found["sections"]["curves"]["loss"]
-    assert curve["training"]["value"] == [record["loss"] for record in log if "loss" in record]
-    assert curve["held"]["step"] == [2, 4]
-    last = [record["eval_held_accuracy"] for record in log if "eval_held_accuracy" in record][-1]
-    assert found["facts"]["accuracy on held"]["value"] == last
-    assert found["facts"]["pairs trained on"] == pytest.approx(16)
-    assert found["sections"]["set:held"]["margins"]["count"] == 20, "training evaluates at its end"
-    (refused,) = found["sections"]["data"]["refused"]
-    assert refused["missing-chosen"] == 1
-
-
 def test_a_disk_that_takes_no_file_is_an_error_of_ours(tmp_path: Path) -> None:
     report = Report("k", "n", "s", [], [], [])
     with pytest.raises(RunDirectoryError, match="cannot be written"):
         write_report(report, tmp_path / "nowhere" / "report.html")
-    assert issubclass(ConfigError, ValueError)
