@@ -1,4 +1,4 @@
-"""`rayrm`: train, evaluate, score, publish, serve, sweep, demo, config, data, doctor, from the shell.
+"""`rayrm`: train, evaluate, score, publish, serve, sweep, report, demo, config, data, doctor, from the shell.
 
 Each command parses its words and calls one function of the package; torch and ray are imported by the command
 that needs them, so that `rayrm config` is instant. What the user can mend ends with one message and exit
@@ -19,6 +19,7 @@ from typing import Any
 from rayrm.errors import PreemptedError, RayrmError
 from rayrm.evaluate_command import add_evaluate
 from rayrm.inspect_command import add_data
+from rayrm.report_command import add_report
 from rayrm.rl.ending import ON_SIGTERM
 from rayrm.rl_commands import add_refresh, add_rl
 from rayrm.runfile import split_words
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add_rl(command("rl", None, "Train a policy by GRPO or RLOO against the reward service."))
     add_refresh(command("refresh", None, "Train the served model on, on a judge's rankings of the samples."))
     add_sweep(command("sweep", None, "Train a run file's run with several settings, and name the best."))
+    add_report(command("report", None, "Pages of training runs and evaluations, or of several compared."))
     demo = command("demo", _demo, "The whole way once: data, training, evaluation, serving, GRPO.")
     demo.add_argument("--out", default="demo-out", help="default: demo-out")
     demo.add_argument("--steps", type=int, help="cut training short")

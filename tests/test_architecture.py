@@ -29,6 +29,7 @@ COMMANDS = {
     "score_command",
     "rl_commands",
     "sweep_command",
+    "report_command",
     "cli",
 }
 LAYERS: list[set[str]] = [

@@ -38,12 +38,16 @@ SMOOTHED_FROM = 40
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """`svg` is a whole `<svg>` element; `wide` ones want the page's width."""
+    """`svg` is a whole `<svg>` element; `wide` ones want the page's width.
+
+    `legend`: numbers of the page's colours and what they stand for, where the page tells them.
+    """
 
     title: str
     svg: str
     caption: str = ""
     wide: bool = False
+    legend: Sequence[tuple[int, str]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +72,16 @@ class Panel:
 
 
 def curves(
-    title: str, unit: str, drawn: Sequence[Curve], *, rolls: Sequence[float] = (), caption: str = ""
+    title: str,
+    unit: str,
+    drawn: Sequence[Curve],
+    *,
+    rolls: Sequence[float] = (),
+    caption: str = "",
+    named: bool = True,
 ) -> Picture | None:
-    """Curves over steps on one axis; dotted verticals at `rolls`."""
-    return panels(title, [Panel(unit, drawn)], rolls=rolls, caption=caption)
+    """Curves over steps on one axis; dotted verticals at `rolls`. `named`: as of `panels`."""
+    return panels(title, [Panel(unit, drawn)], rolls=rolls, caption=caption, named=named)
 
 
 def hacking_picture(
@@ -106,8 +116,12 @@ def panels(
     rolls: Sequence[float] = (),
     caption: str = "",
     wide: bool = False,
+    named: bool = True,
 ) -> Picture | None:
-    """Axes one above the other that share their steps; those with nothing finite are left out."""
+    """Axes one above the other that share their steps; those with nothing finite are left out.
+
+    `named`: curves are told apart by a legend in the picture, and not by the page's.
+    """
     rows = [row for row in rows if any(np.isfinite(curve.values).any() for curve in row.curves)]
     if not rows:
         return None
@@ -118,6 +132,7 @@ def panels(
             for curve in row.curves:
                 _draw(axis, curve)
             name_axis(axis, row.unit)
+            _short_ticks(axis)
             if not any(curve.values[np.isfinite(curve.values)].any() for curve in row.curves):
                 axis.set_ylim(-0.05, 1.0)  # all zero: nothing is below
             if row.since is not None:
@@ -125,7 +140,7 @@ def panels(
                 axis.axvspan(row.since, max(end, row.since), color=COLOURS[1], alpha=0.14, linewidth=0)
             for step in rolls:
                 axis.axvline(step, color=MUTED, linestyle=":", linewidth=1)
-            if len(row.curves) > 1:
+            if named and len(row.curves) > 1:
                 _legend(axis, len(row.curves))
         axes[-1].set_xlabel("step")
         _whole_steps(axes[-1])
@@ -283,6 +298,19 @@ def _thin(values: Array) -> Array:
 def name_axis(axis: Axes, unit: str) -> None:
     """What the vertical axis counts stands over it: to be read without turning one's head."""
     axis.set_title(visible(unit), loc="left", fontsize=9, color=MUTED, pad=5)
+
+
+def _short_ticks(axis: Axes) -> None:
+    """Very small and very large numbers as they are typed (2e-6): there is room for six characters."""
+    from matplotlib.ticker import FuncFormatter
+
+    low, high = axis.get_ylim()
+    if not 1e-3 <= max(abs(low), abs(high)) < 1e5:
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _typed(value)))
+
+
+def _typed(value: float) -> str:
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _legend(axis: Axes, num: int) -> None:
