@@ -134,7 +134,14 @@ def _train(options: argparse.Namespace) -> int:
     run = read_run(*split_words(options.run))  # before the seconds that torch and ray take to import
     from rayrm.train.launch import train_run
 
-    summary = train_run(run)
+    def finish(directory: Path) -> None:
+        from rayrm.report.card import illustrate_card
+        from rayrm.report.run import write_run_report
+
+        illustrate_card(directory)
+        print(f"report: {write_run_report(directory)}")
+
+    summary = train_run(run, finish=finish)
     seen = {key: value for key, value in summary.metrics.items() if key.endswith(("loss", "accuracy"))}
     shown = ", ".join(f"{key} {value:.4g}" for key, value in seen.items())
     print(f"trained {summary.num_steps} steps ({shown}); the model is in {summary.output_dir}")

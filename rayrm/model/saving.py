@@ -36,6 +36,7 @@ _SAVED = (
     HEADS_FILE,
     FACTS,
     CARD,
+    "card-*.svg",
 )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayrm.metrics.calibration import Bin
 from rayrm.report.figures import (
     COLOURS,
     INK,
@@ -35,17 +36,6 @@ _POINTS = 500
 _CELLS = (34, 24)
 _LONGEST_NAME = 24
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """One interval of confidence: what was foretold there, what was right, and of how many comparisons."""
-
-    low: float
-    high: float
-    confidence: float
-    accuracy: float
-    count: int
 
 
 @dataclass(frozen=True, slots=True)

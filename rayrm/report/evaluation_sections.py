@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from rayrm.metrics.calibration import Bin
 from rayrm.metrics.outcomes import Outcomes
 from rayrm.report.document import Block, Cell, Drawing, Number, Passage, Section, Sentence, Table
 from rayrm.report.evaluation_figures import (
-    Bin,
     GroupAccuracy,
     group_bars,
     margins,
@@ -141,7 +141,7 @@ def _score_drawings(one: EvaluatedSet, mark: str) -> list[Block]:
     if outcomes is None or _constant(outcomes) is not None:
         return []
     bins = [
-        Bin(float(b["low"]), float(b["high"]), b["confidence"], b["accuracy"], int(b["count"]))
+        Bin(b["low"], b["high"], b["confidence"], b["accuracy"], int(b["count"]), b.get("weight", b["count"]))
         for b in one.reliability
         if {"low", "high", "confidence", "accuracy", "count"} <= set(b)
     ]

@@ -276,6 +276,8 @@ def _fill(
         "evaluation": evaluation,
     }
     _write_synced(partial / CARD, published_card(manifest, source, has_run=run_text is not None))
+    for picture in sorted(source.glob("card-*.svg")):
+        _copy_synced(picture, partial / picture.name)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest["files"] = {
         path.relative_to(partial).as_posix(): {"sha256": file_sha256(path), "bytes": path.stat().st_size}

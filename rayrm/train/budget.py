@@ -83,6 +83,18 @@ class Demand:
         return float(np.interp(num_tokens, self.tokens, self.scores))
 
 
+def given_budget(config: RewardConfig, longest: int) -> int | None:
+    """The budget that is set; None: none is. Raises ConfigError where it is below the run's longest row."""
+    budget, parts = config.max_tokens_per_microbatch, config.sequence_parallel_size
+    if budget is not None and budget * parts < longest:
+        among = f", over {parts} workers" if parts > 1 else ""
+        raise ConfigError(
+            f"`max_tokens_per_microbatch` ({budget}) is below the longest pair kept by `max_length` "
+            f"({longest} tokens{among}). Raise it to {math.ceil(longest / parts)} or lower `max_length`."
+        )
+    return budget
+
+
 def decide_budget(
     probe: Probe,
     rows: RowSet,

@@ -11,7 +11,7 @@ import dataclasses
 import glob
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,18 @@ class TrainSummary:
     metrics: dict[str, float]
 
 
-def train_run(run: Run, *, callbacks: Sequence[Any] = (), leg: Leg | None = None) -> TrainSummary:
+def train_run(
+    run: Run,
+    *,
+    callbacks: Sequence[Any] = (),
+    leg: Leg | None = None,
+    finish: Callable[[Path], object] | None = None,
+) -> TrainSummary:
     """Train what `run` says to the end; goes on where a run of the same settings was cut off.
 
     `callbacks`: Ray Train's `UserCallback`s, for runs with workers. `leg`: a sweep's asking to train a part
-    only; it ends in PreemptedError, as where the run is told to leave.
+    only; it ends in PreemptedError, as where the run is told to leave. `finish` is called with the directory
+    of the finished run, before its model is pushed.
 
     Raises:
         ConfigError, DataError, ModelError, RunDirectoryError, CheckpointError, ClusterError: refused before a
@@ -78,6 +85,7 @@ def train_run(run: Run, *, callbacks: Sequence[Any] = (), leg: Leg | None = None
             auto_resume=True,
             run=run,
             leg=leg,
+            finish=finish,
         )
     _train(trainer)
     metrics: dict[str, float] = {}

@@ -43,6 +43,7 @@ _WRITTEN = (
     "README.md", "config.json", "adapter_*", "*.safetensors*", "rayrm.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
     "additional_chat_templates", "attributes", "trainer_state.json", "evaluation",
+    "report.html", "report.md", "report.json", "card-*.svg",
 )  # fmt: skip
 _FREE = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "dataset_num_proc",

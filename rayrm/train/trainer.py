@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from rayrm.model.reward_model import load_saved
 from rayrm.model.saving import FACTS, TextForm, copy_saved, save_model
 from rayrm.objective import Objective
 from rayrm.train.attributes import reopen_attributes
+from rayrm.train.budget import given_budget
 from rayrm.train.build import ModelSource, build_model, check_source
 from rayrm.train.callbacks import CallbackArgs, call_all, check_callbacks
 from rayrm.train.display import Display
@@ -108,6 +109,7 @@ class RewardTrainer(ScriptCalls):
         auto_resume: bool = False,
         run: Any = None,
         leg: Leg | None = None,
+        finish: Callable[[Path], object] | None = None,
     ) -> None:
         show_logs()
         self._data = data_config or DataConfig()
@@ -121,7 +123,7 @@ class RewardTrainer(ScriptCalls):
         self.args = resolved_args(args, self._source, train_dataset)
         self.output_dir = Path(self.args.output_dir or "trainer_output").expanduser().absolute()
         self._scaling, self._run_config, self._run, self._leg = scaling_config, run_config, run, leg
-        self._auto_resume, self._optimizer = auto_resume, optimizer_cls_and_kwargs
+        self._auto_resume, self._optimizer, self._finish = auto_resume, optimizer_cls_and_kwargs, finish
         self._callbacks = check_callbacks(callbacks or [])
         self._metrics = user_metrics(compute_metrics, preprocess_logits_for_metrics, self.args)
         self.num_workers = 0 if scaling_config is None else int(scaling_config.num_workers or 0)
@@ -216,6 +218,8 @@ class RewardTrainer(ScriptCalls):
                     self._model = None
         self.state = TrainerState.load_from_json(str(self.output_dir / TRAINER_STATE))
         summary = self.state.log_history[-1]
+        if self._finish is not None:
+            self._finish(self.output_dir)
         if self.args.push_to_hub:
             self.push_to_hub()
         return TrainOutput(self.state.global_step, summary["train_loss"], summary)
@@ -342,7 +346,8 @@ class RewardTrainer(ScriptCalls):
         bring(self.args, self.output_dir, identity, **asked)
         free = frozenset() if self._leg is None else MAY_CHANGE
         start = examine(self.output_dir, identity, **asked, may_differ=free, own=self._own)
-        budget = self._budget(start)
+        longest = int(self.train_set.sample.index.tokens(share=self.args.share_prefix).max())
+        budget = given_budget(self.args, longest) or start.max_tokens
         claim(self.output_dir, identity, budget, self._run_toml(budget), start.origin, self._leg is None)
         kept = self.output_dir / "quarantine.jsonl"
         if self._sets.quarantine != kept and self._sets.quarantine.exists():
@@ -351,18 +356,6 @@ class RewardTrainer(ScriptCalls):
             self._sets.quarantine.parent.rmdir()
         self._sets.quarantine = kept
         return RunStart(start.resume, budget)
-
-    def _budget(self, start: RunStart) -> int | None:
-        """The token budget of a micro-batch: as set, or as chosen when the run began; None: ranks choose."""
-        longest = int(self.train_set.sample.index.tokens(share=self.args.share_prefix).max())
-        budget, parts = self.args.max_tokens_per_microbatch, self.args.sequence_parallel_size
-        if budget is not None and budget * parts < longest:
-            among = f", over {parts} workers" if parts > 1 else ""
-            raise ConfigError(
-                f"`max_tokens_per_microbatch` ({budget}) is below the longest pair kept by `max_length` "
-                f"({longest} tokens{among}). Raise it to {math.ceil(longest / parts)} or lower `max_length`."
-            )
-        return budget or start.max_tokens
 
     def _run_toml(self, budget: int | None) -> str:
         from rayrm.config import ClusterConfig

@@ -12,11 +12,11 @@ import pytest
 
 from rayrm.cli import main
 from rayrm.errors import RunDirectoryError
+from rayrm.metrics.calibration import Bin
 from rayrm.metrics.comparison import compare
 from rayrm.report.compare import names_of, write_comparison
 from rayrm.report.document import Number, Passage, Report, Section, Table, markdown, plain, write_report
 from rayrm.report.evaluation_figures import (
-    Bin,
     GroupAccuracy,
     agreement,
     group_bars,
@@ -303,7 +303,7 @@ def test_length_and_reliability_are_drawn_where_there_is_something() -> None:
     assert picture is not None
     assert "+0.4 of score for 100 tokens more" in picture.caption
     assert score_by_length("", np.full(9, 3.0), length[:9]) is None
-    assert reliability_curve("", [Bin(0.5, 0.6, 0.55, 0.5, 0)]) is None
+    assert reliability_curve("", [Bin(0.5, 0.6, 0.55, 0.5, 0, 0.0)]) is None
     drawn = agreement("", "a", "b", np.array([1.0, 1, -1, -1]), np.array([1.0, -1, 1, 1]))
     assert drawn is not None
     assert "Top left, 50.0%: b alone is right. Bottom right, 25.0%: a alone is right." in drawn.caption
