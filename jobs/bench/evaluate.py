@@ -38,17 +38,18 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = [parse_row(row.content) for piece in plan.work for row in read_work(piece)]
     tokenized = tokenize_rows(loaded.tokenizer, rows, loaded.max_positions)
     sequences = [ids for row in tokenized if not isinstance(row, RowError) for ids in row.sequences]
-    model = RewardModel(loaded)
     print(f"{len(rows)} {form_of(rows[0])} rows, {sum(map(len, sequences)):,} tokens", flush=True)
     began = time.perf_counter()
     ensure_ray()
     ray_start_s = time.perf_counter() - began
-    model.score_ids(sequences[:32])
     bare, ours = [], []
     for number in range(arguments.rounds):
+        model = RewardModel(loaded)
+        model.score_ids(sequences[:32])
         began = time.perf_counter()
         model.score_ids(sequences)
         bare.append(len(rows) / (time.perf_counter() - began))
+        model.release()
         with tempfile.TemporaryDirectory() as kept:
             began = time.perf_counter()
             scoring = Scoring(loaded, Path(arguments.model), keep=Path(kept) / ".partial")

@@ -55,6 +55,7 @@ def ingest(
     selection: Selection = EVERY_ROW,
     columns: Mapping[str, str] | None = None,
     labels: LabelRules = USUAL,
+    here: bool = False,
 ) -> TokenizedSet:
     """All acceptable rows of a source that `selection` takes, tokenized.
 
@@ -64,22 +65,30 @@ def ingest(
     `max_tasks`: read and tokenize in so many tasks at once (None: the cluster's CPUs). `token_cache`: a
     directory where the tokenized pieces are kept, and taken from where they are there. `selection`: one side
     of a split by prompt, without excluded prompts; rows that it leaves out are counted, and not bad.
-    `labels`: which rows the run's loss can use.
+    `labels`: which rows the run's loss can use. `here`: in this process alone, which starts no Ray: for
+    files that one process tokenizes in less time than Ray's take to start.
     Refused rows are appended to `quarantine_path`; more than `max_bad_row_fraction` of a source's (a row
     above `max_length` is filtered, not bad) raise `DataError` as soon as they are seen, as do a missing,
     unreadable or empty source and one that mixes text forms. A missing chat template is a `ConfigError`.
     """
-    ensure_ray()
     reading = reading_of(
         tokenizer, max_length=max_length, selection=selection, token_cache=token_cache, labels=labels
     )
-    plan, tables, cached = _read(source, reading, max_rows, max_tasks, name, columns)
+    if here:
+        plan = plan_sources(source, max_rows=max_rows, name=name, columns=columns)
+        found: Iterator[tuple[Any, BlockIndex]] = (
+            (table, index_of(table)) for piece in plan.work for table in reading.tables(piece)
+        )
+    else:
+        ensure_ray()
+        plan, tables, cached = _read(source, reading, max_rows, max_tasks, name, columns)
+        found = _indexed(tables, cached=cached)
     blocks: list[Any] = []
     indices: list[BlockIndex] = []
     watch = RefusalWatch(name, plan.group_names, max_bad_row_fraction, quarantine_path)
     try:
         with _progress(name) as show:
-            for block, index in _indexed(tables, cached=cached):
+            for block, index in found:
                 raise_if_stopped(index)
                 blocks.append(block)
                 indices.append(index)

@@ -42,7 +42,11 @@ from rayrm.serve.scorer import RewardModel
 from rayrm.train.attributes import reopen_attributes
 from rayrm.train.evaluation import Scores
 from rayrm.train.evaluation_record import EvaluationRecord, SetEvaluation, evaluate_set, of_outcomes
+from rayrm.train.train_data import local_bytes
 from rayrm.urls import masked
+
+_FEW_BYTES = 2**25
+"""Files that one process tokenizes in some seconds, which is what Ray takes to start."""
 
 
 def evaluate(
@@ -122,7 +126,7 @@ def evaluate_loaded(
         rows = (
             benchmark.rows
             if benchmark
-            else _ingest_for(loaded, source, name, max_pairs, max_bad_row_fraction, chosen)
+            else _ingest_for(scoring, source, name, max_pairs, max_bad_row_fraction, chosen)
         )
         scores = scoring.scores(rows, name, on_progress)
         found = evaluate_set(scores, rows, chosen, loaded.tokenizer, benchmark.labels if benchmark else None)
@@ -173,13 +177,14 @@ def objective_of(loaded: LoadedModel, asked: Mapping[str, Any]) -> Objective:
 
 
 def _ingest_for(
-    loaded: LoadedModel,
+    scoring: Scoring,
     source: Any,
     name: str,
     max_pairs: int | None,
     max_bad_row_fraction: float,
     objective: Objective,
 ) -> TokenizedSet:
+    loaded = scoring.loaded
     rows = ingest(
         source,
         loaded.tokenizer,
@@ -188,6 +193,7 @@ def _ingest_for(
         max_bad_row_fraction=max_bad_row_fraction,
         name=name,
         labels=LabelRules.of(objective),
+        here=scoring.num_workers == 0 and 0 < local_bytes(source) <= _FEW_BYTES,
     )
     form = rows.report.text_form
     if form not in (loaded.text_form, "tokenized"):
@@ -210,8 +216,11 @@ def _first(source: Any, num_rows: int) -> list[PreferenceRow]:
 
 def _consistency(loaded: LoadedModel, rows: Sequence[PreferenceRow]) -> dict[str, float]:
     """How preferences outlast harmless changes, of no rows nothing."""
-    score = partial(RewardModel(loaded).score_inputs, truncation="left")
-    changes = measure_consistency(rows, score) if rows else []
+    model = RewardModel(loaded)
+    try:
+        changes = measure_consistency(rows, partial(model.score_inputs, truncation="left")) if rows else []
+    finally:
+        model.release()  # now, and not when it is collected: the next set's scorer wraps the same model
     return {name: value for change in changes for name, value in change.metrics.items()}
 
 

@@ -1,8 +1,9 @@
 """[RAY] The scores of a tokenized set: computed here, or by a pool of Ray Data's actors; kept as they come.
 
-A set is scored in chunks of `ROWS_PER_CHUNK` consecutive rows. Where there is a directory to keep them in,
-each chunk's scores are written as soon as they are known, under a name that tells the model, the rows and
-the chunk: what was cut off computes the missing ones only. A score does not depend on its chunk (< 1e-5).
+A set is scored in chunks of `ROWS_PER_CHUNK` rows, those that begin alike together. Where there is a
+directory to keep them in, each chunk's scores are written as soon as they are known, under a name that tells
+the model, the rows and the chunk: what was cut off computes the missing ones only. A score does not depend
+on its chunk (< 1e-5).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayrm.config import RewardConfig
-from rayrm.data.row_index import RowIndex
+from rayrm.data.row_index import Places, RowIndex
 from rayrm.data.tokenize import TokenizedRow
 from rayrm.data.tokenized_set import TokenizedSet
 from rayrm.errors import RayrmError, writing
@@ -46,44 +47,55 @@ class Scoring:
 
     def scores(self, rows: TokenizedSet, name: str, on_progress: Progress | None = None) -> Scores:
         """The scores of all completions, in the index's order, `[N]`; with attributes `[N, 1 + A]`."""
-        chunks = list(range(0, rows.num_rows, self.rows_per_chunk))
+        order = rows.index.alike_together
+        chunks = {
+            number: order[begin : begin + self.rows_per_chunk]
+            for number, begin in enumerate(range(0, rows.num_rows, self.rows_per_chunk))
+        }
         kept = None if self.keep is None else self.keep / self._key(rows)
         found = {} if kept is None else _kept(kept, chunks)
-        done = sum(self._chunk(rows, chunk).num_rows for chunk in found)
+        done = sum(len(chunks[number]) for number in found)
         if on_progress is not None and done:
             on_progress(name, done, rows.num_rows)
-        missing = [chunk for chunk in chunks if chunk not in found]
-        for chunk, scores in self._computed(rows, missing):
-            found[chunk] = scores
+        missing = {number: chunk for number, chunk in chunks.items() if number not in found}
+        for number, scores in self._computed(rows, missing):
+            found[number] = scores
             if kept is not None:
-                _keep(kept, chunk, scores)
-            done += self._chunk(rows, chunk).num_rows
+                _keep(kept, number, scores)
+            done += len(chunks[number])
             if on_progress is not None:
                 on_progress(name, done, rows.num_rows)
-        return np.concatenate([found[chunk] for chunk in chunks]) if chunks else np.zeros(0)
+        if not chunks:
+            return np.zeros(0)
+        together = np.concatenate([found[number] for number in chunks])
+        scores = np.empty_like(together)
+        scores[rows.index.places(order)] = together
+        return scores
 
     def forget(self) -> None:
         """Delete what was kept: everything is scored."""
         if self.keep is not None:
             shutil.rmtree(self.keep, ignore_errors=True)
 
-    def _computed(self, rows: TokenizedSet, chunks: list[int]) -> Iterator[tuple[int, Scores]]:
+    def _computed(self, rows: TokenizedSet, chunks: Mapping[int, Places]) -> Iterator[tuple[int, Scores]]:
         if not chunks:
             return
         if self.num_workers == 0:
             with _scorer(self.loaded, rows) as scores_of:
-                for chunk in chunks:
-                    yield chunk, scores_of(self._chunk(rows, chunk))
+                for number, chunk in chunks.items():
+                    yield number, scores_of(_Chunk(rows, chunk))
             return
         yield from self._computed_by_workers(rows, chunks)
 
-    def _computed_by_workers(self, rows: TokenizedSet, chunks: list[int]) -> Iterator[tuple[int, Scores]]:
+    def _computed_by_workers(
+        self, rows: TokenizedSet, chunks: Mapping[int, Places]
+    ) -> Iterator[tuple[int, Scores]]:
         import ray
 
         from rayrm.data.ingest import quiet_context
         from rayrm.own_ray import scorer_resources
 
-        items = [{"chunk": chunk, "num_rows": self._chunk(rows, chunk).num_rows} for chunk in chunks]
+        items = [{"number": number, "rows": pickle.dumps(chunk)} for number, chunk in chunks.items()]
         with quiet_context():
             scored = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
                 ChunkScorer,
@@ -95,16 +107,13 @@ class Scoring:
             )
             try:
                 for batch in scored.iter_batches(batch_size=None, prefetch_batches=0):
-                    for chunk, scores in zip(batch["chunk"], batch["scores"], strict=True):
-                        yield int(chunk), pickle.loads(scores)
+                    for number, scores in zip(batch["number"], batch["scores"], strict=True):
+                        yield int(number), pickle.loads(scores)
             except ray.exceptions.RayTaskError as error:
                 raise RayrmError(
                     f"a worker that scores failed: {_cause(error)}. What it said stands above, and what was "
                     "scored is kept where there is an `--output`."
                 ) from error
-
-    def _chunk(self, rows: TokenizedSet, first: int) -> _Chunk:
-        return _Chunk(rows, first, min(self.rows_per_chunk, rows.num_rows - first))
 
     def _key(self, rows: TokenizedSet) -> str:
         """What the scores are of: the model's files as they are now, and the rows."""
@@ -115,7 +124,7 @@ class Scoring:
 
 
 class ChunkScorer:
-    """An actor of the pool: the model in its memory; chunks by their first row -> their scores, pickled."""
+    """An actor of the pool, with the model in its memory: chunks of rows -> their scores, pickled."""
 
     def __init__(self, model: str, rows: Sequence[Any]) -> None:
         import ray
@@ -127,20 +136,20 @@ class ChunkScorer:
         self._scores_of = self._open.enter_context(_scorer(loaded, self._rows))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        chunks = zip(batch["chunk"].tolist(), batch["num_rows"].tolist(), strict=True)
-        scores = [pickle.dumps(self._scores_of(_Chunk(self._rows, *chunk))) for chunk in chunks]
-        return {"chunk": batch["chunk"], "scores": scores}
+        chunks = [_Chunk(self._rows, pickle.loads(rows)) for rows in batch["rows"]]
+        return {"number": batch["number"], "scores": [pickle.dumps(self._scores_of(one)) for one in chunks]}
 
 
 class _Chunk:
-    """The rows of a set from `first` on."""
+    """Some rows of a set, by their places in it."""
 
-    def __init__(self, rows: TokenizedSet, first: int, num_rows: int) -> None:
-        self._rows, self._first, self.num_rows = rows, first, num_rows
-        self.index: RowIndex = rows.index.take(first + np.arange(num_rows))
+    def __init__(self, rows: TokenizedSet, places: Places) -> None:
+        self._rows, self._places = rows, places
+        self.num_rows = len(places)
+        self.index: RowIndex = rows.index.take(places)
 
     def fetch(self, rows: npt.ArrayLike) -> list[TokenizedRow]:
-        return self._rows.fetch(self._first + np.asarray(rows))
+        return self._rows.fetch(self._places[np.asarray(rows)])
 
     def name_of(self, row: TokenizedRow) -> str:
         return self._rows.name_of(row)
@@ -157,16 +166,16 @@ def _scorer(loaded: LoadedModel, rows: TokenizedSet) -> AbstractContextManager[C
     return scorer_of(loaded.model, RewardConfig(bf16=False), longest=int(rows.index.lengths.max()))
 
 
-def _kept(directory: Path, chunks: list[int]) -> dict[int, Scores]:
-    """The scores of the chunks that were computed before, by their first row."""
-    files = {chunk: directory / f"{chunk}.npy" for chunk in chunks}
-    return {chunk: np.load(file) for chunk, file in files.items() if file.is_file()}
+def _kept(directory: Path, chunks: Iterable[int]) -> dict[int, Scores]:
+    """The scores of the chunks that were computed before, by their numbers."""
+    files = {number: directory / f"{number}.npy" for number in chunks}
+    return {number: np.load(file) for number, file in files.items() if file.is_file()}
 
 
-def _keep(directory: Path, chunk: int, scores: Scores) -> None:
-    file = directory / f"{chunk}.npy"
+def _keep(directory: Path, number: int, scores: Scores) -> None:
+    file = directory / f"{number}.npy"
     with writing(file):
         directory.mkdir(parents=True, exist_ok=True)
-        aside = directory / f".{chunk}.{os.getpid()}.npy"
+        aside = directory / f".{number}.{os.getpid()}.npy"
         np.save(aside, scores)
         aside.replace(file)

@@ -237,6 +237,10 @@ class RewardModel:
             self._move(self._device)
             self._is_offloaded = self._is_between = False
 
+    def release(self) -> None:
+        """Let the loaded model compute as it did before, for another scorer to take it; the end of this."""
+        self._scorer.release()
+
     @property
     def parameters(self) -> list[torch.Tensor]:
         """Its weights, in memory."""

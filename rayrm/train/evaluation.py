@@ -76,8 +76,9 @@ def score_rows(
     groups, group = world // parts, rank // parts
     shares = layout.name == "shared"
     found: Scores | None = None
+    order = rows.index.alike_together
     for begin in range(0, rows.num_rows, _ROWS_PER_ROUND * groups):
-        chosen = np.arange(begin, min(begin + _ROWS_PER_ROUND * groups, rows.num_rows))
+        chosen = order[begin : begin + _ROWS_PER_ROUND * groups]
         costs = rows.index.take(chosen).costs(share=shares, padded=layout.name == "padded")
         budget = max(max_tokens * parts, int(costs.tokens.max()))
         plan = plan_step(costs, num_ranks=groups, max_tokens=budget, attention_weight=attention_weight)

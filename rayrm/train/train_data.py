@@ -45,7 +45,7 @@ def _decide(data: DataConfig, source: Any, config: RewardConfig) -> tuple[Mode, 
         return "indexed", "`max_steps` is not set; the whole IterableDataset is read first"
     if datasets is not None and isinstance(source, datasets.Dataset):
         return "indexed", "the source is a Dataset (`data.mode=streaming` would start at once)"
-    size = _local_bytes(source)
+    size = local_bytes(source)
     if not size:
         return "indexed", "nothing tells the set's size (`data.mode=streaming` would start at once)"
     if size <= LARGE_BYTES:
@@ -58,19 +58,19 @@ def _decide(data: DataConfig, source: Any, config: RewardConfig) -> tuple[Mode, 
     )
 
 
-def _local_bytes(source: Any) -> int:
+def local_bytes(source: Any) -> int:
     """The size of local files that the source names; 0 for what is not known without reading."""
     if isinstance(source, (list, tuple)):
-        return sum(_local_bytes(entry) for entry in source if not isinstance(entry, dict))
+        return sum(local_bytes(entry) for entry in source if not isinstance(entry, dict))
     source = getattr(source, "path", source)
     if isinstance(source, list):
-        return _local_bytes(source)
+        return local_bytes(source)
     if not isinstance(source, (str, os.PathLike)):
         return 0
     path = Path(source).expanduser()
     if glob.has_magic(str(source)) and not path.exists():
         found = glob.glob(str(path), recursive=True)
-        return sum(_local_bytes(name) for name in found)
+        return sum(local_bytes(name) for name in found)
     if path.is_dir():
         return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
     return path.stat().st_size if path.is_file() else 0

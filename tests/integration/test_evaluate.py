@@ -188,7 +188,10 @@ def test_a_benchmark_is_known_by_its_rows_and_gives_its_own_numbers(tmp_path: Pa
         for number, (row, subset) in enumerate(zip(tiny_rows(5), subsets, strict=True))
     ]
     source = str(write_rows(tmp_path / "rewardbench.jsonl", rows))
-    found = evaluate(path, [source], consistency_rows=5).sets[source]
+    plain = str(write_rows(tmp_path / "plain.jsonl", tiny_rows(5, conversational=chat)))
+    both = evaluate(path, [source, plain], consistency_rows=5).sets
+    assert both[plain].metrics["accuracy"] == both[source].metrics["accuracy"]  # the same texts
+    found = both[source]
     assert found.benchmark is not None
     assert found.benchmark["name"] == "rewardbench"
     scorer = RewardModel.from_pretrained(path)
