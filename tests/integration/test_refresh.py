@@ -303,6 +303,22 @@ def test_a_refused_round_leaves_the_service_and_hands_its_pairs_on(refreshing: R
     assert second.base == refreshing.model.version
 
 
+def test_a_round_that_breaks_a_rule_of_the_gate_is_refused_by_it(refreshing: Refreshing) -> None:
+    """Though it loses no accuracy: it was trained as the held-out pairs and the judge would have it."""
+    refreshing.holds_out("thanks")
+    refreshing.likes("thanks")
+    refreshing.sample(24)
+    gate = refreshing.home / "gate.toml"
+    gate.write_text(
+        f'[sets.chat]\ndata = "{refreshing.home / "heldout.jsonl"}"\nmax_ece = 0.0\nmin_accuracy = 0.5\n'
+    )
+    (refused,) = refreshing.run(f"gate={gate}", "allowed_drop=1")
+    assert not refused.accepted
+    assert "1 of 2 rules are broken" in str(refused.reason)
+    assert "chat: ece is" in str(refused.reason)
+    assert RewardClient(refreshing.service).status()["models"] == {"reward": refreshing.model.version}
+
+
 def test_rows_that_cannot_be_trained_on_end_a_round_and_not_the_refresh(refreshing: Refreshing) -> None:
     refreshing.holds_out("thanks")
     refreshing.likes("never")

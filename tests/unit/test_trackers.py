@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rayrm.config import RewardConfig
@@ -314,3 +315,25 @@ def test_names_are_those_of_transformers_callbacks(key: str, name: str) -> None:
 
     assert tool_name(key) == name
     assert rewrite_logs({key: math.pi}) == {name: math.pi}
+
+
+def test_tensorboard_holds_how_rewards_are_spread(output_dir: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = RunLog(output_dir, RewardConfig(str(output_dir), report_to=["tensorboard"]), active=True)
+    log.begin(0)
+    log.histograms(4, {"eval/chosen_reward": np.array([1.0, 2.0, 2.0, 9.0])})
+    log.close()
+    held = EventAccumulator(str(output_dir / "tensorboard"))
+    held.Reload()
+    (shown,) = held.Histograms("eval/chosen_reward")
+    told = shown.histogram_value
+    assert (shown.step, told.num, told.min, told.max, told.sum) == (4, 4, 1.0, 9.0, 14.0)
+
+
+def test_other_tools_are_told_no_histograms(output_dir: Path) -> None:
+    log = RunLog(output_dir, RewardConfig(str(output_dir)), active=True)
+    log.begin(0)
+    log.histograms(4, {"eval/chosen_reward": np.array([1.0])})
+    log.close()
+    assert not (output_dir / "tensorboard").exists()
