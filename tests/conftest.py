@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 # Before torch or ray is imported anywhere: two cores, many processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +20,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # What a shell starts in the background ignores SIGINT, and so would every process that tests signal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long a case takes says more of what else the machine does than of the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

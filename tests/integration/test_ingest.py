@@ -86,6 +86,26 @@ def test_every_kind_of_source_gives_the_same_pairs_in_the_same_order(
     assert tokenized.report.refused == {"too-long": 1100 - tokenized.num_rows}
 
 
+def test_this_process_reads_what_tasks_read(tmp_path: Path) -> None:
+    rows: list[Any] = [*tiny_rows(30), {"chosen": "no rejected"}, *tiny_rankings(9)]
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(lines_of(rows))
+    options: dict[str, Any] = {"max_length": 40, "max_bad_row_fraction": 0.1}
+    tasks, this = (
+        ingest(
+            str(source), tiny_tokenizer(), here=here, quarantine_path=tmp_path / f"{here}.jsonl", **options
+        )
+        for here in (False, True)
+    )
+    assert this.report == tasks.report
+    assert this.report.refused["missing-rejected"] == 1
+    assert_same_pairs(this, tasks.fetch(range(tasks.num_rows)))
+    assert this.labels().groups == tasks.labels().groups
+    assert (tmp_path / "True.jsonl").read_text() == (tmp_path / "False.jsonl").read_text()
+    with pytest.raises(DataError, match=r"1 of 40 rows .* were refused"):
+        ingest(str(source), tiny_tokenizer(), here=True, max_length=40)
+
+
 def test_the_order_is_the_datas_own_whatever_the_number_of_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,3 +112,19 @@ def test_padded_rows_count_each_completion_as_the_longest(rows: list[TokenizedRo
     assert costs.padded.tolist() == [[len(row.lengths), max(row.lengths)] for row in rows]
     assert costs.tokens.tolist() == [len(row.lengths) * max(row.lengths) for row in rows]
     assert costs.shared is None
+
+
+def test_rows_that_begin_alike_are_neighbours_wherever_they_lie() -> None:
+    rng = np.random.default_rng(0)
+    beginnings = [rng.integers(1, 99, 40, dtype=np.int32) for _ in range(5)]
+    numbers = rng.permutation(np.repeat(np.arange(5), 8))
+    rows = [
+        TokenizedRow.pair(*(np.append(beginnings[number], [100 + 2 * place + side]) for side in (0, 1)))
+        for place, number in enumerate(numbers.tolist())
+    ]
+    order = index_of_rows(rows).alike_together
+    assert sorted(order.tolist()) == list(range(40))
+    changes = np.diff(numbers[order]) != 0
+    assert changes.sum() == 4
+    # Among those that begin alike the order stays.
+    assert all((np.diff(order[numbers[order] == number]) > 0).all() for number in range(5))
