@@ -54,7 +54,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="processes that score, each with a GPU or a CPU of the cluster; 0: this one",
     )
-    parser.add_argument("--json", type=Path, help="also write the metrics here")
+    parser.add_argument(
+        "--json", type=Path, help="also write here what training logs of an evaluation (--output keeps all)"
+    )
     add_registry(parser)
 
 
@@ -64,6 +66,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.against is not None:
         models.append(model_directory(options.against, options.registry))
     from rayrm.evaluation.evaluate import evaluate
+    from rayrm.metrics.names import logged_of
     from rayrm.train.evaluation_record import write_evaluation
 
     records = []
@@ -90,7 +93,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.output is not None:
         print(f"\nkept in {options.output}: type `rayrm report {options.output}` for a page of it")
     if options.json is not None:
-        metrics = {name: one.metrics for name, one in records[0].sets.items()}
+        metrics = {name: logged_of(one.metrics) for name, one in records[0].sets.items()}
         options.json.write_text(json.dumps(metrics, indent=2) + "\n")
     return 0
 

@@ -31,6 +31,7 @@ from rayrm.evaluation.scoring import Progress, Scoring
 from rayrm.logs import show_logs
 from rayrm.metrics.attributes import rewards_of
 from rayrm.metrics.evaluation import evaluate_scores
+from rayrm.metrics.names import logged_of
 from rayrm.metrics.outcomes import joined
 from rayrm.model.attribute_head import attribute_head_of
 from rayrm.model.reward_model import LoadedModel, load_saved
@@ -147,8 +148,8 @@ def evaluate_loaded(
 
 
 def evaluate_model(model: str | Path, sources: Sequence[Any], **settings: Any) -> dict[str, dict[str, float]]:
-    """The figures of `evaluate` alone, by the source's name; `settings` are its own."""
-    return {name: one.metrics for name, one in evaluate(model, sources, **settings).sets.items()}
+    """What training logs of an evaluation, by the source's name; `settings` are those of `evaluate`."""
+    return {name: logged_of(one.metrics) for name, one in evaluate(model, sources, **settings).sets.items()}
 
 
 def objective_of(loaded: LoadedModel, asked: Mapping[str, Any]) -> Objective:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Final
 
 OF_OUTCOMES: Final = (
@@ -33,6 +33,13 @@ def logged_names(sets: Collection[str], attributes: Collection[str]) -> list[str
     """What a run with evaluation sets of these names ("" for one without) and these attributes may log."""
     of_a_set = [*EVALUATED, *(begin + name for name in attributes for begin in BY_ATTRIBUTE)]
     return [*(prefix_of(one) + name for one in sets for name in of_a_set), *TRAINED]
+
+
+def logged_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Of all that is measured of a set, what is logged of it while a run trains."""
+    return {
+        name: value for name, value in metrics.items() if name in EVALUATED or name.startswith(BY_ATTRIBUTE)
+    }
 
 
 def prefix_of(name: str) -> str:
