@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayrm.errors import RunDirectoryError
 from rayrm.runfile import split_settings
 from rayrm.serve_commands import MODEL, add_registry, model_directory
 from rayrm.table import print_table
@@ -69,6 +70,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from rayrm.metrics.names import logged_of
     from rayrm.train.evaluation_record import write_evaluation
 
+    if options.output is not None:
+        _check_free(options.output, models[0], sources)
     records = []
     for place, model in enumerate(models):
         output = None if options.output is None or place else options.output
@@ -96,6 +99,21 @@ def _evaluate(options: argparse.Namespace) -> int:
         metrics = {name: logged_of(one.metrics) for name, one in records[0].sets.items()}
         options.json.write_text(json.dumps(metrics, indent=2) + "\n")
     return 0
+
+
+def _check_free(output: Path, model: str, sources: Sequence[str]) -> None:
+    """Raise RunDirectoryError where `output` holds the evaluation of another model, or on other sets."""
+    from rayrm.train.evaluation_record import EVALUATION, read_evaluation
+
+    if not (output / EVALUATION).is_file():
+        return
+    before = read_evaluation(output)
+    # A run's own record calls it by its name alone.
+    if Path(before.model).name != Path(model).name or not {*sources} <= {*before.sets}:
+        raise RunDirectoryError(
+            f"`--output` ({output}) holds the evaluation of {before.model} on {', '.join(before.sets)}, and "
+            "it would be lost. Choose another directory."
+        )
 
 
 def print_evaluation(record: EvaluationRecord) -> None:

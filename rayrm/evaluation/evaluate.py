@@ -91,8 +91,7 @@ def evaluate(
     named = sources if isinstance(sources, Mapping) else {masked(str(one)): one for one in sources}
     for source in named.values():
         check_found(source)
-    if num_workers < 0:
-        raise ConfigError(f"`num_workers` ({num_workers}) must be at least 0, which is this process.")
+    _check_counts(num_workers=num_workers, consistency_rows=consistency_rows)
     loaded = load_saved(model)
     reopen_attributes(loaded.model, Path(model))
     scoring = Scoring(loaded, Path(model), num_workers=num_workers, keep=keep)
@@ -106,6 +105,12 @@ def evaluate(
         on_progress=on_progress,
     )
     return EvaluationRecord(str(model), sets, _version_of(Path(model)))
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 0:
+            raise ConfigError(f"`{name}` ({count}) must be at least 0.")
 
 
 def evaluate_loaded(

@@ -147,7 +147,7 @@ def length_findings(outcomes: Outcomes) -> list[str]:
     That the margin goes with the length difference (correlation beyond 0.5) and nothing certain is left
     without it (the interval of the length-controlled accuracy holds 0.5); that one of two lengths is
     preferred whichever is right (one interval of accuracy by length above 0.5, the other below); that
-    accuracy is not beyond that of a rule of length alone that is right in 55%.
+    accuracy is not clearly beyond that of a rule of length alone that is right in 55% or more.
     """
     found = []
     within, controlled = length_margin_correlation(outcomes), length_controlled_accuracy(outcomes)
@@ -171,10 +171,11 @@ def length_findings(outcomes: Outcomes) -> list[str]:
     if accuracy is None or baseline is None:
         return found
     word, rule = ("longer", baseline.share) if baseline.share >= 0.5 else ("shorter", 1 - baseline.share)
-    if rule >= RULE and accuracy.share <= rule:
+    if rule >= RULE and accuracy.low <= rule:
+        how = "above" if accuracy.share <= rule else "clearly above"
         found.append(
-            f'Accuracy, {accuracy.percent}, is not above that of "the {word} one wins", {100 * rule:.1f}%, '
-            "which reads nothing."
+            f'Accuracy, {accuracy.percent}, is not {how} that of "the {word} one wins", {100 * rule:.1f}%, '
+            "which reads nothing: on these pairs it cannot be told from length."
         )
     return found
 

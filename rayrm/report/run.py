@@ -28,6 +28,7 @@ from rayrm.report.run_sections import (
 REPORT = "report.html"
 _RISEN = 1.05
 _MANY_REFUSED = 0.01
+_MANY_FILTERED = 0.1
 _LONG_WAIT = 0.1
 _SETS_ON_TOP = 3
 _LONGEST_FACT = 60
@@ -134,7 +135,14 @@ def warnings_of(run: RunFiles) -> list[str]:
     if run.is_run:
         found += [
             text
-            for text in (_unfinished(run), _skipped(run), *_risen(run), _refused(run), _waited(run))
+            for text in (
+                _unfinished(run),
+                _skipped(run),
+                *_risen(run),
+                _refused(run),
+                _filtered(run),
+                _waited(run),
+            )
             if text
         ]
     return found
@@ -177,6 +185,15 @@ def _refused(run: RunFiles) -> str:
         return ""
     rows = "1 row was" if refused == 1 else f"{refused:,} rows were"
     return f"{rows} refused, beside {cost.pairs:,.0f} pairs that were trained on."
+
+
+def _filtered(run: RunFiles) -> str:
+    """As was asked for, by `max_length`: told where it is many beside what was trained on."""
+    left_out = sum(n for (_, reason), n in run.refused.items() if reason == "too-long")
+    cost = cost_of(run)
+    if cost is None or left_out <= _MANY_FILTERED * cost.pairs:
+        return ""
+    return f"{left_out:,} rows are longer than `max_length` and were left out (see Data)."
 
 
 def _waited(run: RunFiles) -> str:

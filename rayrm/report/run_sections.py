@@ -29,6 +29,10 @@ CURVES = (
 _MOST_SETS = 7
 
 
+_RESOLVED = {"disable_tqdm": "false", "do_eval": "true", "pad_to_multiple_of": "none", "shuffle": "true"}
+"""What a run makes of defaults that are decided when it begins."""
+
+
 def settings_section(run: RunFiles) -> Section:
     """What the run was told: first what differs from the defaults, then all of it."""
     if run.settings is None:
@@ -36,7 +40,9 @@ def settings_section(run: RunFiles) -> Section:
     flat = flat_settings(run.settings)
     defaults = default_settings()
     changed = [
-        (key, value, defaults.get(key, "none")) for key, value in flat.items() if value != defaults.get(key)
+        (key, value, defaults.get(key, "none"))
+        for key, value in flat.items()
+        if value not in (defaults.get(key), _RESOLVED.get(key))
     ]
     blocks: list[Block] = [
         Table("changed", ("setting", "value", "default"), changed)

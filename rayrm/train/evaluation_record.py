@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from rayrm.data.row_index import RowIndex
 from rayrm.data.tokenize import TokenizedRow
-from rayrm.data.tokenized_set import RowLabels, TokenizedSet
+from rayrm.data.tokenized_set import IngestReport, RowLabels, TokenizedSet
 from rayrm.errors import DataError, writing
 from rayrm.metrics.attributes import rewards_of
 from rayrm.metrics.calibration import reliability
@@ -37,7 +37,10 @@ from rayrm.train.records import replace_text
 EVALUATION = "evaluation.json"
 _FORMAT = 1
 _NUM_WORST = 20
+_MANY_LEFT_OUT = 0.05
 _LONGEST_TEXT = 4000
+_LONGEST_LEAD = 200
+"""Characters by which two answers may begin alike before they are no longer told from their line on."""
 _COLUMNS = [one.name for one in fields(Outcomes) if one.name not in ("group", "groups")]
 
 
@@ -91,7 +94,21 @@ def evaluate_set(
     metrics = evaluate_scores(scores, rows.index, objective)
     labels = labels or rows.labels()
     outcomes = outcomes_of(rewards_of(scores), rows.index, prompts=labels.prompts, groups=labels.groups)
-    return of_outcomes(metrics, outcomes, _worst(outcomes, rows, tokenizer))
+    found = of_outcomes(metrics, outcomes, _worst(outcomes, rows, tokenizer))
+    found.findings[:0] = _left_out(rows.report)
+    return found
+
+
+def _left_out(report: IngestReport) -> list[str]:
+    """A sentence where the figures are of visibly less than the rows that were read."""
+    refused = sum(report.refused.values())
+    if refused <= _MANY_LEFT_OUT * report.num_rows:
+        return []
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.refused.items())
+    return [
+        f"{refused:,} of {report.num_rows:,} rows ({refused / report.num_rows:.0%}) were left out "
+        f"({reasons}): the figures are of the others."
+    ]
 
 
 def of_outcomes(
@@ -201,14 +218,14 @@ def _worst(outcomes: Outcomes, rows: TokenizedSet, tokenizer: Any) -> list[dict[
 
 
 def _texts(row: TokenizedRow, won: int, lost: int, tokenizer: Any) -> dict[str, str]:
-    """What both texts begin with, and how each goes on from where they differ."""
+    """What both texts begin with, up to the last whole line or word, and how each goes on."""
     sequences = row.sequences
-    texts = {
-        "prompt": row.ids[: row.prefix_length],
-        "chosen": sequences[won][row.prefix_length :],
-        "rejected": sequences[lost][row.prefix_length :],
-    }
-    return {name: _shortened(tokenizer.decode(ids.tolist())) for name, ids in texts.items()}
+    chosen, rejected = (tokenizer.decode(sequences[place].tolist()) for place in (won, lost))
+    alike = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 - of characters, no paths
+    line, word = alike.rfind("\n") + 1, alike.rfind(" ") + 1
+    cut = line if line and len(alike) - line <= _LONGEST_LEAD else word
+    texts = {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
+    return {name: _shortened(text) for name, text in texts.items()}
 
 
 def _shortened(text: str) -> str:

@@ -176,6 +176,12 @@ def test_the_command_compares_two_models_on_the_same_pairs(
     )
     assert [line.split()[0] for line in out.splitlines() if line.startswith("part-")]
     assert json.loads(Path("kept", EVALUATION).read_text())["model"] == str(model)
+    write_rows(Path("others.jsonl"), tiny_rows(4))
+    for words in ([str(other), "pairs.jsonl"], [str(model), "others.jsonl"]):
+        assert main(["evaluate", *words, "--output", "kept"]) == 2
+        assert f"holds the evaluation of {model} on pairs.jsonl" in capfd.readouterr().err
+    assert main(["evaluate", str(model), "pairs.jsonl", "--consistency", "-3"]) == 2
+    assert "`consistency_rows` (-3)" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -191,3 +191,17 @@ def test_what_does_not_exist_is_absent_and_nothing_is_nan(outcomes: Outcomes) ->
     constant = np.ptp(outcomes.won_length - outcomes.lost_length) == 0 if len(outcomes.row) else True
     assert ("length_controlled_accuracy" in figures) != constant
     assert isinstance(length_findings(outcomes), list)
+
+
+def test_where_the_longer_side_always_wins_accuracy_is_not_called_skill() -> None:
+    rng = np.random.default_rng(4)
+    lost_length = rng.integers(10, 60, 200)
+    won_length = lost_length + rng.integers(1, 20, 200)
+    outcomes = outcomes_with(rng.normal(5, 0.5, 200), won_length=won_length, lost_length=lost_length)
+    (said,) = [one for one in length_findings(outcomes) if "the longer one wins" in one]
+    assert "not above" in said
+    assert "cannot be told from length" in said
+    won_length[:3], lost_length[:3] = lost_length[:3].copy(), won_length[:3].copy()
+    outcomes = outcomes_with(rng.normal(5, 0.5, 200), won_length=won_length, lost_length=lost_length)
+    (said,) = [one for one in length_findings(outcomes) if "the longer one wins" in one]
+    assert "not clearly above" in said
