@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayrm.errors import RunDirectoryError
+from rayrm.errors import ConfigError, RunDirectoryError
 from rayrm.runfile import split_settings
 from rayrm.serve_commands import MODEL, add_registry, model_directory
 from rayrm.table import print_table
@@ -72,6 +72,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     if options.output is not None:
         _check_free(options.output, models[0], sources)
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ConfigError(f"`--json` ({options.json}): type mkdir -p {options.json.parent}")
     records = []
     for place, model in enumerate(models):
         output = None if options.output is None or place else options.output
@@ -102,9 +104,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _check_free(output: Path, model: str, sources: Sequence[str]) -> None:
-    """Raise RunDirectoryError where `output` holds the evaluation of another model, or on other sets."""
+    """Raise RunDirectoryError where `output` is a run's, or holds another evaluation, or cannot be written."""
     from rayrm.train.evaluation_record import EVALUATION, read_evaluation
 
+    if (output / "run.toml").is_file():
+        raise RunDirectoryError(
+            f"`--output` ({output}) is the directory of a run. Type another, such as {output / 'heldout'}."
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"`--output` ({output}) can be no directory ({error.strerror}). Choose another."
+        ) from error
     if not (output / EVALUATION).is_file():
         return
     before = read_evaluation(output)

@@ -180,6 +180,15 @@ def test_the_command_compares_two_models_on_the_same_pairs(
     for words in ([str(other), "pairs.jsonl"], [str(model), "others.jsonl"]):
         assert main(["evaluate", *words, "--output", "kept"]) == 2
         assert f"holds the evaluation of {model} on pairs.jsonl" in capfd.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.toml").touch()
+    for words, said in (
+        (["--output", "run"], "is the directory of a run. Type another, such as run/heldout"),
+        (["--output", "pairs.jsonl"], "`--output` (pairs.jsonl) can be no directory"),
+        (["--json", "none/figures.json"], "type mkdir -p none"),
+    ):
+        assert main(["evaluate", str(model), "pairs.jsonl", *words]) == 2
+        assert said in capfd.readouterr().err
     assert main(["evaluate", str(model), "pairs.jsonl", "--consistency", "-3"]) == 2
     assert "`consistency_rows` (-3)" in capfd.readouterr().err
 
