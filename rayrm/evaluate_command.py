@@ -104,7 +104,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _check_free(output: Path, model: str, sources: Sequence[str]) -> None:
-    """Raise RunDirectoryError where `output` is a run's, or holds another evaluation, or cannot be written."""
+    """Raise RunDirectoryError where `output` is a run's, holds another evaluation, or is no directory."""
     from rayrm.train.evaluation_record import EVALUATION, read_evaluation
 
     if (output / "run.toml").is_file():

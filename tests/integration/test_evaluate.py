@@ -24,8 +24,6 @@ from rayrm.serve.scorer import RewardModel
 from rayrm.train.evaluation_record import EVALUATION, read_evaluation, write_evaluation
 from tests.tiny import save_tiny, tiny_rankings, tiny_rows, write_rows
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,7 +37,8 @@ def grouped_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return [row for both in zip(rows, swapped, strict=True) for row in both]
 
 
-def test_workers_find_what_this_process_finds(model: Path, tmp_path: Path) -> None:
+@pytest.mark.ray
+def test_workers_find_what_this_process_finds(ray_cluster: None, model: Path, tmp_path: Path) -> None:
     sources = {
         "pairs": str(write_rows(tmp_path / "pairs.jsonl", grouped_rows(600))),
         "ranked": str(write_rows(tmp_path / "ranked.jsonl", tiny_rankings(9))),
@@ -150,7 +149,7 @@ def test_scores_of_another_model_or_of_other_rows_are_not_taken(model: Path, tmp
     others = write_rows(tmp_path / "others.jsonl", tiny_rows(30, seed=1))
     for source, path in ((rows, model), (rows, other), (others, model)):
         loaded = load_saved(path)
-        scored = ingest(str(source), loaded.tokenizer, max_length=None)
+        scored = ingest(str(source), loaded.tokenizer, max_length=None, here=True)
         kept = scoring.Scoring(loaded, path, keep=keep).scores(scored, "x")
         np.testing.assert_array_equal(kept, scoring.Scoring(loaded, path).scores(scored, "x"))
     assert len(list(keep.iterdir())) == 3

@@ -15,8 +15,6 @@ from rayrm.serve.registry import list_versions, open_published
 from rayrm.serve.scorer import RewardModel
 from tests.tiny import save_tiny, tiny_rows, write_rows
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
