@@ -7,6 +7,8 @@ where a kill cut it off. What comes from stdin, goes to stdout or is scored by a
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 import sys
 import time
 from collections import Counter
@@ -128,11 +130,29 @@ def _check(options: argparse.Namespace, sources: list[str]) -> None:
                 f"{word} ({value:g}) is for files that a model scores into a file. Give input files and "
                 "--output FILE, without --served, or leave it out."
             )
+    if options.output is not None:
+        _check_output(options.output, sources)
     if not bulk and options.output is not None and options.output.suffix == ".parquet":
         raise ConfigError(
             f"--output ({options.output}): what comes from stdin or is scored by a service is written as "
             "jsonl. Type a name that ends in .jsonl."
         )
+
+
+def _check_output(output: Path, sources: list[str]) -> None:
+    """Raise ConfigError where the output is one of the inputs, or would be one the next time."""
+    place = output.expanduser().resolve()
+    for source in sources:
+        given = Path(source).expanduser().resolve()
+        if place == given or given in place.parents:
+            raise ConfigError(
+                f"--output ({output}) lies where the rows come from ({source}), which it would replace or "
+                "add to. Type a name elsewhere."
+            )
+        if glob.has_magic(source) and str(place) in map(os.path.realpath, glob.glob(source, recursive=True)):
+            raise ConfigError(f"--output ({output}) is one of {source}, which are read. Type another name.")
+    if not place.parent.is_dir():
+        raise ConfigError(f"--output ({output}): type mkdir -p {output.parent}")
 
 
 def _selection(options: argparse.Namespace) -> Selection:

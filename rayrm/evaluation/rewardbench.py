@@ -66,9 +66,10 @@ _SECTION_OF = {
 
 
 def recognises(row: Mapping[str, Any]) -> bool:
-    """Whether a row has the columns of the published set."""
-    columns = {"prompt", "chosen", "rejected", "subset", "chosen_model", "rejected_model"}
-    return columns <= set(row) and "num_correct" not in row
+    """Whether a row has the columns of the published set; without its models, a subset that is one of its."""
+    if not {"prompt", "chosen", "rejected", "subset"} <= set(row) or "num_correct" in row:
+        return False
+    return {"chosen_model", "rejected_model"} <= set(row) or row["subset"] in _SECTION_OF
 
 
 def parse(row: BenchmarkRow) -> Entry:

@@ -599,3 +599,9 @@ def test_a_saved_model_runs_every_shape_from_a_file(tmp_path: Path, chat: bool) 
     better, worse = model.score(prompts, texts)
     result = run_benchmark("llmbar", [("here", row)], model.score_inputs, text_form=form)
     assert result.metrics["accuracy"] == float(better > worse)
+
+
+def test_rewardbench_is_known_by_a_subset_of_its_own_where_its_models_are_not_told() -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "subset": "llmbar-natural", "id": 1}
+    assert recognise(row) == "rewardbench"
+    assert recognise(row | {"subset": "mine"}) is None
