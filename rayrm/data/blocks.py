@@ -309,7 +309,7 @@ def _record(
         "digest": bytes(DIGEST_SIZE),
         "reason": outcome.reason,
         "message": f"{row.where}: {outcome}",
-        "raw": _raw(row),
+        "raw": raw_text(row),
     }
 
 
@@ -336,7 +336,8 @@ def _digest(row: TokenizedRow) -> bytes:
     return content.digest()
 
 
-def _raw(row: SourceRow) -> str:
+def raw_text(row: SourceRow) -> str:
+    """A row as it is kept where it is refused: its line, or its content as JSON, cut at 4 kB."""
     if row.line is not None:
         return row.line[:RAW_LIMIT].decode("utf-8", "replace").rstrip("\r\n")
     return json.dumps(row.content, default=repr)[:RAW_LIMIT]

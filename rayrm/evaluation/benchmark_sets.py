@@ -7,7 +7,7 @@ affair. Rows above the model's positions are left out, counted, and told in the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from rayrm.data.packing import Ids
 from rayrm.data.preference import PreferenceRow, parse_row
 from rayrm.data.prefix_keys import text_key
+from rayrm.data.sources import plan_sources, read_work
 from rayrm.data.tokenize import TextForm, TokenizedRow, encode
 from rayrm.data.tokenized_set import RowLabels, TokenizedSet
 from rayrm.errors import DataError
@@ -24,7 +25,7 @@ from rayrm.evaluation.benchmark_result import BenchmarkResult
 from rayrm.evaluation.benchmarks import measure, parse_entries, recognise
 from rayrm.evaluation.entries import Entry, as_rows, inputs_of, ranks_of
 from rayrm.model.reward_model import LoadedModel
-from rayrm.serve.score_file import Row, read_rows
+from rayrm.serve.score_file import read_rows
 from rayrm.train.evaluation import Scores
 
 
@@ -63,12 +64,12 @@ def benchmark_set(
     """
     if not isinstance(source, str):
         return None
-    found: Iterable[Row] = read_rows(source)
-    first = next(iter(read_rows(source)), None)
-    benchmark = recognise(first[1]) if first is not None and isinstance(first[1], Mapping) else None
+    plan = plan_sources(source, max_rows=1, name=name, streaming=True)
+    first = next((row.content for piece in plan.work for row in read_work(piece)), None)
+    benchmark = recognise(first) if isinstance(first, Mapping) else None
     if benchmark is None:
         return None
-    entries, num_without = parse_entries(benchmark, islice(found, max_rows))
+    entries, num_without = parse_entries(benchmark, islice(read_rows(source), max_rows))
     inputs = [inputs_of(entry, loaded.text_form) for entry in entries]
     ids = iter(encode(loaded.tokenizer, loaded.text_form, [text for own in inputs for text in own]))
     kept: list[tuple[Entry, list[Ids]]] = []

@@ -10,7 +10,6 @@ inputs are read twice (three times for parquet out of jsonl).
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import shutil
 from collections import Counter
@@ -22,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayrm.data.blocks import RAW_LIMIT, Refusal
+from rayrm.data.blocks import Refusal, raw_text
 from rayrm.data.pieces import Piece, Shard, SourceRow, StreamShard
 from rayrm.data.quarantine import RefusalWatch, write_quarantine
 from rayrm.data.sources import SourcePlan, plan_sources, read_work
@@ -355,7 +354,7 @@ def _scored_rows(
                     "same command again, and leave files as they are while they are read"
                 )
             refusals = [
-                Refusal(row.source, row.number, *entry.refused[place], _raw(row))
+                Refusal(row.source, row.number, *entry.refused[place], raw_text(row))
                 for place, row in enumerate(chunk.rows)
                 if place in entry.refused
             ]
@@ -367,9 +366,3 @@ def _scored_rows(
                     counts["scored"] += 1
                     assert isinstance(row.content, Mapping)  # or it would have been refused
                     yield {**row.content, selection.column: score}
-
-
-def _raw(row: SourceRow) -> str:
-    if row.line is not None:
-        return row.line[:RAW_LIMIT].decode("utf-8", "replace").rstrip("\r\n")
-    return json.dumps(row.content, default=repr)[:RAW_LIMIT]

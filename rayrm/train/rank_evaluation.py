@@ -76,18 +76,15 @@ def evaluated_sets(
 
 
 def keep_evaluation(
-    job: TrainJob, sets: Mapping[str, Evaluated], objective: Objective, state: TrainState
+    job: TrainJob, sets: Mapping[str, Evaluated], objective: Objective, state: TrainState, value: float | None
 ) -> None:
     """Write what an evaluation found, unless the model that will be saved is another one's.
 
+    `value`: that of `metric_for_best_model`, which `state` has taken note of; None: there is none.
     Raises RunDirectoryError where the disk takes no file.
     """
-    wanted = job.config.metric_for_best_model
-    if job.config.load_best_model_at_end and wanted is not None and state.step > 0:
-        name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-        found = [one.record[name] for one in sets.values() if name in one.record]
-        if found and found[-1] != state.best_metric:
-            return
+    if job.config.load_best_model_at_end and state.step > 0 and value not in (None, state.best_metric):
+        return
     measured = {
         name or "eval": evaluate_set(one.scores, one.rows, objective, job.tokenizer)
         for name, one in sets.items()

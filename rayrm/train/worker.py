@@ -314,7 +314,7 @@ class _RankRun:
                 self.callbacks.evaluated(one.record)
         value = note_metric(state, found, self.config)
         if self.rank.index == 0 and sets:
-            keep_evaluation(self.job, sets, self.objective, state)
+            keep_evaluation(self.job, sets, self.objective, state, value)
             for name, one in sets.items():
                 self.log.histograms(state.step, histograms_of(name, one))
         self._measured = (state.step, value)

@@ -232,3 +232,14 @@ def as_input(row: dict[str, Any], side: str, chat: bool) -> TextInput:
     return TextInput(
         [{"role": "user", "content": row["prompt"]}], [{"role": "assistant", "content": row[side]}]
     )
+
+
+def test_a_first_row_that_is_bad_is_counted_as_any_other(model: Path, tmp_path: Path) -> None:
+    """Though it is the row by which a benchmark would be known."""
+    source = tmp_path / "pairs.jsonl"
+    write_rows(source, tiny_rows(20))
+    source.write_text("no JSON\n" + source.read_text())
+    found = evaluate(model, [str(source)], max_bad_row_fraction=0.1).sets[str(source)]
+    assert found.metrics["num_pairs"] == 20
+    with pytest.raises(DataError, match=r"1 of 21 rows .* were refused"):
+        evaluate(model, [str(source)])
